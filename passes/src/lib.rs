@@ -1,1 +1,5 @@
-//! passes
+//! Planning: from the logical graph to the typed SPMD program.
+//!
+//! What must not live here: protobuf, files, processes, devices.
+
+pub mod extended;
