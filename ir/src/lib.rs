@@ -12,6 +12,7 @@ pub mod graph;
 pub mod infer;
 pub mod layout;
 pub mod op;
+pub mod program;
 pub mod spmd;
 pub mod tensor;
 pub mod weight;
