@@ -5,5 +5,6 @@
 //! signal handler outside [`launch::spawn_ranks`], or writes to standard output.
 
 pub mod comm;
+pub mod cpu;
 pub mod io;
 pub mod launch;

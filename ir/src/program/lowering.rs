@@ -8,7 +8,7 @@ use super::memory::{self, Buffer, MemoryPlan, PlanError};
 use crate::dim::Bindings;
 use crate::dtype::DType;
 use crate::graph::{Graph, Node, ValueId};
-use crate::op::{Op, PadMode, Scalar};
+use crate::op::{EinsumSpec, Op, PadMode, Scalar};
 use std::collections::BTreeSet;
 
 /// Most nodes of one elementwise region.
@@ -131,7 +131,7 @@ pub fn lower_keeping(graph: &Graph, keep: &BTreeSet<ValueId>) -> Lowering {
         }
         let kernel = kernel_of(graph, node);
         let nodes = match kernel {
-            Kernel::Pointwise => grow(graph, root, &users, &kept, &constant),
+            Kernel::Pointwise if !constant[root.index()] => grow(graph, root, &users, &kept, &constant),
             _ => vec![root],
         };
         for &node in &nodes {
@@ -212,7 +212,7 @@ fn kernel_of(graph: &Graph, node: &Node) -> Kernel {
     match &node.op {
         Op::Input { .. } | Op::Weight(_) | Op::Literal(_) | Op::Size(_) | Op::Iota { .. } => Kernel::Leaf,
         Op::Map(scalar) if is_pointwise(*scalar, graph, node) => Kernel::Pointwise,
-        Op::Einsum(_) => if_float(Kernel::Einsum),
+        Op::Einsum(spec) if is_product(spec) => if_float(Kernel::Einsum),
         Op::Reduce { .. } => if_float(Kernel::Reduce),
         Op::Softmax { .. } => if_float(Kernel::Softmax),
         Op::Norm { .. } => if_float(Kernel::Norm),
@@ -229,6 +229,7 @@ fn kernel_of(graph: &Graph, node: &Node) -> Kernel {
         Op::Pad { mode: PadMode::Constant(_), .. } if all_float => Kernel::Move,
         Op::Convert(_) => Kernel::Convert,
         Op::Map(_)
+        | Op::Einsum(_)
         | Op::Scan { .. }
         | Op::Conv { .. }
         | Op::TopK { .. }
@@ -245,6 +246,13 @@ fn kernel_of(graph: &Graph, node: &Node) -> Kernel {
         | Op::ScatterNd { .. }
         | Op::Dequant { .. } => Kernel::Reference,
     }
+}
+
+/// True if no letter is summed over within one operand.
+fn is_product(spec: &EinsumSpec) -> bool {
+    let [a, b] = spec.inputs.as_slice() else { return false };
+    let lone = |a: &[u8], b: &[u8]| a.iter().any(|l| !b.contains(l) && !spec.output.contains(l));
+    !lone(a, b) && !lone(b, a)
 }
 
 fn is_index(graph: &Graph, node: &Node) -> bool {
@@ -335,7 +343,9 @@ impl Lowering {
                     return fail(format!("{node} is in two regions"));
                 }
                 let own = kernel_of(graph, graph.node(node));
-                if own != region.kernel && !(alone && region.kernel == Kernel::Reference && own != Kernel::Leaf) {
+                if own != region.kernel
+                    && !(alone && region.kernel == Kernel::Reference && own != Kernel::Leaf)
+                {
                     return fail(format!("{} does not execute {node}", region.kernel.name()));
                 }
                 let inner = node != result;
@@ -348,8 +358,8 @@ impl Lowering {
                 if !alone && graph.ty(node).shape != graph.ty(result).shape {
                     return fail(format!("{node} has another shape than its result"));
                 }
-                if region.stage == Stage::Load && !constant[node.index()] {
-                    return fail(format!("{node} is not constant"));
+                if region.stage == Stage::Load && (!constant[node.index()] || !alone) {
+                    return fail(format!("{node} is not constant on its own"));
                 }
             }
             if !alone && region.kernel != Kernel::Pointwise {
@@ -361,12 +371,29 @@ impl Lowering {
             made[result.index()] = true;
         }
         match covered.iter().position(|c| !c) {
-            Some(node) => Err(LoweringError {
-                region: self.regions.len(),
-                what: format!("no region covers %{node}"),
-            }),
+            Some(node) => {
+                Err(LoweringError { region: self.regions.len(), what: format!("no region covers %{node}") })
+            }
             None => Ok(()),
         }
+    }
+
+    /// Which values are made when a session opens.
+    pub fn constant_values(&self, graph: &Graph) -> Vec<bool> {
+        let mut constant = vec![false; graph.len()];
+        for region in self.regions.iter().filter(|r| r.stage == Stage::Load) {
+            for node in &region.nodes {
+                if let Some(known) = constant.get_mut(node.index()) {
+                    *known = true;
+                }
+            }
+        }
+        constant
+    }
+
+    /// For every value, the last region that reads it or a view of it; the number of regions if it leaves the program.
+    pub fn last_uses(&self, graph: &Graph) -> Vec<usize> {
+        memory::last_uses(self, graph)
     }
 
     /// The buffers that the regions of [`Stage::Step`] write, with their lifetimes.

@@ -4,10 +4,11 @@
 //! do not overlap share a *slot* of the largest size; slots hold elements of one type. Placing is first come, smallest
 //! slot that fits, so that equal dims give equal plans.
 
-use super::lowering::{Kernel, Lowering, Stage};
+use super::lowering::{Kernel, Lowering, Region, Stage};
 use crate::dim::{Bindings, Dim, EvalError};
 use crate::dtype::DType;
 use crate::graph::{Graph, ValueId};
+use crate::op::{EinsumSpec, Op};
 
 /// What one region writes.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -43,8 +44,8 @@ pub enum PlanError {
     Total,
 }
 
-/// Buffers of a lowering, in the order they are written.
-pub(super) fn buffers(lowering: &Lowering, graph: &Graph) -> Vec<Buffer> {
+/// For every value, the last region that reads it or a view of it.
+pub(super) fn last_uses(lowering: &Lowering, graph: &Graph) -> Vec<usize> {
     let end = lowering.regions.len();
     let mut last = vec![0usize; graph.len()];
     for (index, region) in lowering.regions.iter().enumerate() {
@@ -64,9 +65,18 @@ pub(super) fn buffers(lowering: &Lowering, graph: &Graph) -> Vec<Buffer> {
             last[shown.index()] = last[shown.index()].max(last[region.result().index()]);
         }
     }
-    let written = |(index, region): (usize, &super::lowering::Region)| {
+    last
+}
+
+/// Buffers of a lowering, in the order they are written.
+pub(super) fn buffers(lowering: &Lowering, graph: &Graph) -> Vec<Buffer> {
+    let last = last_uses(lowering, graph);
+    let row_major = row_major_values(lowering, graph);
+    let written = |(index, region): (usize, &Region)| {
         // Inputs belong to the caller; views are not written at all unless strides cannot say them.
-        let writes = region.stage == Stage::Step && region.kernel != Kernel::Leaf && !is_free(graph, region);
+        let writes = region.stage == Stage::Step
+            && region.kernel != Kernel::Leaf
+            && !is_free(graph, region, &row_major);
         writes.then(|| {
             let value = region.result();
             let ty = graph.ty(value);
@@ -78,8 +88,40 @@ pub(super) fn buffers(lowering: &Lowering, graph: &Graph) -> Vec<Buffer> {
 }
 
 /// True for views that never copy.
-fn is_free(graph: &Graph, region: &super::lowering::Region) -> bool {
-    region.kernel == Kernel::View && !graph.node(region.result()).op.is_view()
+fn is_free(graph: &Graph, region: &Region, row_major: &[bool]) -> bool {
+    let node = graph.node(region.result());
+    let whole = node.args.first().is_some_and(|a| row_major[a.index()]);
+    region.kernel == Kernel::View && (whole || !node.op.is_view())
+}
+
+/// Which values certainly lie in row-major order.
+fn row_major_values(lowering: &Lowering, graph: &Graph) -> Vec<bool> {
+    let mut is = vec![false; graph.len()];
+    for region in &lowering.regions {
+        let node = graph.node(region.result());
+        is[region.result().index()] = match (region.kernel, &node.op) {
+            // A reshape that cannot be a view makes a copy.
+            (Kernel::View, Op::Reshape { .. }) => true,
+            (Kernel::View | Kernel::Softmax | Kernel::Leaf, _) => false,
+            (Kernel::Append, _) => false,
+            (_, Op::Einsum(spec)) => is_ordered(spec),
+            _ => true,
+        };
+    }
+    is
+}
+
+/// True if the result's letters are those of the batch, then those of one operand, then those of the other.
+fn is_ordered(spec: &EinsumSpec) -> bool {
+    let [a, b] = spec.inputs.as_slice() else { return false };
+    let group = |l: &u8| match (a.contains(l), b.contains(l)) {
+        (true, true) => 0,
+        (true, false) => 1,
+        _ => 2,
+    };
+    let mut groups: Vec<u8> = spec.output.iter().map(group).collect();
+    groups.dedup();
+    matches!(groups.as_slice(), [] | [_] | [0, _] | [1, 2] | [2, 1] | [0, 1, 2] | [0, 2, 1])
 }
 
 struct Slot {
@@ -126,7 +168,7 @@ pub(super) fn plan(buffers: &[Buffer], bindings: &Bindings) -> Result<MemoryPlan
 mod tests {
     use super::*;
     use crate::graph::Type;
-    use crate::op::{Op, Scalar};
+    use crate::op::Scalar;
     use crate::program::lower;
 
     #[test]

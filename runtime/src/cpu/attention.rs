@@ -20,10 +20,16 @@ pub(crate) struct Attention<'a> {
 }
 
 impl Attention<'_> {
-    pub(crate) fn run(&self, gemm: &GemmExecutor, operands: &[Value], spare: Vec<f32>) -> Result<Value, String> {
+    pub(crate) fn run(
+        &self,
+        gemm: &GemmExecutor,
+        operands: &[Value],
+        spare: Vec<f32>,
+    ) -> Result<Value, String> {
         let [q, k, v, bias @ ..] = operands else { return Err("attention takes three operands".into()) };
         let (q, k, v) = (walkable(q)?, walkable(k)?, walkable(v)?);
-        let (&[batch, heads, queries, depth], &[_, kv_heads, keys, _], &[.., width]) = (q.shape(), k.shape(), v.shape())
+        let (&[batch, heads, queries, depth], &[_, kv_heads, keys, _], &[.., width]) =
+            (q.shape(), k.shape(), v.shape())
         else {
             return Err("attention over other than four dims".into());
         };
@@ -91,7 +97,10 @@ impl Attention<'_> {
             let elements = bias.elements::<f32>()?;
             let step = bias.strides()[3];
             match step {
-                1 => row.iter_mut().zip(elements.get(offset as usize..).unwrap_or_default()).for_each(|(x, b)| *x += b),
+                1 => row
+                    .iter_mut()
+                    .zip(elements.get(offset as usize..).unwrap_or_default())
+                    .for_each(|(x, b)| *x += b),
                 _ => {
                     for (i, x) in row.iter_mut().enumerate() {
                         *x += elements[(offset + i as isize * step) as usize];

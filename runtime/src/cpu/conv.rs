@@ -29,7 +29,8 @@ impl Plane<'_> {
             let (o, k) = (at % self.output[d], tap % self.window.kernel[d]);
             at /= self.output[d];
             tap /= self.window.kernel[d];
-            let i = (o * self.window.strides[d] + k * self.window.dilations[d]).checked_sub(self.window.pads_low[d])?;
+            let i = (o * self.window.strides[d] + k * self.window.dilations[d])
+                .checked_sub(self.window.pads_low[d])?;
             if i >= self.input[d] {
                 return None;
             }
@@ -159,7 +160,9 @@ pub(crate) fn pool(
                 }
                 PoolKind::Lp { p: 1 } => values.map(f32::abs).sum(),
                 PoolKind::Lp { p: 2 } => values.map(|v| v * v).sum::<f32>().sqrt(),
-                PoolKind::Lp { p } => values.map(|v| v.abs().powi(p as i32)).sum::<f32>().powf(1.0 / p as f32),
+                PoolKind::Lp { p } => {
+                    values.map(|v| v.abs().powi(p as i32)).sum::<f32>().powf(1.0 / p as f32)
+                }
             };
         }
     });

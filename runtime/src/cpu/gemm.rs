@@ -27,8 +27,12 @@ pub(crate) struct Contraction {
 impl Contraction {
     /// `constant` says which operands are known when the session opens.
     pub(crate) fn new(spec: &EinsumSpec, constant: [bool; 2]) -> Result<Contraction, String> {
-        let [first, second] = spec.inputs.as_slice() else { return Err(format!("{spec} has not two operands")) };
-        let keep = |test: &dyn Fn(u8) -> bool, of: &[u8]| of.iter().copied().filter(|&l| test(l)).collect::<Vec<u8>>();
+        let [first, second] = spec.inputs.as_slice() else {
+            return Err(format!("{spec} has not two operands"));
+        };
+        let keep = |test: &dyn Fn(u8) -> bool, of: &[u8]| {
+            of.iter().copied().filter(|&l| test(l)).collect::<Vec<u8>>()
+        };
         let out = &spec.output;
         let batch = keep(&|l| first.contains(&l) && second.contains(&l), out);
         let rows = keep(&|l| !second.contains(&l), out);
@@ -58,16 +62,33 @@ impl Contraction {
         usize::from(!self.swapped)
     }
 
+    /// Which dims of the operand that plays the columns are depth and which are columns, in order; none with a batch.
+    pub(crate) fn column_dims(&self) -> Option<(Vec<usize>, Vec<usize>)> {
+        let letters = self.letters(self.column_operand());
+        let places = |group: &[u8]| -> Option<Vec<usize>> {
+            group.iter().map(|l| letters.iter().position(|o| o == l)).collect()
+        };
+        self.batch.is_empty().then(|| Some((places(&self.depth)?, places(&self.columns)?)))?
+    }
+
     fn letters(&self, operand: usize) -> &[u8] {
         &self.spec.inputs[operand]
     }
 
     /// Packs the operand that plays the columns, if there is no batch.
-    pub(crate) fn pack(&self, gemm: &GemmExecutor, value: &Value) -> Result<Option<PackedBMatrix<f32>>, String> {
+    pub(crate) fn pack(
+        &self,
+        gemm: &GemmExecutor,
+        value: &Value,
+    ) -> Result<Option<PackedBMatrix<f32>>, String> {
         if !self.batch.is_empty() || value.len() == 0 {
             return Ok(None);
         }
-        let operand = Matrices::new(&value.as_f32()?, self.letters(self.column_operand()), [&[], &self.depth, &self.columns])?;
+        let operand = Matrices::new(
+            &value.as_f32()?,
+            self.letters(self.column_operand()),
+            [&[], &self.depth, &self.columns],
+        )?;
         Ok(Some(gemm.prepack_b(operand.matrix(0)?)))
     }
 
@@ -80,7 +101,8 @@ impl Contraction {
         spare: Vec<f32>,
     ) -> Result<Value, String> {
         let (r, c) = (1 - self.column_operand(), self.column_operand());
-        let left = Matrices::new(&operands[r].as_f32()?, self.letters(r), [&self.batch, &self.rows, &self.depth])?;
+        let left =
+            Matrices::new(&operands[r].as_f32()?, self.letters(r), [&self.batch, &self.rows, &self.depth])?;
         let extent = |letter: &u8| -> Result<usize, String> {
             (0..2)
                 .find_map(|o| {
@@ -102,8 +124,11 @@ impl Contraction {
             let (a, b) = (left.matrix(0)?, GemmInputB::Packed(packed));
             multiply(gemm, &mut out, a, b)?;
         } else if !out.is_empty() {
-            let right =
-                Matrices::new(&operands[c].as_f32()?, self.letters(c), [&self.batch, &self.depth, &self.columns])?;
+            let right = Matrices::new(
+                &operands[c].as_f32()?,
+                self.letters(c),
+                [&self.batch, &self.depth, &self.columns],
+            )?;
             let one = size(&rows) * size(&columns);
             out.par_chunks_mut(one).enumerate().try_for_each(|(i, out)| {
                 multiply(gemm, out, left.matrix(i)?, GemmInputB::Unpacked(right.matrix(i)?))
@@ -156,10 +181,14 @@ impl Matrices {
         }
         let view = value.permuted(&perm);
         let cut = [groups[0].len(), groups[0].len() + groups[1].len()];
-        Matrices::of(&view, cut).map_or_else(|| {
-            // Strides are lost; a row-major copy always has them.
-            Matrices::of(&Value::new(view.clone().into_tensor()?), cut).ok_or_else(|| "a copy without strides".into())
-        }, Ok)
+        Matrices::of(&view, cut).map_or_else(
+            || {
+                // Strides are lost; a row-major copy always has them.
+                Matrices::of(&Value::new(view.clone().into_tensor()?), cut)
+                    .ok_or_else(|| "a copy without strides".into())
+            },
+            Ok,
+        )
     }
 
     fn of(view: &Value, cut: [usize; 2]) -> Option<Matrices> {

@@ -30,13 +30,22 @@ pub(crate) fn concat(parts: &[Value], axis: usize) -> Result<Value, String> {
         }
         shape[axis] += part.shape()[axis];
     }
-    fn join<T: Element + Default>(parts: &[Value], shape: &[usize], axis: usize, _: &[T]) -> Result<Data, String> {
+    fn join<T: Element + Default>(
+        parts: &[Value],
+        shape: &[usize],
+        axis: usize,
+        _: &[T],
+    ) -> Result<Data, String> {
         let mut out = vec![T::default(); shape.iter().product()];
         let strides = row_major(shape);
         let mut at = 0;
         for (part, elements) in parts.iter().zip(T::all(parts)?) {
             let offset = at * strides[axis] as usize;
-            copy_strided(part.shape(), (elements, part.offset(), part.strides()), (&mut out, offset, &strides));
+            copy_strided(
+                part.shape(),
+                (elements, part.offset(), part.strides()),
+                (&mut out, offset, &strides),
+            );
             at += part.shape()[axis];
         }
         Ok(wrap(out))
@@ -122,7 +131,11 @@ pub(crate) fn pad(x: &Value, low: &[i64], high: &[i64], value: f32) -> Result<Va
     }
     let count = tpshard_ir::tensor::element_count(&shape).ok_or("a padded tensor beyond memory")?;
     let mut out = vec![value; count];
-    copy_strided(view.shape(), (view.elements::<f32>()?, view.offset(), view.strides()), (&mut out, offset, &strides));
+    copy_strided(
+        view.shape(),
+        (view.elements::<f32>()?, view.offset(), view.strides()),
+        (&mut out, offset, &strides),
+    );
     Value::from_vec(&shape, out)
 }
 

@@ -29,7 +29,9 @@ enum Bank {
 fn bank(dtype: DType) -> Option<Bank> {
     match dtype {
         DType::F32 | DType::F16 | DType::BF16 => Some(Bank::Float),
-        DType::I8 | DType::I16 | DType::I32 | DType::I64 | DType::U8 | DType::U16 | DType::U32 => Some(Bank::Int),
+        DType::I8 | DType::I16 | DType::I32 | DType::I64 | DType::U8 | DType::U16 | DType::U32 => {
+            Some(Bank::Int)
+        }
         DType::Bool => Some(Bank::Bool),
         _ => None,
     }
@@ -79,7 +81,9 @@ impl Program {
         let mut instructions = Vec::new();
         for &id in &region.nodes {
             let node = graph.node(id);
-            let Op::Map(scalar) = node.op else { return Err(format!("{} is not elementwise", node.op.name())) };
+            let Op::Map(scalar) = node.op else {
+                return Err(format!("{} is not elementwise", node.op.name()));
+            };
             let from = node
                 .args
                 .iter()
@@ -229,7 +233,14 @@ impl Blocks {
     }
 
     /// Loads `run` elements from `offset` on, `step` apart.
-    fn load(&mut self, from: &Value, offset: usize, step: isize, to: Register, run: usize) -> Result<(), String> {
+    fn load(
+        &mut self,
+        from: &Value,
+        offset: usize,
+        step: isize,
+        to: Register,
+        run: usize,
+    ) -> Result<(), String> {
         macro_rules! ints {
             ($v:expr) => {
                 read($v, offset, step, &mut self.ints[to.index][..run], |x| i64::from(x))
@@ -285,7 +296,9 @@ impl Blocks {
             (Scalar::Cast(_), [a]) => match a.bank {
                 Bank::Float => to.copy_from_slice(&self.floats[a.index][..run]),
                 Bank::Int => to.iter_mut().zip(&self.ints[a.index]).for_each(|(t, &x)| *t = x as f32),
-                Bank::Bool => to.iter_mut().zip(&self.bools[a.index]).for_each(|(t, &x)| *t = f32::from(u8::from(x))),
+                Bank::Bool => {
+                    to.iter_mut().zip(&self.bools[a.index]).for_each(|(t, &x)| *t = f32::from(u8::from(x)))
+                }
             },
             (Scalar::Select, [c, a, b]) => {
                 select(&self.bools[c.index], &self.floats[a.index], &self.floats[b.index], to);
@@ -332,12 +345,18 @@ impl Blocks {
                 to.iter_mut().zip(&self.ints[a.index]).for_each(|(t, &x)| *t = x != 0);
             }
             (Scalar::Not, [a]) => to.iter_mut().zip(bools(a)).for_each(|(t, &x)| *t = !x),
-            (Scalar::IsNan, [a]) => to.iter_mut().zip(&self.floats[a.index]).for_each(|(t, x)| *t = x.is_nan()),
-            (Scalar::IsInf, [a]) => to.iter_mut().zip(&self.floats[a.index]).for_each(|(t, x)| *t = x.is_infinite()),
+            (Scalar::IsNan, [a]) => {
+                to.iter_mut().zip(&self.floats[a.index]).for_each(|(t, x)| *t = x.is_nan())
+            }
+            (Scalar::IsInf, [a]) => {
+                to.iter_mut().zip(&self.floats[a.index]).for_each(|(t, x)| *t = x.is_infinite())
+            }
             (scalar, [a, b]) => match a.bank {
                 Bank::Bool => scalar::bool_binary(scalar, bools(a), bools(b), to)?,
                 Bank::Int => compare(scalar, &self.ints[a.index][..run], &self.ints[b.index][..run], to)?,
-                Bank::Float => compare(scalar, &self.floats[a.index][..run], &self.floats[b.index][..run], to)?,
+                Bank::Float => {
+                    compare(scalar, &self.floats[a.index][..run], &self.floats[b.index][..run], to)?
+                }
             },
             _ => return Err(format!("{} to bool", i.scalar.name())),
         }

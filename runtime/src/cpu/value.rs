@@ -94,6 +94,16 @@ impl Value {
         Arc::try_unwrap(tensor).map_err(|tensor| Value { tensor, shape, strides, offset })
     }
 
+    /// True if this shows the first entries along `axis` of a tensor that has room for `needed` of them.
+    pub(crate) fn is_prefix(&self, axis: usize, needed: usize) -> bool {
+        let whole = self.tensor.shape();
+        self.offset == 0
+            && whole.len() == self.shape.len()
+            && self.strides == row_major(whole)
+            && (0..whole.len())
+                .all(|d| if d == axis { whole[d] >= needed } else { whole[d] == self.shape[d] })
+    }
+
     /// True if the elements lie one after another in row-major order.
     pub(crate) fn is_contiguous(&self) -> bool {
         let mut expected = 1isize;
@@ -198,7 +208,13 @@ impl Value {
     }
 
     /// `length` entries of `axis` from `start` in steps of `step`.
-    pub(crate) fn sliced(&self, axis: usize, start: usize, length: usize, step: i64) -> Result<Value, String> {
+    pub(crate) fn sliced(
+        &self,
+        axis: usize,
+        start: usize,
+        length: usize,
+        step: i64,
+    ) -> Result<Value, String> {
         let extent = *self.shape.get(axis).ok_or("a slice of a dim that does not exist")?;
         let mut view = self.clone();
         view.shape[axis] = length;
@@ -283,8 +299,9 @@ fn reshaped_strides(from: &[usize], strides: &[isize], shape: &[usize]) -> Optio
 }
 
 /// The elements of a view in row-major order.
-fn gather_elements<T: Copy + Default>(view: &Value, all: &[T]) -> Vec<T> {
-    let mut out = vec![T::default(); view.len()];
+fn gather_elements<T: Copy>(view: &Value, all: &[T]) -> Vec<T> {
+    let (false, Some(&any)) = (view.len() == 0, all.get(view.offset)) else { return Vec::new() };
+    let mut out = vec![any; view.len()];
     let to = row_major(&view.shape);
     copy_strided(&view.shape, (all, view.offset, &view.strides), (&mut out, 0, &to));
     out
@@ -315,7 +332,8 @@ pub(crate) fn copy_strided<T: Copy>(
             (0, 1) => target[t..t + inner].fill(source[f]),
             _ => {
                 for i in 0..inner as isize {
-                    target[(t as isize + i * to_inner) as usize] = source[(f as isize + i * from_inner) as usize];
+                    target[(t as isize + i * to_inner) as usize] =
+                        source[(f as isize + i * from_inner) as usize];
                 }
             }
         }
@@ -334,7 +352,8 @@ pub(crate) fn merged<const N: usize>(
             continue;
         }
         let joins = !dims.is_empty()
-            && (0..N).all(|n| result[n].last().is_some_and(|&outer| outer == strides[n][i] * extent as isize));
+            && (0..N)
+                .all(|n| result[n].last().is_some_and(|&outer| outer == strides[n][i] * extent as isize));
         if joins {
             if let Some(last) = dims.last_mut() {
                 *last *= extent;
