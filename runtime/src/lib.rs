@@ -8,3 +8,5 @@ pub mod comm;
 pub mod cpu;
 pub mod io;
 pub mod launch;
+pub mod session;
+pub mod state;

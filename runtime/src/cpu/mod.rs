@@ -22,3 +22,5 @@ mod scalar;
 pub(crate) mod value;
 
 pub use constants::{MemoryWeights, WeightSource, check_weight};
+
+pub(crate) use movement::write_into as write_row;
