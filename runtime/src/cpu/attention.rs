@@ -44,7 +44,8 @@ impl Attention<'_> {
             return Value::from_vec(&[batch, heads, queries, width], out);
         }
         if keys == 0 {
-            out.fill(if self.empty_rows_zero { 0.0 } else { f32::NAN });
+            // A sum over nothing.
+            out.fill(0.0);
             return Value::from_vec(&[batch, heads, queries, width], out);
         }
         let rows = (SCORES / keys).clamp(1, queries);

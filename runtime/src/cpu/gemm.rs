@@ -50,13 +50,6 @@ impl Contraction {
         Ok(Contraction { spec: spec.clone(), swapped, batch, rows, columns, depth })
     }
 
-    /// True if the letters of both operands all fall into a group.
-    pub(crate) fn is_complete(spec: &EinsumSpec) -> bool {
-        let [first, second] = spec.inputs.as_slice() else { return false };
-        let lone = |a: &[u8], b: &[u8]| a.iter().any(|l| !b.contains(l) && !spec.output.contains(l));
-        !lone(first, second) && !lone(second, first)
-    }
-
     /// Which operand plays the columns.
     pub(crate) fn column_operand(&self) -> usize {
         usize::from(!self.swapped)

@@ -264,7 +264,7 @@ pub(crate) fn wrap<T: Element>(values: Vec<T>) -> Data {
 
 /// Strides that show `from` elements as `shape`, if there are any.
 fn reshaped_strides(from: &[usize], strides: &[isize], shape: &[usize]) -> Option<Vec<isize>> {
-    if shape.iter().any(|&d| d == 0) {
+    if shape.contains(&0) {
         return Some(row_major(shape));
     }
     // Dims of the source that are walked in one run, outermost first.
