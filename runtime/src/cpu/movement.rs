@@ -139,13 +139,13 @@ pub(crate) fn pad(x: &Value, low: &[i64], high: &[i64], value: f32) -> Result<Va
     Value::from_vec(&shape, out)
 }
 
-/// Copies `new` into `buffer` (a row-major tensor) at `at` along `axis`.
+/// Copies `new` into `buffer` (a row-major tensor) at `at` along `axis`, and from the start of the other dims on.
 pub(crate) fn write_into(buffer: &mut Tensor, axis: usize, at: usize, new: &Value) -> Result<(), String> {
     let shape = buffer.shape().to_vec();
     let fits = shape.len() == new.shape().len()
         && axis < shape.len()
         && at + new.shape()[axis] <= shape[axis]
-        && (0..shape.len()).all(|d| d == axis || shape[d] == new.shape()[d]);
+        && (0..shape.len()).all(|d| d == axis || new.shape()[d] <= shape[d]);
     if !fits {
         return Err(format!("{:?} does not fit into {shape:?} at {at}", new.shape()));
     }

@@ -1,5 +1,5 @@
 //! Programs, random tensors and comparisons for the executor's tests.
-#![allow(dead_code, reason = "each test file uses a part")]
+#![allow(dead_code, unreachable_pub, reason = "each test file uses a part")]
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
