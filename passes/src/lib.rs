@@ -2,4 +2,5 @@
 //!
 //! What must not live here: protobuf, files, processes, devices.
 
+pub mod canonical;
 pub mod extended;
