@@ -341,7 +341,7 @@ mod tests {
         let mut bytes = sample();
         change(&mut bytes);
         let length = u64::from_le_bytes(bytes[24..32].try_into().unwrap()) as usize;
-        let table = bytes.get(HEADER..HEADER + length).unwrap_or_default();
+        let table = bytes.get(HEADER..HEADER.saturating_add(length)).unwrap_or_default();
         let hash = table_hash(&bytes[..HASHED_HEADER], table);
         bytes[32..64].copy_from_slice(&hash);
         bytes
