@@ -349,7 +349,8 @@ mod tests {
 
     #[test]
     fn a_lying_table_is_refused_although_its_hash_fits() {
-        let lies: [&dyn Fn(&mut Vec<u8>); 7] = [
+        type Lie<'a> = &'a dyn Fn(&mut Vec<u8>);
+        let lies: [Lie<'_>; 7] = [
             &|b| b[HEADER..HEADER + 8].copy_from_slice(&0u64.to_le_bytes()),
             &|b| b[HEADER..HEADER + 8].copy_from_slice(&u64::MAX.to_le_bytes()),
             &|b| b[HEADER + 8..HEADER + 16].copy_from_slice(&u64::MAX.to_le_bytes()),
