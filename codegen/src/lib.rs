@@ -4,3 +4,4 @@
 //! [`elf`] puts a rank program into a copy of the runner. How collectives are carried is not known here.
 
 pub mod elf;
+pub mod folder;
