@@ -5,3 +5,4 @@
 
 pub mod elf;
 pub mod folder;
+pub mod weights;

@@ -194,8 +194,8 @@ fn helper_writes() {
         let _ = std::io::stdin().read_line(&mut String::new());
         return;
     }
-    println!("\nwriting");
     for round in 0.. {
+        println!("\nround {round}");
         write(&out, true, &format!("{round} {}", "x".repeat(100_000))).unwrap();
     }
 }
@@ -229,9 +229,10 @@ fn a_dead_writer_s_folder_is_removed_and_a_living_one_s_is_not() {
 fn after_a_kill_at_any_moment_the_folder_is_absent_or_complete() {
     let (parent, out) = parent();
     let (mut seed, mut complete) = (7u64, 0);
-    for _ in 0..12 {
+    for kill in 0..12 {
         let mut child = writer("write", &out);
-        wait_for(&mut child, "writing");
+        // In the first round nothing precedes the kill, later there is a folder to be replaced.
+        wait_for(&mut child, &format!("round {}", kill % 3));
         seed = seed.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
         std::thread::sleep(Duration::from_micros(seed >> 33 & 0x7fff));
         child.kill().unwrap();
