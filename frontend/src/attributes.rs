@@ -191,7 +191,12 @@ impl<'a> AttributeReader<'a> {
 
     /// Attributes nobody has asked for so far, in file order.
     pub fn unread(&self) -> impl Iterator<Item = &'a Attribute> {
-        self.node.attributes.iter().zip(&self.used).filter(|(_, used)| !used.get()).map(|(attribute, _)| attribute)
+        self.node
+            .attributes
+            .iter()
+            .zip(&self.used)
+            .filter(|(_, used)| !used.get())
+            .map(|(attribute, _)| attribute)
     }
 
     /// Refuses attributes that nobody asked for.

@@ -31,22 +31,18 @@ pub(crate) fn normal_domain(domain: String) -> String {
     if domain == "ai.onnx" { String::new() } else { domain }
 }
 
-/// The imports as a map.
-pub(crate) fn opsets(imports: Vec<OperatorSetIdProto>, faults: &mut Faults) -> BTreeMap<String, i64> {
-    let mut opsets = BTreeMap::new();
-    for import in imports {
-        let domain = normal_domain(import.domain);
-        if let Some(other) = opsets.get(&domain)
-            && *other != import.version
-        {
-            let name = quote(domain_name(&domain));
-            let message = format!("{name} is imported in versions {other} and {}", import.version);
-            faults.push(Fault::invalid(message, "import each domain once"));
-            continue;
-        }
-        opsets.insert(domain, import.version);
-    }
-    opsets
+/// Domains that ONNX Runtime knows without an import, and their version then. Its own tools write such files.
+const IMPLICIT: &[(&str, i64)] = &[("com.microsoft", 1), ("ai.onnx.ml", 1)];
+
+/// The imports as a map; of several for one domain the last holds, as in ONNX Runtime.
+pub(crate) fn opsets(imports: Vec<OperatorSetIdProto>) -> BTreeMap<String, i64> {
+    imports.into_iter().map(|import| (normal_domain(import.domain), import.version)).collect()
+}
+
+/// The version a node of `domain` is written in.
+fn opset_of(domain: &str, opsets: &BTreeMap<String, i64>) -> Option<i64> {
+    let implicit = || IMPLICIT.iter().find(|(name, _)| *name == domain).map(|(_, version)| *version);
+    opsets.get(domain).copied().or_else(implicit)
 }
 
 /// Key-value lists; the last of several equal keys holds.
@@ -57,7 +53,7 @@ pub(crate) fn metadata(entries: Vec<StringStringEntryProto>) -> BTreeMap<String,
 impl Converter<'_> {
     pub(crate) fn function(&mut self, proto: FunctionProto, model: &BTreeMap<String, i64>) -> Function {
         let mut imports = model.clone();
-        imports.extend(opsets(proto.opset_import, &mut self.faults));
+        imports.extend(opsets(proto.opset_import));
         let site = NodeSite {
             name: String::new(),
             op_type: proto.name.clone(),
@@ -67,11 +63,7 @@ impl Converter<'_> {
         };
         let defaults = self.attributes(proto.attribute_proto, &imports, &site);
         Function {
-            key: FunctionKey {
-                domain: site.domain,
-                name: proto.name,
-                overload: proto.overload,
-            },
+            key: FunctionKey { domain: site.domain, name: proto.name, overload: proto.overload },
             inputs: proto.input,
             outputs: proto.output,
             attributes: proto.attribute,
@@ -127,7 +119,7 @@ impl Converter<'_> {
         let mut node = Node {
             name: proto.name,
             op_type: proto.op_type,
-            opset: opsets.get(&domain).copied().unwrap_or(0),
+            opset: opset_of(&domain, opsets).unwrap_or(0),
             domain,
             overload: proto.overload,
             inputs: proto.input,
@@ -138,9 +130,10 @@ impl Converter<'_> {
         };
         let site = node.site();
         if node.op_type.is_empty() {
-            self.faults
-                .push(Fault::invalid("a node has no operator", "export the model again").at_node(site.clone()));
-        } else if !opsets.contains_key(&node.domain) && !self.local.contains(&FunctionKey::of(&node)) {
+            self.faults.push(
+                Fault::invalid("a node has no operator", "export the model again").at_node(site.clone()),
+            );
+        } else if opset_of(&node.domain, opsets).is_none() && !self.local.contains(&FunctionKey::of(&node)) {
             let message = format!("the domain {} is used but not imported", quote(domain_name(&node.domain)));
             let help = "add the domain to the model's opset_import, or export again";
             self.faults.push(Fault::invalid(message, help).at_node(site.clone()));
@@ -191,7 +184,8 @@ impl Converter<'_> {
         if !proto.ref_attr_name.is_empty() {
             return Some(AttributeValue::Reference { attribute: proto.ref_attr_name, expected: kind });
         }
-        let missing = || at(Fault::invalid(format!("the attribute has no {kind} value"), "export the model again"));
+        let missing =
+            || at(Fault::invalid(format!("the attribute has no {kind} value"), "export the model again"));
         Some(match kind {
             AttributeType::Float => AttributeValue::Float(proto.f.unwrap_or(0.0)),
             AttributeType::Int => AttributeValue::Int(proto.i.unwrap_or(0)),
@@ -207,7 +201,11 @@ impl Converter<'_> {
                 AttributeValue::Tensor(self.tensor(*tensor, &name, Some(site))?)
             }
             AttributeType::Tensors => AttributeValue::Tensors(
-                proto.tensors.into_iter().filter_map(|tensor| self.tensor(tensor, &name, Some(site))).collect(),
+                proto
+                    .tensors
+                    .into_iter()
+                    .filter_map(|tensor| self.tensor(tensor, &name, Some(site)))
+                    .collect(),
             ),
             AttributeType::Graph => {
                 let Some(graph) = proto.g else {
@@ -216,9 +214,9 @@ impl Converter<'_> {
                 };
                 AttributeValue::Graph(Box::new(self.graph(*graph, opsets)))
             }
-            AttributeType::Graphs => {
-                AttributeValue::Graphs(proto.graphs.into_iter().map(|graph| self.graph(graph, opsets)).collect())
-            }
+            AttributeType::Graphs => AttributeValue::Graphs(
+                proto.graphs.into_iter().map(|graph| self.graph(graph, opsets)).collect(),
+            ),
             AttributeType::Type => {
                 let value = proto.tp.map(|tp| value_type(*tp));
                 let value = value.unwrap_or_else(|| Err(missing()));
@@ -273,7 +271,8 @@ impl Converter<'_> {
 
     fn value_info(&mut self, proto: ValueInfoProto) -> ValueInfo {
         let declared = proto.r#type.map(|declared| value_type(*declared));
-        let declared = declared.and_then(|d| self.faults.keep(d.map_err(|fault| fault.at_value(&proto.name))));
+        let declared =
+            declared.and_then(|d| self.faults.keep(d.map_err(|fault| fault.at_value(&proto.name))));
         ValueInfo { name: proto.name, value_type: declared, metadata: metadata(proto.metadata_props) }
     }
 
@@ -316,7 +315,9 @@ fn attribute_type(proto: &AttributeProto) -> Result<AttributeType, Fault> {
         0 => match (others.next(), others.next()) {
             (Some(only), None) => return Ok(only),
             (None, _) => return Err(Fault::invalid("the attribute has neither type nor value", again)),
-            (Some(_), Some(_)) => return Err(Fault::invalid("the attribute has no type and several values", again)),
+            (Some(_), Some(_)) => {
+                return Err(Fault::invalid("the attribute has no type and several values", again));
+            }
         },
         code => holds.iter().find(|(number, ..)| *number == code).map(|(_, kind, _)| *kind),
     };

@@ -84,7 +84,10 @@ fn check_spec(spec: &ShardingSpecProto, node: &Node, graph: &Graph, count: i64) 
         }
         for split in &sharded.simple_sharding {
             if split.num_shards <= 0 {
-                return Err(format!("the sharding splits axis {} into {} shards", sharded.axis, split.num_shards));
+                return Err(format!(
+                    "the sharding splits axis {} into {} shards",
+                    sharded.axis, split.num_shards
+                ));
             }
             if matches!(split.dim, Some(DimensionValue::Value(size)) if size < 0) {
                 return Err(format!("the sharding gives axis {} a negative size", sharded.axis));

@@ -43,7 +43,8 @@ impl Storage {
         });
         range.ok_or_else(|| {
             let message = format!("{} is not open in this storage", file.display());
-            Fault::invalid(message, "use the storage of the model the tensor belongs to").at_value(&tensor.name)
+            Fault::invalid(message, "use the storage of the model the tensor belongs to")
+                .at_value(&tensor.name)
         })
     }
 
@@ -55,8 +56,9 @@ impl Storage {
         let bytes = self.bytes(tensor)?;
         let shape: Option<Vec<usize>> = tensor.dims.iter().map(|&dim| usize::try_from(dim).ok()).collect();
         let shape = shape.ok_or_else(|| Fault::resource("a dim exceeds the address space", "none"))?;
-        Tensor::from_le_bytes(tensor.dtype, shape, &bytes)
-            .map_err(|error| Fault::invalid(error.to_string(), "export the model again").at_value(&tensor.name))
+        Tensor::from_le_bytes(tensor.dtype, shape, &bytes).map_err(|error| {
+            Fault::invalid(error.to_string(), "export the model again").at_value(&tensor.name)
+        })
     }
 
     /// The external files, in order of their paths, with their content.
@@ -118,7 +120,9 @@ impl<'a> Opener<'a> {
         let file = self.open(keys.location)?;
         let size = self.storage.files.get(&file).map_or(0, |content| content.len() as u64);
         match keys.offset.checked_add(needed) {
-            Some(end) if end <= size => Ok(TensorSource::External { file, offset: keys.offset, length: needed }),
+            Some(end) if end <= size => {
+                Ok(TensorSource::External { file, offset: keys.offset, length: needed })
+            }
             _ => Err(Fault::invalid(
                 format!(
                     "{needed} bytes at offset {} are beyond the end of {}, which has {size}",
@@ -206,7 +210,8 @@ impl From<io::Error> for Open {
     }
 }
 
-const MISMATCH: &str = "model and data file do not belong together, or the data file is cut off; get both again";
+const MISMATCH: &str =
+    "model and data file do not belong together, or the data file is cut off; get both again";
 
 /// Opens `relative` below `folder` without following a symlink anywhere. `NONBLOCK` keeps a FIFO from hanging us.
 fn open_without_links(folder: &Path, relative: &Path) -> io::Result<File> {
@@ -257,8 +262,9 @@ fn read_keys(entries: &[StringStringEntryProto]) -> Result<Keys<'_>, Fault> {
             return Err(Fault::invalid(message, "save the model again"));
         }
     }
-    let location = location
-        .ok_or_else(|| Fault::invalid("external data has no location", "save the model and its data again"))?;
+    let location = location.ok_or_else(|| {
+        Fault::invalid("external data has no location", "save the model and its data again")
+    })?;
     let offset = offset.map(|text| number("offset", text)).transpose()?.unwrap_or(0);
     let length = length.map(|text| number("length", text)).transpose()?;
     Ok(Keys { location, offset, length })
@@ -356,10 +362,10 @@ mod tests {
         let (_root, model) = folder();
         let limits = Limits::default();
         let mut opener = Opener::new(&model, &limits).unwrap();
-        let pairs = [("location", "w.bin"), ("offset", "8"), ("length", "4"), ("checksum", "x"), ("other", "y")];
+        let pairs =
+            [("location", "w.bin"), ("offset", "8"), ("length", "4"), ("checksum", "x"), ("other", "y")];
         let source = opener.source(&entries(&pairs), 4).unwrap();
-        let tensor =
-            TensorRef { name: "w".into(), dtype: tpshard_ir::DType::U8, dims: vec![4], source };
+        let tensor = TensorRef { name: "w".into(), dtype: tpshard_ir::DType::U8, dims: vec![4], source };
         opener.source(&entries(&[("location", "./w.bin")]), 24).unwrap();
         opener.source(&entries(&[("location", "sub/w.bin")]), 24).unwrap();
         let storage = opener.into_storage();
@@ -427,14 +433,8 @@ mod tests {
         let (_root, model) = folder();
         assert!(refused(&model, "sub").contains("not a regular file"));
         let fifo = model.with_file_name("fifo");
-        rustix::fs::mknodat(
-            rustix::fs::CWD,
-            &fifo,
-            rustix::fs::FileType::Fifo,
-            Mode::RUSR | Mode::WUSR,
-            0,
-        )
-        .unwrap();
+        rustix::fs::mknodat(rustix::fs::CWD, &fifo, rustix::fs::FileType::Fifo, Mode::RUSR | Mode::WUSR, 0)
+            .unwrap();
         assert!(refused(&model, "fifo").contains("not a regular file"));
         let missing = source(&model, &[("location", "none.bin")], 24).unwrap_err();
         assert_eq!(missing.kind, ErrorKind::Io);

@@ -167,7 +167,10 @@ fn check_expansion(graph: &Graph, functions: &Functions, limits: &Limits, heap: 
         return Ok(());
     };
     let message = format!("inlining the model's functions gives {too_large}");
-    Err(Fault::resource(message, "the functions multiply when they call each other; simplify the model first"))
+    Err(Fault::resource(
+        message,
+        "the functions multiply when they call each other; simplify the model first",
+    ))
 }
 
 /// The functions called in these nodes and their subgraphs.
@@ -232,7 +235,8 @@ fn attribute_bytes(value: &AttributeValue) -> u64 {
 }
 
 fn graph_own_bytes(graph: &Graph) -> usize {
-    let values = graph.inputs.len() + graph.outputs.len() + graph.initializers.len() + graph.value_types.len();
+    let values =
+        graph.inputs.len() + graph.outputs.len() + graph.initializers.len() + graph.value_types.len();
     size_of::<Graph>() + values * (256 + PREFIX as usize)
 }
 
@@ -336,7 +340,8 @@ impl Inliner<'_> {
             if !declared.contains(&attribute.name) {
                 let message = format!("the function has no attribute {}", quote(&attribute.name));
                 let help = "the call does not match the function's definition";
-                self.faults.push(Fault::invalid(message, help).at_value(&attribute.name).at_node(node.site()));
+                self.faults
+                    .push(Fault::invalid(message, help).at_value(&attribute.name).at_node(node.site()));
             }
         }
     }
@@ -393,7 +398,11 @@ impl Inliner<'_> {
             self.charge(call.metadata.iter().map(|(key, value)| key.len() + value.len() + 64).sum())?;
         }
         let mut node = Node {
-            name: format!("{}/{}", scope.prefix, if body.name.is_empty() { &body.op_type } else { &body.name }),
+            name: format!(
+                "{}/{}",
+                scope.prefix,
+                if body.name.is_empty() { &body.op_type } else { &body.name }
+            ),
             op_type: body.op_type.clone(),
             domain: body.domain.clone(),
             overload: body.overload.clone(),
@@ -437,7 +446,8 @@ impl Inliner<'_> {
                 let Some(&given) = scope.attributes.get(attribute.as_str()) else { return Ok(None) };
                 let found = given.attribute_type();
                 if found != *expected {
-                    let message = format!("the function wants this attribute as {expected}, the call gives {found}");
+                    let message =
+                        format!("the function wants this attribute as {expected}, the call gives {found}");
                     let help = "the call does not match the function's definition";
                     self.faults.push(Fault::invalid(message, help).at_value(name).at_node(call.site()));
                 }

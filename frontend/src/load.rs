@@ -43,7 +43,9 @@ fn open(path: &Path) -> Result<Bytes, Fault> {
     let failed = |error: io::Error| {
         let help = match error.kind() {
             io::ErrorKind::NotFound => "check the path",
-            io::ErrorKind::PermissionDenied => "check the permissions of the file and of the folders above it",
+            io::ErrorKind::PermissionDenied => {
+                "check the permissions of the file and of the folders above it"
+            }
             _ => "check that the file is readable",
         };
         Fault::io(format!("cannot open the model: {error}"), help)
@@ -64,15 +66,17 @@ fn assemble(proto: ModelProto, path: &Path, limits: &Limits, heap: u64) -> Resul
     let whole = |fault: Fault| LoadError::new(path, fault);
     let ir_version = check_ir_version(proto.ir_version).map_err(whole)?;
     let mut faults = Faults::default();
-    let opsets = convert::opsets(proto.opset_import, &mut faults);
+    let opsets = convert::opsets(proto.opset_import);
     check_opsets(&opsets, &mut faults);
     let Some(graph) = proto.graph else {
         let message = "the file holds no graph: it is not an ONNX model, or an empty one";
-        faults.push(Fault::invalid(message, "export the model again"));
-        return Err(faults.finish(path).err().unwrap_or_else(|| whole(Fault::invalid(message, "export again"))));
+        return Err(whole(Fault::invalid(message, "export the model again")));
     };
     let opener = Opener::new(path, limits).map_err(|error| {
-        whole(Fault::io(format!("cannot resolve the model's folder: {error}"), "check the folder's permissions"))
+        whole(Fault::io(
+            format!("cannot resolve the model's folder: {error}"),
+            "check the folder's permissions",
+        ))
     })?;
     let local: BTreeSet<FunctionKey> = proto
         .functions
@@ -100,19 +104,15 @@ fn assemble(proto: ModelProto, path: &Path, limits: &Limits, heap: u64) -> Resul
         storage: opener.into_storage(),
     };
     // Later stages would only report the consequences of what is wrong so far.
-    finish(faults, path)?;
+    faults.finish(path)?;
     let mut faults = Faults::default();
     functions::inline(&mut model.graph, &functions, limits, heap, &mut faults).map_err(whole)?;
-    finish(faults, path)?;
+    faults.finish(path)?;
     let mut faults = Faults::default();
     structure::check(&mut model.graph, &mut faults);
     devices::check(&model, &mut faults);
-    finish(faults, path)?;
+    faults.finish(path)?;
     Ok(model)
-}
-
-fn finish(faults: Faults, path: &Path) -> Result<(), LoadError> {
-    faults.finish(path)
 }
 
 fn check_ir_version(version: Option<i64>) -> Result<i64, Fault> {
@@ -143,7 +143,8 @@ fn check_opsets(opsets: &BTreeMap<String, i64>, faults: &mut Faults) {
     if !OPSETS.contains(&version) {
         let message =
             format!("ai.onnx opset {version} is not supported; {} to {} are", OPSETS.start(), OPSETS.end());
-        let help = "convert the model with `onnx.version_converter.convert_version(model, 17)`, or export it again";
+        let help =
+            "convert the model with `onnx.version_converter.convert_version(model, 17)`, or export it again";
         faults.push(Fault::unsupported(message, help));
     }
 }

@@ -33,12 +33,17 @@ pub(crate) fn refuse_other_formats(content: &[u8]) -> Result<(), Fault> {
     refuse_text(first, content)
 }
 
-const EXPORT: &str = "export the model to ONNX first, for example with `torch.onnx.export` or `optimum-cli export onnx`";
+const EXPORT: &str =
+    "export the model to ONNX first, for example with `torch.onnx.export` or `optimum-cli export onnx`";
 const UNPACK: &str = "unpack it and pass the .onnx file inside";
 
 const MAGIC: &[(&[u8], &str, &str)] = &[
     (b"\x1f\x8b", "a gzip archive", UNPACK),
-    (b"PK\x03\x04", "a zip archive (a PyTorch checkpoint, perhaps)", "unpack it, or export the checkpoint to ONNX"),
+    (
+        b"PK\x03\x04",
+        "a zip archive (a PyTorch checkpoint, perhaps)",
+        "unpack it, or export the checkpoint to ONNX",
+    ),
     (b"\x28\xb5\x2f\xfd", "a zstd archive", UNPACK),
     (b"\xfd7zXZ\0", "an xz archive", UNPACK),
     (b"BZh", "a bzip2 archive", UNPACK),
@@ -109,7 +114,7 @@ mod tests {
 
     #[test]
     fn protobuf_passes() {
-        refuse_other_formats(b"\x08\x08\x12\x07pytorch\x3a\x00").unwrap();
-        refuse_other_formats(b"\x0a").unwrap();
+        refuse_other_formats(b"\x08\x08\x12\x07pytorch\x3a\0").unwrap();
+        refuse_other_formats(b"\x3a\x04\x0a\x02\x22\0").unwrap();
     }
 }

@@ -45,7 +45,10 @@ impl Around<'_> {
 /// What holds for the main graph only.
 fn check_interface(graph: &Graph, faults: &mut Faults) {
     if graph.outputs.is_empty() {
-        faults.push(Fault::invalid("the graph has no outputs", "export the model again with its results as outputs"));
+        faults.push(Fault::invalid(
+            "the graph has no outputs",
+            "export the model again with its results as outputs",
+        ));
     }
     let mut seen = BTreeSet::new();
     for output in &graph.outputs {
@@ -57,12 +60,15 @@ fn check_interface(graph: &Graph, faults: &mut Faults) {
     for input in graph.inputs.iter().chain(&graph.defaults) {
         match &input.value_type {
             None => {
-                let fault = Fault::invalid("the graph input has no type", "declare its element type and shape");
+                let fault =
+                    Fault::invalid("the graph input has no type", "declare its element type and shape");
                 faults.push(fault.at_value(&input.name));
             }
             Some(ValueType::Tensor(tensor)) if !addressable(tensor) => {
                 let message = format!("the graph input {tensor} has more elements than can be addressed");
-                faults.push(Fault::resource(message, "declare the sizes that are really used").at_value(&input.name));
+                faults.push(
+                    Fault::resource(message, "declare the sizes that are really used").at_value(&input.name),
+                );
             }
             Some(_) => {}
         }
@@ -286,7 +292,11 @@ mod tests {
 
     fn value(name: &str) -> ValueInfo {
         let tensor = TensorType { dtype: DType::F32, shape: Some(vec![Dim::Known(2)]) };
-        ValueInfo { name: name.into(), value_type: Some(ValueType::Tensor(tensor)), metadata: Default::default() }
+        ValueInfo {
+            name: name.into(),
+            value_type: Some(ValueType::Tensor(tensor)),
+            metadata: Default::default(),
+        }
     }
 
     fn graph(inputs: &[&str], nodes: Vec<Node>, outputs: &[&str]) -> Graph {

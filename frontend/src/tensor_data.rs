@@ -164,7 +164,9 @@ pub(crate) fn inline_bytes(proto: &mut TensorProto, dtype: DType, needed: u64) -
     }
     let bytes = match (field, raw) {
         (None, _) if needed == 0 => Bytes::new(),
-        (None, _) => return Err(Fault::invalid(format!("the tensor needs {needed} bytes and has none"), AGAIN)),
+        (None, _) => {
+            return Err(Fault::invalid(format!("the tensor needs {needed} bytes and has none"), AGAIN));
+        }
         (Some(_), Some(raw)) => raw,
         (Some(field), None) => typed_bytes(proto, dtype, field)?,
     };

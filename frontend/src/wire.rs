@@ -99,7 +99,9 @@ impl Kind {
 
     /// The field table; it mirrors `proto.rs`.
     fn field(self, number: u64) -> Field {
-        use Field::{Blob, Blobs, Fixed32, Fixed32s, Fixed64s, Ignored, Message, Text, Texts, Varint, Varints};
+        use Field::{
+            Blob, Blobs, Fixed32, Fixed32s, Fixed64s, Ignored, Message, Text, Texts, Varint, Varints,
+        };
         match (self, number) {
             (Kind::Model, 1) => Varint,
             (Kind::Model, 2 | 3) => Text,
@@ -301,7 +303,8 @@ fn check_budget(stats: &Stats, budget: u64, limits: &Limits, start: usize) -> Re
     }
     if stats.heap > budget {
         let message = format!("decoding the model would take more than {} MiB of memory", budget >> 20);
-        let help = "store weights as raw data or external data; a file that expands this much is hardly a model";
+        let help =
+            "store weights as raw data or external data; a file that expands this much is hardly a model";
         return Err(Fault::resource(message, help).at_byte(start as u64));
     }
     Ok(())
@@ -405,7 +408,9 @@ mod tests {
         let huge = [&[0x3a][..], &[0xff; 9], &[0x01]].concat();
         assert!(fault(&huge).message.contains("claims 18446744073709551615 bytes"));
         // A child must not reach beyond its parent.
-        assert!(fault(&[0x3a, 0x02, 0x0a, 0x05, 0, 0, 0, 0, 0]).message.contains("claims 5 bytes, 0 are left"));
+        assert!(
+            fault(&[0x3a, 0x02, 0x0a, 0x05, 0, 0, 0, 0, 0]).message.contains("claims 5 bytes, 0 are left")
+        );
     }
 
     #[test]
