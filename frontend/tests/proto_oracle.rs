@@ -82,7 +82,7 @@ fn graph(attribute: Vec<AttributeProto>) -> GraphProto {
 fn attribute() -> AttributeProto {
     AttributeProto {
         name: "a".into(),
-        f: Some(0.0),
+        f: Some(0.5),
         i: Some(-1),
         s: Some("text".into()),
         t: Some(Box::new(tensor())),
@@ -164,7 +164,7 @@ fn what_we_write_the_oracle_reads_field_by_field() {
 #[test]
 fn what_the_oracle_writes_we_read_back_unchanged() {
     let written = through_oracle(&model().encode_to_vec()).write_to_bytes().unwrap();
-    assert_eq!(ModelProto::decode(written.as_slice()).unwrap(), model());
+    assert!(ModelProto::decode(written.as_slice()).unwrap() == model());
 }
 
 /// Newer than the oracle: the bytes are written out by hand from the field numbers of `onnx.proto`.
