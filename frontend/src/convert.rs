@@ -3,7 +3,7 @@
 //! Strings and numbers move, tensors are checked against their bytes, and each node gets the opset version of its
 //! domain. Everything wrong is collected; what cannot be represented is left out, so that one pass finds many faults.
 
-use crate::error::{Fault, Faults, NodeSite, domain_name, quote};
+use crate::error::{Fault, Faults, NodeSite, clip, domain_name, quote};
 use crate::external::Opener;
 use crate::functions::{Function, FunctionKey};
 use crate::limits::Limits;
@@ -39,10 +39,23 @@ pub(crate) fn opsets(imports: Vec<OperatorSetIdProto>) -> BTreeMap<String, i64> 
     imports.into_iter().map(|import| (normal_domain(import.domain), import.version)).collect()
 }
 
-/// The version a node of `domain` is written in.
-fn opset_of(domain: &str, opsets: &BTreeMap<String, i64>) -> Option<i64> {
-    let implicit = || IMPLICIT.iter().find(|(name, _)| *name == domain).map(|(_, version)| *version);
-    opsets.get(domain).copied().or_else(implicit)
+/// The imports that hold for a node: a function's own come before the model's.
+pub(crate) struct Imports<'a> {
+    own: BTreeMap<String, i64>,
+    model: &'a BTreeMap<String, i64>,
+}
+
+impl<'a> Imports<'a> {
+    /// For the main graph.
+    pub(crate) fn of_model(model: &'a BTreeMap<String, i64>) -> Imports<'a> {
+        Imports { own: BTreeMap::new(), model }
+    }
+
+    /// The version a node of `domain` is written in.
+    fn version(&self, domain: &str) -> Option<i64> {
+        let implicit = || IMPLICIT.iter().find(|(name, _)| *name == domain).map(|(_, version)| *version);
+        self.own.get(domain).or_else(|| self.model.get(domain)).copied().or_else(implicit)
+    }
 }
 
 /// Key-value lists; the last of several equal keys holds.
@@ -52,11 +65,10 @@ pub(crate) fn metadata(entries: Vec<StringStringEntryProto>) -> BTreeMap<String,
 
 impl Converter<'_> {
     pub(crate) fn function(&mut self, proto: FunctionProto, model: &BTreeMap<String, i64>) -> Function {
-        let mut imports = model.clone();
-        imports.extend(opsets(proto.opset_import));
+        let imports = Imports { own: opsets(proto.opset_import), model };
         let site = NodeSite {
             name: String::new(),
-            op_type: proto.name.clone(),
+            op_type: clip(&proto.name),
             domain: normal_domain(proto.domain.clone()),
             opset: None,
             output: String::new(),
@@ -69,11 +81,11 @@ impl Converter<'_> {
             attributes: proto.attribute,
             defaults,
             nodes: proto.node.into_iter().map(|node| self.node(node, &imports)).collect(),
-            default_opset: imports.get("").copied().unwrap_or(0),
+            default_opset: imports.version("").unwrap_or(0),
         }
     }
 
-    pub(crate) fn graph(&mut self, proto: GraphProto, opsets: &BTreeMap<String, i64>) -> Graph {
+    pub(crate) fn graph(&mut self, proto: GraphProto, opsets: &Imports<'_>) -> Graph {
         if let Some(sparse) = proto.sparse_initializer.first() {
             let name = sparse.values.as_ref().map_or("", |values| values.name.as_str());
             self.faults.push(sparse_fault().at_value(name));
@@ -114,12 +126,12 @@ impl Converter<'_> {
         }
     }
 
-    fn node(&mut self, proto: NodeProto, opsets: &BTreeMap<String, i64>) -> Node {
+    fn node(&mut self, proto: NodeProto, opsets: &Imports<'_>) -> Node {
         let domain = normal_domain(proto.domain);
         let mut node = Node {
             name: proto.name,
             op_type: proto.op_type,
-            opset: opset_of(&domain, opsets).unwrap_or(0),
+            opset: opsets.version(&domain).unwrap_or(0),
             domain,
             overload: proto.overload,
             inputs: proto.input,
@@ -133,7 +145,7 @@ impl Converter<'_> {
             self.faults.push(
                 Fault::invalid("a node has no operator", "export the model again").at_node(site.clone()),
             );
-        } else if opset_of(&node.domain, opsets).is_none() && !self.local.contains(&FunctionKey::of(&node)) {
+        } else if opsets.version(&node.domain).is_none() && !self.local.contains(&FunctionKey::of(&node)) {
             let message = format!("the domain {} is used but not imported", quote(domain_name(&node.domain)));
             let help = "add the domain to the model's opset_import, or export again";
             self.faults.push(Fault::invalid(message, help).at_node(site.clone()));
@@ -145,7 +157,7 @@ impl Converter<'_> {
     fn attributes(
         &mut self,
         protos: Vec<AttributeProto>,
-        opsets: &BTreeMap<String, i64>,
+        opsets: &Imports<'_>,
         site: &NodeSite,
     ) -> Vec<Attribute> {
         let mut seen = BTreeSet::new();
@@ -169,7 +181,7 @@ impl Converter<'_> {
     fn attribute_value(
         &mut self,
         mut proto: AttributeProto,
-        opsets: &BTreeMap<String, i64>,
+        opsets: &Imports<'_>,
         site: &NodeSite,
     ) -> Option<AttributeValue> {
         let name = std::mem::take(&mut proto.name);

@@ -77,6 +77,11 @@ pub fn quote(name: &str) -> String {
     format!("`{shown}`")
 }
 
+/// As much of a name as is ever printed. Faults may be many and names long, so they never hold whole ones.
+pub(crate) fn clip(name: &str) -> String {
+    name.chars().take(NAME_SHOWN + 1).collect()
+}
+
 /// The domain as people write it: the default one has a name too.
 pub fn domain_name(domain: &str) -> &str {
     if domain.is_empty() { "ai.onnx" } else { domain }
@@ -117,7 +122,7 @@ impl Fault {
     /// Says which tensor, input, output or attribute it is about.
     #[must_use]
     pub fn at_value(mut self, value: &str) -> Fault {
-        self.site.value = Some(value.to_owned());
+        self.site.value = Some(clip(value));
         self
     }
 

@@ -1,6 +1,6 @@
 //! From a path to a validated model.
 
-use crate::convert::{self, Converter};
+use crate::convert::{self, Converter, Imports};
 use crate::error::{Fault, Faults, LoadError};
 use crate::external::Opener;
 use crate::functions::{self, FunctionKey};
@@ -90,7 +90,7 @@ fn assemble(proto: ModelProto, path: &Path, limits: &Limits, heap: u64) -> Resul
     let mut converter = Converter { opener, limits, faults, local };
     let functions: Vec<_> =
         proto.functions.into_iter().map(|function| converter.function(function, &opsets)).collect();
-    let graph = converter.graph(*graph, &opsets);
+    let graph = converter.graph(*graph, &Imports::of_model(&opsets));
     let Converter { opener, mut faults, .. } = converter;
     let functions = functions::collect(functions, &mut faults);
     let mut model = Model {

@@ -5,7 +5,7 @@
 //! outputs are empty names, as in ONNX; [`Node::input`] turns them into `None`.
 
 use crate::attributes::AttributeReader;
-use crate::error::NodeSite;
+use crate::error::{NodeSite, clip};
 use crate::external::Storage;
 use crate::proto::{DeviceConfigurationProto, NodeDeviceConfigurationProto};
 use crate::tensor_data::TensorRef;
@@ -178,11 +178,15 @@ impl Node {
     /// How error messages name this node.
     pub fn site(&self) -> NodeSite {
         NodeSite {
-            name: self.name.clone(),
-            op_type: self.op_type.clone(),
-            domain: self.domain.clone(),
+            name: clip(&self.name),
+            op_type: clip(&self.op_type),
+            domain: clip(&self.domain),
             opset: (self.opset > 0).then_some(self.opset),
-            output: self.outputs.iter().find(|name| !name.is_empty()).cloned().unwrap_or_default(),
+            output: self
+                .outputs
+                .iter()
+                .find(|name| !name.is_empty())
+                .map_or_else(String::new, |name| clip(name)),
         }
     }
 }
