@@ -4,7 +4,7 @@
 use tpshard_ir::{DType, Data, Tensor};
 use tpshard_runtime::comm::{Communicator, Group, Kind, Monoid, Sharding, Tag};
 
-pub const MONOIDS: [Monoid; 4] = [Monoid::Sum, Monoid::Prod, Monoid::Max, Monoid::Min];
+pub(crate) const MONOIDS: [Monoid; 4] = [Monoid::Sum, Monoid::Prod, Monoid::Max, Monoid::Min];
 const ARITHMETIC: [DType; 13] = [
     DType::F32,
     DType::F64,
@@ -100,7 +100,7 @@ fn extents(members: usize, variant: usize) -> Vec<usize> {
 }
 
 /// All checks, on the world and on its sub-groups. `large` adds tensors of several slots.
-pub fn check_all(comm: &dyn Communicator, large: usize) {
+pub(crate) fn check_all(comm: &dyn Communicator, large: usize) {
     let mut checks = Checks { comm, sequence: 0 };
     let world = comm.world_size();
     let mut groups = vec![Group::world(world), Group::new((0..world).rev().collect()).unwrap()];
@@ -235,7 +235,7 @@ impl Checks<'_> {
 }
 
 /// Sums whose value depends on the order: all ranks must have the same bits, those of rank order.
-pub fn check_order(comm: &dyn Communicator) {
+pub(crate) fn check_order(comm: &dyn Communicator) {
     let world = comm.world_size();
     let value =
         |rank: usize, i: usize| ((rank * 37 + i * 11) as f32 * 0.37).sin() * 10f32.powi(rank as i32 * 3);
