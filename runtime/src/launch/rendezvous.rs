@@ -4,7 +4,7 @@
 //! who they are and what they are about to run. When all are there and agree, rank 0 passes the shared memory around.
 //! If not, every rank gets the same refusal. Only processes of the same user are listened to.
 
-use super::agreement::{Agreement, Difference, differences};
+use super::agreement::{Agreement, Difference, Signed, differences};
 use super::place::{JobKey, LaunchError};
 use crate::comm::{CommOptions, Communicator, ShmLink, shm, solo};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -145,8 +145,8 @@ fn host(
         meeting.error(if busy { format!("{hint} ({e})") } else { format!("cannot listen: {e}") })
     })?;
     listener.set_nonblocking(true).map_err(|e| meeting.error(e.to_string()))?;
-    let mut all: Vec<Option<(usize, Agreement)>> = vec![None; meeting.world_size];
-    all[0] = Some((meeting.world_size, agreement.clone()));
+    let mut all: Vec<Option<Signed>> = vec![None; meeting.world_size];
+    all[0] = Some(Signed { world_size: meeting.world_size, agreement: agreement.clone() });
     let (mut guests, mut turned_away) = (Vec::new(), Vec::new());
     while all.iter().any(Option::is_none) {
         let Some(stream) = accept(&listener, deadline).map_err(|e| meeting.error(format!("accept: {e}")))?
@@ -156,15 +156,15 @@ fn host(
             return Err(dismiss(guests, refusal));
         };
         match admit(meeting, stream, &guests, deadline) {
-            Ok(Some((guest, record))) => {
-                all[guest.rank] = Some(record);
+            Ok(Some((guest, signed))) => {
+                all[guest.rank] = Some(signed);
                 guests.push(guest);
             }
             Ok(None) => {}
             Err(refusal) => turned_away.push(refusal.to_string()),
         }
     }
-    let all: Vec<(usize, Agreement)> = all.into_iter().flatten().collect();
+    let all: Vec<Signed> = all.into_iter().flatten().collect();
     let differences = differences(&all);
     if !differences.is_empty() {
         return Err(dismiss(guests, Refusal::Disagreement(differences)));
@@ -217,7 +217,7 @@ fn admit(
     mut stream: UnixStream,
     guests: &[Guest],
     deadline: Instant,
-) -> Result<Option<(Guest, (usize, Agreement))>, Refusal> {
+) -> Result<Option<(Guest, Signed)>, Refusal> {
     let patience = remaining(deadline).min(HELLO_PATIENCE);
     if stream.set_read_timeout(Some(patience)).is_err() || stream.set_write_timeout(Some(patience)).is_err() {
         return Ok(None);
@@ -234,7 +234,7 @@ fn admit(
         first.map(|guest| Refusal::Duplicate { rank, first: guest.pid, pid })
     };
     match refusal {
-        None => Ok(Some((Guest { rank, pid, stream }, (world_size, hello.agreement)))),
+        None => Ok(Some((Guest { rank, pid, stream }, Signed { world_size, agreement: hello.agreement }))),
         Some(refusal) => {
             // It may be gone already, and then needs no answer.
             let _ = send_message(&mut stream, &Reply::No(refusal.clone()));
