@@ -35,6 +35,10 @@ impl Storage {
         let (file, offset, length) = match &tensor.source {
             TensorSource::Inline(bytes) => return Ok(bytes.clone()),
             TensorSource::External { file, offset, length } => (file, *offset, *length),
+            TensorSource::Missing { location, .. } => {
+                let error = io::Error::from(io::ErrorKind::NotFound);
+                return Err(unreadable(location, &error).at_value(&tensor.name));
+            }
         };
         let range = self.files.get(file).and_then(|content| {
             let start = usize::try_from(offset).ok()?;
@@ -117,6 +121,9 @@ impl<'a> Opener<'a> {
             let message = format!("the tensor needs {needed} bytes, its external data has length {length}");
             return Err(Fault::invalid(message, MISMATCH));
         }
+        if self.limits.allow_missing_data && self.is_missing(keys.location) {
+            return Ok(TensorSource::Missing { location: keys.location.into(), length: needed });
+        }
         let file = self.open(keys.location)?;
         let size = self.storage.files.get(&file).map_or(0, |content| content.len() as u64);
         match keys.offset.checked_add(needed) {
@@ -156,6 +163,14 @@ impl<'a> Opener<'a> {
         }
         self.resolved.insert(location.to_owned(), file.clone());
         Ok(file)
+    }
+
+    /// True if nothing of that name is beside the model.
+    fn is_missing(&self, location: &str) -> bool {
+        let absent = |folder: &PathBuf| {
+            folder.join(location).symlink_metadata().is_err_and(|e| e.kind() == io::ErrorKind::NotFound)
+        };
+        std::iter::once(&self.folder).chain(&self.allowed).all(absent)
     }
 
     /// The canonical path of a location, below an allowed folder.

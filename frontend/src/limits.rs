@@ -27,6 +27,8 @@ pub struct Limits {
     /// Whether external data may be a file with several hard links. Off by default because a link planted beside a
     /// model gives the model any file of the same file system; caches that store files by hard link need it on.
     pub allow_hard_links: bool,
+    /// Whether data files may be missing: enough for planning, which looks at shapes alone.
+    pub allow_missing_data: bool,
 }
 
 impl Default for Limits {
@@ -42,6 +44,7 @@ impl Default for Limits {
             call_depth: 64,
             external_files: 16_384,
             allow_hard_links: false,
+            allow_missing_data: false,
         }
     }
 }

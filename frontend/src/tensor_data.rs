@@ -31,6 +31,11 @@ pub enum TensorSource {
         offset: u64,
         length: u64,
     },
+    /// In a data file that is not there; only where the limits allow it.
+    Missing {
+        location: String,
+        length: u64,
+    },
 }
 
 impl TensorRef {
@@ -43,7 +48,7 @@ impl TensorRef {
     pub fn byte_len(&self) -> u64 {
         match &self.source {
             TensorSource::Inline(bytes) => bytes.len() as u64,
-            TensorSource::External { length, .. } => *length,
+            TensorSource::External { length, .. } | TensorSource::Missing { length, .. } => *length,
         }
     }
 }
