@@ -2,4 +2,8 @@
 //!
 //! What must not live here: protobuf, files, processes, devices.
 
+pub mod cost;
 pub mod extended;
+pub mod extract;
+pub mod layout_graph;
+pub mod segment;
