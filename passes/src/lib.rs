@@ -3,3 +3,4 @@
 //! What must not live here: protobuf, files, processes, devices.
 
 pub mod extended;
+pub mod sharding;
