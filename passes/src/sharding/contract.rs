@@ -120,7 +120,7 @@ pub(super) fn attention(kv_of_head: &[u32], args: &[&Type]) -> Vec<Factor> {
 
 /// How many query heads share a KV head, if head `i` uses KV head `i / repeat` for all heads.
 fn regular_repeat(kv_of_head: &[u32], kv_heads: &Dim) -> Option<usize> {
-    let kv_heads = kv_heads.as_size().filter(|&g| g > 0 && kv_of_head.len() % g == 0)?;
+    let kv_heads = kv_heads.as_size().filter(|&g| g > 0 && kv_of_head.len().is_multiple_of(g))?;
     let repeat = kv_of_head.len() / kv_heads;
     let regular = repeat > 0 && kv_of_head.iter().enumerate().all(|(i, &kv)| kv as usize == i / repeat);
     regular.then_some(repeat)
