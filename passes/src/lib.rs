@@ -7,3 +7,4 @@ pub mod extended;
 pub mod extract;
 pub mod layout_graph;
 pub mod segment;
+pub mod sharding;
