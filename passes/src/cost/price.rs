@@ -135,6 +135,10 @@ impl<'a> Pricer<'a> {
         }
     }
 
+    pub fn kernel_launch(&self) -> f64 {
+        self.profile.kernel_launch
+    }
+
     pub fn entries(&self) -> &[Entry] {
         self.entries
     }

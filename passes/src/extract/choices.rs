@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 /// A set of slots.
 pub type Slots = u64;
 
-pub fn bit(slot: u8) -> Slots {
+pub(super) fn bit(slot: u8) -> Slots {
     1 << slot
 }
 
@@ -80,7 +80,7 @@ fn enumerate(graph: &LayoutGraph, index: u32, demand: Slots) -> Vec<Choice> {
         for mut choice in satisfy(graph, group, demand | bit(exit.slot)) {
             choice.cost = choice.cost + exit.cost;
             choice.exit = Some(number as u16);
-            if let Some(also) = exit.also {
+            for &also in &exit.also {
                 add_demand(graph, &mut choice.demands, also);
             }
             found.push(choice);

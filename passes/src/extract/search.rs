@@ -5,7 +5,7 @@
 //! is useless if another one over the same groups is cheaper by at least the conversions that lead from its demands to
 //! the other's: whoever holds the cheaper one can finish like the dearer and convert.
 
-use super::choices::{Choices, Slots, bit};
+use super::choices::{Choices, Slots};
 use crate::cost::Cost;
 use crate::layout_graph::{GroupKind, LayoutGraph};
 use crate::segment::Segment;
@@ -68,7 +68,7 @@ struct Label {
 
 /// A finished search: per group the choice that was made.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Found {
+pub(super) struct Found {
     pub cost: Cost,
     pub bytes: u64,
     pub choices: BTreeMap<u32, u32>,
@@ -81,7 +81,7 @@ pub struct Found {
 type Front = BTreeMap<Demand, Vec<Label>>;
 
 /// One run of the search.
-pub struct Search<'a, 'c> {
+pub(super) struct Search<'a, 'c> {
     graph: &'a LayoutGraph,
     choices: &'c mut Choices<'a>,
     aim: Aim,
@@ -95,7 +95,7 @@ pub struct Search<'a, 'c> {
 }
 
 impl<'a, 'c> Search<'a, 'c> {
-    pub fn new(
+    pub(super) fn new(
         graph: &'a LayoutGraph,
         choices: &'c mut Choices<'a>,
         aim: Aim,
@@ -123,7 +123,7 @@ impl<'a, 'c> Search<'a, 'c> {
     }
 
     /// The best plan, or none if no plan exists (within the budget).
-    pub fn run(mut self, segments: &[Segment]) -> Option<Found> {
+    pub(super) fn run(mut self, segments: &[Segment]) -> Option<Found> {
         let start = Label { cost: Cost::ZERO, bytes: 0, rank: 0, before: START, deed: Deed::Nothing };
         let mut front: Front = BTreeMap::from([(Vec::new(), vec![start])]);
         for segment in segments {
@@ -377,9 +377,4 @@ fn frontier(labels: &mut Vec<Label>) {
 fn thin(labels: &mut Vec<Label>, count: usize) {
     let (all, last) = (std::mem::take(labels), count.saturating_sub(1).max(1));
     labels.extend((0..=last).map(|i| all[i * (all.len() - 1) / last]));
-}
-
-/// The slot names of a set, for messages.
-pub fn slots_of(set: Slots) -> impl Iterator<Item = u8> {
-    (0..64).filter(move |&slot| set & bit(slot) != 0)
 }

@@ -85,7 +85,7 @@ fn uses(graph: &LayoutGraph, low: u32, high: u32) -> impl Iterator<Item = u32> {
         .filter(|g| g.kind != GroupKind::Free)
         .flat_map(|g| {
             let operands = g.productions.iter().flat_map(|p| &p.operands);
-            operands.chain(g.exits.iter().filter_map(|e| e.also.as_ref()))
+            operands.chain(g.exits.iter().flat_map(|e| &e.also))
         })
         .map(|o| o.group)
         .filter(|&g| graph.is_planned(g))

@@ -9,6 +9,12 @@
 //! produced, and a free edge leads from each to its layout. So that a past and its present agree, the exits of the
 //! present demand the past at home.
 
+mod build;
+mod classes;
+
+pub use build::{BuildError, Model, build};
+pub use classes::{Class, Classes};
+
 use crate::cost::Cost;
 use tpshard_ir::{Conversion, Layout, Mesh, ValueId};
 
@@ -43,12 +49,12 @@ pub struct Edge {
     pub cost: Cost,
 }
 
-/// One way in which an output may be left: in `slot`, with the past state at home in `also`.
+/// One way in which an output may be left: in `slot`, with the past states it succeeds at home in `also`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Exit {
     pub slot: u8,
     pub cost: Cost,
-    pub also: Option<Operand>,
+    pub also: Vec<Operand>,
 }
 
 /// What the values of a group are to the planner.
