@@ -19,7 +19,7 @@ pub struct EmitError {
 }
 
 /// What the choices are about.
-pub struct Source<'a> {
+pub(crate) struct Source<'a> {
     pub graph: &'a Graph,
     pub outputs: &'a [Output],
     pub classes: &'a Classes,
@@ -40,7 +40,7 @@ struct Emitter<'a> {
 ///
 /// # Errors
 /// The choices do not fit together.
-pub fn emit(source: &Source<'_>) -> Result<(Vec<Step>, Vec<SpmdOutput>), EmitError> {
+pub(crate) fn emit(source: &Source<'_>) -> Result<(Vec<Step>, Vec<SpmdOutput>), EmitError> {
     let needed = needed_free(source);
     let mut emitter = Emitter { source, steps: Vec::new(), families: BTreeMap::new(), free: BTreeMap::new() };
     for group in 0..source.layouts.groups.len() as u32 {
