@@ -1,11 +1,11 @@
 //! Every kernel against the reference interpreter, on ordinary, stretched and empty shapes.
 
-mod support;
+mod executor;
 
 use DType::{BF16, Bool, F16, F32, F64, I8, I32, I64, U8};
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use support::*;
+use executor::*;
 use tpshard_ir::op::{EinsumSpec, Literal, NormKind, Op, PadMode, PoolKind, Real, TableWindow, Window};
 use tpshard_ir::{DType, Dim, Graph, Monoid, Scalar, Tensor};
 

@@ -1,10 +1,10 @@
 //! Whole programs on one to four ranks: results equal the interpreter's, errors are values on every rank, and decoding
 //! with state equals running everything at once.
 
-mod support;
+mod executor;
 
 use std::collections::BTreeMap;
-use support::*;
+use executor::*;
 use tpshard_ir::layout::{AxisLayout, Layout, Mesh};
 use tpshard_ir::op::{EinsumSpec, NormKind, Op, Real};
 use tpshard_ir::{

@@ -24,6 +24,7 @@ mod strided;
 mod threads;
 pub mod transport;
 
+pub(crate) use bytes::bytes;
 pub use collectives::Collectives;
 pub use error::{Brought, CommError, Missing};
 pub use record::{CommStats, History, Kind, KindStats, Record};

@@ -34,18 +34,28 @@ impl fmt::Display for Difference {
     }
 }
 
-/// The fields on which the ranks differ; `all` holds world size and agreement by rank.
-pub(super) fn differences(all: &[(usize, Agreement)]) -> Vec<Difference> {
-    let fields: [(&str, fn(&(usize, Agreement)) -> String); 6] = [
-        ("world size", |(world, _)| world.to_string()),
-        ("tool version", |(_, a)| a.tool_version.clone()),
-        ("program hash", |(_, a)| a.program_hash.clone()),
-        ("weights hash", |(_, a)| a.weights_hash.clone()),
-        ("device", |(_, a)| a.device.clone()),
-        ("precision", |(_, a)| a.precision.clone()),
-    ];
+/// What a rank signs: its agreement, and how many ranks it believes there are.
+#[derive(Clone, Debug)]
+pub(super) struct Signed {
+    pub(super) world_size: usize,
+    pub(super) agreement: Agreement,
+}
+
+type Field = fn(&Signed) -> String;
+
+const FIELDS: [(&str, Field); 6] = [
+    ("world size", |s| s.world_size.to_string()),
+    ("tool version", |s| s.agreement.tool_version.clone()),
+    ("program hash", |s| s.agreement.program_hash.clone()),
+    ("weights hash", |s| s.agreement.weights_hash.clone()),
+    ("device", |s| s.agreement.device.clone()),
+    ("precision", |s| s.agreement.precision.clone()),
+];
+
+/// The fields on which the ranks, whose records are in rank order, differ.
+pub(super) fn differences(all: &[Signed]) -> Vec<Difference> {
     let mut differences = vec![];
-    for (field, get) in fields {
+    for (field, get) in FIELDS {
         let mut values: BTreeMap<String, Vec<usize>> = BTreeMap::new();
         for (rank, record) in all.iter().enumerate() {
             values.entry(get(record)).or_default().push(rank);

@@ -4,8 +4,9 @@
 //! who they are and what they are about to run. When all are there and agree, rank 0 passes the shared memory around.
 //! If not, every rank gets the same refusal. Only processes of the same user are listened to.
 
-use super::agreement::{Agreement, Difference, differences};
-use super::place::{JobKey, LaunchError};
+use super::TIMEOUT_VARIABLE;
+use super::agreement::{Agreement, Difference, Signed, differences};
+use super::place::{JobKey, LaunchError, Place, Source, job_key};
 use crate::comm::{CommOptions, Communicator, ShmLink, shm, solo};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{
@@ -13,6 +14,7 @@ use rustix::net::{
     SendFlags,
 };
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, IoSlice, IoSliceMut, Read, Write};
 use std::mem::MaybeUninit;
@@ -96,6 +98,36 @@ pub fn connect(meeting: &Rendezvous, agreement: &Agreement) -> Result<Box<dyn Co
 }
 
 impl Rendezvous {
+    /// The meeting of the job that gave this process its place. `TPSHARD_TIMEOUT` sets the patience, here and in
+    /// collectives.
+    ///
+    /// # Errors
+    /// [`LaunchError::SeveralHosts`] if MASTER_ADDR is elsewhere and nothing says that all ranks are here;
+    /// [`LaunchError::NoJobKey`]; [`LaunchError::NotANumber`].
+    pub fn of_place(
+        place: &Place,
+        env: &BTreeMap<String, String>,
+        mut options: CommOptions,
+    ) -> Result<Rendezvous, LaunchError> {
+        if let Some(timeout) = env.get(TIMEOUT_VARIABLE) {
+            let seconds = timeout.trim().parse().ok().filter(|s: &f64| *s > 0.0 && *s < 1e6);
+            let found = || LaunchError::NotANumber { found: format!("{TIMEOUT_VARIABLE}={timeout}") };
+            options.stall = Duration::from_secs_f64(seconds.ok_or_else(found)?);
+        }
+        // An address that is elsewhere, or unknown, is no matter if all ranks are known to be here.
+        if place.local_world_size != Some(place.world_size)
+            && place.source == Source::Torchrun
+            && let Some(address) = env.get("MASTER_ADDR").filter(|address| !is_this_host(address))
+        {
+            let found = format!("MASTER_ADDR={address} is not this host");
+            return Err(LaunchError::SeveralHosts { found });
+        }
+        let parent = rustix::process::getppid().map_or(0, |pid| pid.as_raw_nonzero().get().unsigned_abs());
+        let key = job_key(place.source, env, rustix::process::geteuid().as_raw(), parent)?;
+        let (rank, world_size) = (place.rank, place.world_size);
+        Ok(Rendezvous { rank, world_size, key, timeout: options.stall, options })
+    }
+
     fn error(&self, what: impl Into<String>) -> LaunchError {
         LaunchError::Rendezvous { rank: self.rank, world_size: self.world_size, what: what.into() }
     }
@@ -145,8 +177,8 @@ fn host(
         meeting.error(if busy { format!("{hint} ({e})") } else { format!("cannot listen: {e}") })
     })?;
     listener.set_nonblocking(true).map_err(|e| meeting.error(e.to_string()))?;
-    let mut all: Vec<Option<(usize, Agreement)>> = vec![None; meeting.world_size];
-    all[0] = Some((meeting.world_size, agreement.clone()));
+    let mut all: Vec<Option<Signed>> = vec![None; meeting.world_size];
+    all[0] = Some(Signed { world_size: meeting.world_size, agreement: agreement.clone() });
     let (mut guests, mut turned_away) = (Vec::new(), Vec::new());
     while all.iter().any(Option::is_none) {
         let Some(stream) = accept(&listener, deadline).map_err(|e| meeting.error(format!("accept: {e}")))?
@@ -156,15 +188,15 @@ fn host(
             return Err(dismiss(guests, refusal));
         };
         match admit(meeting, stream, &guests, deadline) {
-            Ok(Some((guest, record))) => {
-                all[guest.rank] = Some(record);
+            Ok(Some((guest, signed))) => {
+                all[guest.rank] = Some(signed);
                 guests.push(guest);
             }
             Ok(None) => {}
             Err(refusal) => turned_away.push(refusal.to_string()),
         }
     }
-    let all: Vec<(usize, Agreement)> = all.into_iter().flatten().collect();
+    let all: Vec<Signed> = all.into_iter().flatten().collect();
     let differences = differences(&all);
     if !differences.is_empty() {
         return Err(dismiss(guests, Refusal::Disagreement(differences)));
@@ -217,7 +249,7 @@ fn admit(
     mut stream: UnixStream,
     guests: &[Guest],
     deadline: Instant,
-) -> Result<Option<(Guest, (usize, Agreement))>, Refusal> {
+) -> Result<Option<(Guest, Signed)>, Refusal> {
     let patience = remaining(deadline).min(HELLO_PATIENCE);
     if stream.set_read_timeout(Some(patience)).is_err() || stream.set_write_timeout(Some(patience)).is_err() {
         return Ok(None);
@@ -234,7 +266,7 @@ fn admit(
         first.map(|guest| Refusal::Duplicate { rank, first: guest.pid, pid })
     };
     match refusal {
-        None => Ok(Some((Guest { rank, pid, stream }, (world_size, hello.agreement)))),
+        None => Ok(Some((Guest { rank, pid, stream }, Signed { world_size, agreement: hello.agreement }))),
         Some(refusal) => {
             // It may be gone already, and then needs no answer.
             let _ = send_message(&mut stream, &Reply::No(refusal.clone()));

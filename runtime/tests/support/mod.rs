@@ -1,272 +1,255 @@
-//! Programs, random tensors and comparisons for the executor's tests.
-#![allow(dead_code, unreachable_pub, reason = "each test file uses a part")]
+//! One list of collective checks, run by every transport: each compares a collective with a computation on the whole
+//! tensors, which every rank makes again from the seed.
 
-use std::collections::BTreeMap;
-use std::sync::Arc;
-use tpshard_ir::interp::{DEFAULT_ELEMENT_LIMIT, run_tensors};
-use tpshard_ir::layout::{AxisLayout, Layout, Mesh};
-use tpshard_ir::op::Op;
-use tpshard_ir::program::RankProgram;
-use tpshard_ir::weight::{WeightExpr, WeightKind};
-use tpshard_ir::{
-    Conversion, DType, Data, Dim, Graph, Output, Spmd, SpmdOutput, Step, StepId, StepKind, Tensor, Type,
-    ValueId,
-};
-use tpshard_runtime::comm::{CommOptions, Communicator, threads};
-use tpshard_runtime::cpu::MemoryWeights;
-use tpshard_runtime::session::{Results, Session, SessionError, SessionOptions};
+use tpshard_ir::{DType, Data, Tensor};
+use tpshard_runtime::comm::{Communicator, Group, Kind, Monoid, Sharding, Tag};
 
-/// A small deterministic generator.
-pub struct Random(u64);
+pub(crate) const MONOIDS: [Monoid; 4] = [Monoid::Sum, Monoid::Prod, Monoid::Max, Monoid::Min];
+const ARITHMETIC: [DType; 13] = [
+    DType::F32,
+    DType::F64,
+    DType::F16,
+    DType::BF16,
+    DType::I8,
+    DType::I16,
+    DType::I32,
+    DType::I64,
+    DType::U8,
+    DType::U16,
+    DType::U32,
+    DType::U64,
+    DType::Bool,
+];
 
-impl Random {
-    pub fn new(seed: u64) -> Random {
-        Random(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
+struct Checks<'a> {
+    comm: &'a dyn Communicator,
+    sequence: u64,
+}
+
+impl Checks<'_> {
+    fn tag(&mut self) -> Tag {
+        self.sequence += 1;
+        Tag { sequence: self.sequence, node: self.sequence as u32 + 100 }
     }
+}
 
-    pub fn next(&mut self) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0
-    }
+/// Small positive integers (exact in every type, also as products of five), different for every seed and place.
+fn numbers(seed: usize, count: usize) -> Vec<u8> {
+    (0..count).map(|i| ((i * 7 + seed * 13 + i * seed) % 3 + 1) as u8).collect()
+}
 
-    pub fn below(&mut self, n: usize) -> usize {
-        (self.next() % n as u64) as usize
-    }
-
-    /// Between -2 and 2.
-    pub fn float(&mut self) -> f32 {
-        (self.next() % 4001) as f32 / 1000.0 - 2.0
-    }
-
-    pub fn tensor(&mut self, dtype: DType, shape: &[usize]) -> Tensor {
-        let n: usize = shape.iter().product();
-        let data = match dtype {
-            DType::F32 => Data::F32((0..n).map(|_| self.float()).collect()),
-            DType::F16 => Data::F16((0..n).map(|_| half::f16::from_f32(self.float())).collect()),
-            DType::BF16 => Data::BF16((0..n).map(|_| half::bf16::from_f32(self.float())).collect()),
-            DType::F64 => Data::F64((0..n).map(|_| f64::from(self.float())).collect()),
-            DType::I64 => Data::I64((0..n).map(|_| self.below(7) as i64 - 3).collect()),
-            DType::I32 => Data::I32((0..n).map(|_| self.below(7) as i32 - 3).collect()),
-            DType::I8 => Data::I8((0..n).map(|_| self.below(256) as u8 as i8).collect()),
-            DType::U8 => Data::U8((0..n).map(|_| self.below(256) as u8).collect()),
-            DType::Bool => Data::Bool((0..n).map(|_| self.below(2) == 1).collect()),
-            other => {
-                let bytes = other.byte_len(n as u64).unwrap() as usize;
-                Data::Raw(other, (0..bytes).map(|_| self.below(256) as u8).collect())
+fn tensor(dtype: DType, shape: &[usize], numbers: &[u8]) -> Tensor {
+    let bytes: Vec<u8> = numbers
+        .iter()
+        .flat_map(|&n| match dtype {
+            DType::F32 => f32::from(n).to_le_bytes().to_vec(),
+            DType::F64 => f64::from(n).to_le_bytes().to_vec(),
+            DType::F16 => half::f16::from_f32(f32::from(n)).to_le_bytes().to_vec(),
+            DType::BF16 => half::bf16::from_f32(f32::from(n)).to_le_bytes().to_vec(),
+            DType::Bool => vec![n % 2],
+            _ => {
+                let mut bytes = vec![0; dtype.bits() / 8];
+                bytes[0] = n;
+                bytes
             }
-        };
-        Tensor::new(shape.to_vec(), data).unwrap()
+        })
+        .collect();
+    Tensor::from_le_bytes(dtype, shape.to_vec(), &bytes).unwrap()
+}
+
+fn combine(dtype: DType, monoid: Monoid, a: u8, b: u8) -> u8 {
+    match (dtype, monoid) {
+        (DType::Bool, Monoid::Sum | Monoid::Max) => (a % 2) | (b % 2),
+        (DType::Bool, Monoid::Prod | Monoid::Min) => (a % 2) & (b % 2),
+        (_, Monoid::Sum) => a + b,
+        (_, Monoid::Prod) => a.wrapping_mul(b),
+        (_, Monoid::Max) => a.max(b),
+        (_, Monoid::Min) => a.min(b),
     }
 }
 
-pub fn ty(dtype: DType, shape: &[usize]) -> Type {
-    Type::new(dtype, shape.iter().map(|&d| Dim::from(d)).collect())
+fn combined(dtype: DType, monoid: Monoid, members: usize, count: usize) -> Vec<u8> {
+    let mut all = (0..members).map(|seed| numbers(seed, count));
+    let first = all.next().unwrap();
+    all.fold(first, |sum, x| sum.iter().zip(&x).map(|(&a, &b)| combine(dtype, monoid, a, b)).collect())
 }
 
-pub fn dim(name: &str) -> Dim {
-    Dim::symbol(name)
+/// The run `start .. start + extent` along `dim`, element by element.
+fn slice(whole: &[u8], shape: &[usize], dim: usize, start: usize, extent: usize) -> Vec<u8> {
+    let inner: usize = shape[dim + 1..].iter().product();
+    let keep = |i: &usize| (start..start + extent).contains(&(i / inner.max(1) % shape[dim].max(1)));
+    (0..whole.len()).filter(keep).map(|i| whole[i]).collect()
 }
 
-pub fn weight(graph: &mut Graph, name: &str, dtype: DType, shape: &[usize]) -> ValueId {
-    let expr = WeightExpr::initializer(name, dtype, shape.to_vec()).unwrap();
-    graph.add(Op::Weight(expr), &[]).unwrap()
+fn with(shape: &[usize], dim: usize, size: usize) -> Vec<usize> {
+    let mut shape = shape.to_vec();
+    shape[dim] = size;
+    shape
 }
 
-pub fn output(graph: &mut Graph, name: &str, value: ValueId) {
-    graph.outputs.push(Output { name: name.into(), value });
+/// Uneven extents, some empty.
+fn extents(members: usize, variant: usize) -> Vec<usize> {
+    (0..members)
+        .map(|i| match variant {
+            0 => 2,
+            1 => (members - i) / 2,
+            2 => usize::from(i == members - 1) * 5,
+            _ => 0,
+        })
+        .collect()
 }
 
-/// A program written step by step; unless said otherwise steps compute replicated values.
-pub struct Builder {
-    pub spmd: Spmd,
-    /// The latest step of every value.
-    pub of: BTreeMap<ValueId, StepId>,
-}
-
-impl Builder {
-    pub fn new(logical: Graph, mesh: Mesh) -> Builder {
-        let imported = logical.len();
-        let spmd = Spmd { mesh, logical, imported, equations: vec![], steps: vec![], outputs: vec![] };
-        Builder { spmd, of: BTreeMap::new() }
+/// All checks, on the world and on its sub-groups. `large` adds tensors of several slots.
+pub(crate) fn check_all(comm: &dyn Communicator, large: usize) {
+    let mut checks = Checks { comm, sequence: 0 };
+    let world = comm.world_size();
+    let mut groups = vec![Group::world(world), Group::new((0..world).rev().collect()).unwrap()];
+    if world > 2 {
+        // A 2 x k mesh: rows of even and odd ranks side by side, then a group that leaves rank 0 out.
+        let part = |odd| Group::new((0..world).filter(|r| r % 2 == odd).collect()).unwrap();
+        groups.push(part(comm.rank() % 2));
+        groups.push(Group::new((1..world).collect()).unwrap());
     }
-
-    pub fn compute(&mut self, value: ValueId, layout: Layout) -> StepId {
-        let args = self.spmd.logical.node(value).args.iter().map(|a| self.of[a]).collect();
-        self.push(value, Step { value, layout, kind: StepKind::Compute, args })
+    for (index, group) in groups.iter().enumerate().filter(|(_, g)| g.position(comm.rank()).is_some()) {
+        // Groups of different size make different numbers of calls.
+        checks.sequence = (index as u64) << 20;
+        checks.reductions(group, large);
+        checks.gathers(group, large);
+        checks.reduce_scatters(group, large);
+        checks.all_to_alls(group, large);
+        checks.blobs(group, large);
     }
+    checks.sequence = 1 << 40;
+    let tag = checks.tag();
+    comm.barrier(&Group::world(world), tag).unwrap();
+    assert!(comm.history().records.iter().all(|r| r.done));
+}
 
-    pub fn convert(&mut self, value: ValueId, layout: Layout, conversion: Conversion) -> StepId {
-        let args = vec![self.of[&value]];
-        self.push(value, Step { value, layout, kind: StepKind::Convert(conversion), args })
-    }
-
-    fn push(&mut self, value: ValueId, step: Step) -> StepId {
-        let id = StepId(self.spmd.steps.len() as u32);
-        self.spmd.steps.push(step);
-        self.of.insert(value, id);
-        id
-    }
-
-    pub fn finish(mut self) -> Spmd {
-        for output in &self.spmd.logical.outputs {
-            let step = self.of[&output.value];
-            self.spmd.outputs.push(SpmdOutput { name: output.name.clone(), step });
+impl Checks<'_> {
+    fn reductions(&mut self, group: &Group, large: usize) {
+        let me = group.position(self.comm.rank()).unwrap();
+        for dtype in ARITHMETIC {
+            for monoid in MONOIDS {
+                for shape in [vec![], vec![0, 3], vec![3, 5], vec![large]] {
+                    let count = shape.iter().product();
+                    let mut data = tensor(dtype, &shape, &numbers(me, count));
+                    let tag = self.tag();
+                    self.comm.all_reduce(group, tag, monoid, &mut data).unwrap();
+                    let expected = tensor(dtype, &shape, &combined(dtype, monoid, group.len(), count));
+                    assert_eq!(data, expected, "{dtype} {monoid:?} {shape:?} {group:?}");
+                }
+            }
         }
-        self.spmd
     }
-}
 
-/// Every rank computes everything.
-pub fn replicated(logical: Graph, ranks: usize) -> Spmd {
-    let mesh = Mesh::flat(ranks);
-    let layout = Layout::replicated(&mesh);
-    let values: Vec<ValueId> = logical.values().map(|(v, _)| v).collect();
-    let mut builder = Builder::new(logical, mesh);
-    for value in values {
-        builder.compute(value, layout.clone());
+    fn gathers(&mut self, group: &Group, large: usize) {
+        let me = group.position(self.comm.rank()).unwrap();
+        for dtype in [DType::F32, DType::F16, DType::Bool, DType::U8] {
+            for (variant, dim) in (0..4).flat_map(|v| [(v, 0), (v, 1), (v, 2)]) {
+                for outer in [3, large / 16] {
+                    let extents = extents(group.len(), variant);
+                    let shape = with(&[outer, 2, 2], dim, extents.iter().sum());
+                    let whole = numbers(variant, shape.iter().product());
+                    let start = extents[..me].iter().sum();
+                    let local = slice(&whole, &shape, dim, start, extents[me]);
+                    let local = tensor(dtype, &with(&shape, dim, extents[me]), &local);
+                    let tag = self.tag();
+                    let got = self.comm.all_gather(group, tag, dim, &extents, &local).unwrap();
+                    assert_eq!(got, tensor(dtype, &shape, &whole), "{dtype} dim {dim} {extents:?}");
+                }
+            }
+        }
     }
-    builder.finish()
-}
 
-pub fn shard(dim: usize, unit: usize) -> Layout {
-    Layout(vec![AxisLayout::shard(dim, unit)])
-}
-
-/// The part of `whole` that a weight expression asks for; only slices of initializers occur here.
-fn evaluate(expr: &WeightExpr, weights: &BTreeMap<String, Tensor>) -> Tensor {
-    tpshard_ir::interp::eval_weight(expr, &|name: &str| Ok(weights[name].clone()), DEFAULT_ELEMENT_LIMIT)
-        .unwrap()
-}
-
-pub fn rank_weights(program: &RankProgram, weights: &BTreeMap<String, Tensor>) -> MemoryWeights {
-    let tensors = program.weights.iter().map(|w| (w.name.clone(), evaluate(&w.expr, weights))).collect();
-    MemoryWeights { tensors, hash: None }
-}
-
-pub fn random_weights(graph: &Graph, random: &mut Random) -> BTreeMap<String, Tensor> {
-    let mut weights = BTreeMap::new();
-    for node in graph.nodes() {
-        if let Op::Weight(expr) = &node.op
-            && let WeightKind::Initializer { name } = expr.kind()
+    fn reduce_scatters(&mut self, group: &Group, large: usize) {
+        let me = group.position(self.comm.rank()).unwrap();
+        for (dtype, monoid) in
+            [(DType::F32, Monoid::Sum), (DType::BF16, Monoid::Max), (DType::I64, Monoid::Prod)]
         {
-            weights.entry(name.clone()).or_insert_with(|| random.tensor(expr.dtype(), expr.shape()));
+            for (variant, dim) in (0..4).flat_map(|v| [(v, 0), (v, 1)]) {
+                for other in [3, large / 8] {
+                    let extents = extents(group.len(), variant);
+                    let shape = with(&[other, other.min(8)], dim, extents.iter().sum());
+                    let count = shape.iter().product();
+                    let data = tensor(dtype, &shape, &numbers(me, count));
+                    let tag = self.tag();
+                    let got = self.comm.reduce_scatter(group, tag, monoid, dim, &extents, &data).unwrap();
+                    let all = combined(dtype, monoid, group.len(), count);
+                    let own = slice(&all, &shape, dim, extents[..me].iter().sum(), extents[me]);
+                    assert_eq!(
+                        got,
+                        tensor(dtype, &with(&shape, dim, extents[me]), &own),
+                        "{dtype} {extents:?}"
+                    );
+                }
+            }
         }
     }
-    weights
-}
 
-pub fn options() -> SessionOptions {
-    SessionOptions { threads: Some(2), ..SessionOptions::default() }
-}
+    fn all_to_alls(&mut self, group: &Group, large: usize) {
+        let me = group.position(self.comm.rank()).unwrap();
+        for (split_variant, concat_variant) in (0..4).flat_map(|a| (0..4).map(move |b| (a, b))) {
+            for (split_dim, concat_dim, outer) in [(0, 2, 3), (2, 0, 3), (1, 2, large / 16)] {
+                let (split, concat) =
+                    (extents(group.len(), split_variant), extents(group.len(), concat_variant));
+                let shape = with(&[outer, 2, 2], split_dim, split.iter().sum());
+                let shape = with(&shape, concat_dim, concat.iter().sum());
+                let whole = numbers(split_variant, shape.iter().product());
+                let start = concat[..me].iter().sum();
+                let local = slice(&whole, &shape, concat_dim, start, concat[me]);
+                let local = tensor(DType::F32, &with(&shape, concat_dim, concat[me]), &local);
+                let cut = |dim, extents| Sharding { dim, extents };
+                let tag = self.tag();
+                let (from, to) = (cut(split_dim, &split), cut(concat_dim, &concat));
+                let got = self.comm.all_to_all(group, tag, from, to, &local).unwrap();
+                let own = slice(&whole, &shape, split_dim, split[..me].iter().sum(), split[me]);
+                let expected = tensor(DType::F32, &with(&shape, split_dim, split[me]), &own);
+                assert_eq!(got, expected, "{split:?} at {split_dim}, {concat:?} at {concat_dim}");
+            }
+        }
+    }
 
-pub fn open(
-    spmd: &Spmd,
-    rank: usize,
-    weights: &BTreeMap<String, Tensor>,
-    communicator: Box<dyn Communicator>,
-    options: &SessionOptions,
-) -> Result<Session, SessionError> {
-    let program = RankProgram::from_spmd(spmd, rank).unwrap();
-    let mut source = rank_weights(&program, weights);
-    Session::open(program, &mut source, communicator, options)
-}
-
-/// Runs `body` as every rank, on threads, and returns what each returned.
-pub fn on_ranks<T: Send>(
-    spmd: &Spmd,
-    weights: &BTreeMap<String, Tensor>,
-    options: &SessionOptions,
-    body: impl Fn(usize, Result<Session, SessionError>) -> T + Sync,
-) -> Vec<T> {
-    let ends = threads(spmd.mesh.ranks(), &CommOptions::default()).unwrap();
-    std::thread::scope(|scope| {
-        let handles: Vec<_> = ends
-            .into_iter()
-            .enumerate()
-            .map(|(rank, end)| {
-                let body = &body;
-                scope.spawn(move || body(rank, open(spmd, rank, weights, end, options)))
-            })
-            .collect();
-        handles.into_iter().map(|h| h.join().unwrap()).collect()
-    })
-}
-
-/// Runs a program once on all ranks; the result of rank 0.
-pub fn run(
-    spmd: &Spmd,
-    weights: &BTreeMap<String, Tensor>,
-    inputs: &BTreeMap<String, Tensor>,
-) -> Result<Results, SessionError> {
-    let results = on_ranks(spmd, weights, &options(), |rank, session| {
-        let mut session = session?;
-        let none = BTreeMap::new();
-        session.run(if rank == 0 { inputs } else { &none })
-    });
-    results.into_iter().next().unwrap()
-}
-
-pub fn reference(
-    graph: &Graph,
-    weights: &BTreeMap<String, Tensor>,
-    inputs: &BTreeMap<String, Tensor>,
-) -> Vec<(Arc<str>, Tensor)> {
-    let inputs = inputs.iter().map(|(k, v)| (Arc::from(k.as_str()), v.clone())).collect();
-    run_tensors(graph, &inputs, &|name: &str| Ok(weights[name].clone()), DEFAULT_ELEMENT_LIMIT).unwrap()
-}
-
-fn floats(tensor: &Tensor) -> Option<Vec<f64>> {
-    Some(match tensor.data() {
-        Data::F32(v) => v.iter().map(|&x| x.into()).collect(),
-        Data::F64(v) => v.clone(),
-        Data::F16(v) => v.iter().map(|x| x.to_f64()).collect(),
-        Data::BF16(v) => v.iter().map(|x| x.to_f64()).collect(),
-        _ => return None,
-    })
-}
-
-pub fn assert_close(found: &Tensor, expected: &Tensor, what: &str) {
-    assert_eq!((found.dtype(), found.shape()), (expected.dtype(), expected.shape()), "{what}");
-    let tolerance = match expected.dtype() {
-        DType::F16 => 2e-2,
-        DType::BF16 => 1e-1,
-        _ => 1e-5,
-    };
-    let (Some(a), Some(b)) = (floats(found), floats(expected)) else {
-        assert_eq!(found, expected, "{what}");
-        return;
-    };
-    for (i, (a, b)) in a.iter().zip(&b).enumerate() {
-        let close = (a.is_nan() && b.is_nan()) || a == b || (a - b).abs() <= tolerance * (1.0 + b.abs());
-        assert!(close, "{what}: element {i} is {a}, expected {b}");
+    fn blobs(&mut self, group: &Group, large: usize) {
+        let me = group.position(self.comm.rank()).unwrap();
+        for (position, &root) in group.ranks().iter().enumerate() {
+            for size in [0, 7, large] {
+                let blob = |i: usize| numbers(i, (size + 3 * i) * usize::from(i != 1));
+                let all: Vec<Vec<u8>> = (0..group.len()).map(blob).collect();
+                let is_root = me == position;
+                let tag = self.tag();
+                let sent = if is_root { all[position].as_slice() } else { &[] };
+                assert_eq!(self.comm.broadcast_bytes(group, tag, root, sent).unwrap(), all[position]);
+                let tag = self.tag();
+                let blobs = is_root.then_some(all.as_slice());
+                assert_eq!(self.comm.scatter_bytes(group, tag, root, blobs).unwrap(), all[me]);
+                let tag = self.tag();
+                let gathered = self.comm.gather_bytes(group, tag, root, &all[me]).unwrap();
+                assert_eq!(gathered, is_root.then_some(all));
+                let mut data = tensor(DType::Bool, &[size], &numbers(me, size));
+                let tag = self.tag();
+                self.comm.broadcast(group, tag, root, &mut data).unwrap();
+                assert_eq!(data, tensor(DType::Bool, &[size], &numbers(position, size)));
+            }
+        }
     }
 }
 
-/// One rank against the interpreter.
-pub fn check(graph: Graph, inputs: &BTreeMap<String, Tensor>, what: &str) {
-    let weights = random_weights(&graph, &mut Random::new(7));
-    let expected = reference(&graph, &weights, inputs);
-    let results = run(&replicated(graph, 1), &weights, inputs).unwrap_or_else(|e| panic!("{what}: {e}"));
-    assert_eq!(results.outputs.len(), expected.len());
-    for (name, tensor) in &expected {
-        assert_close(&results.outputs[&**name].tensor, tensor, &format!("{what}, output `{name}`"));
+/// Sums whose value depends on the order: all ranks must have the same bits, those of rank order.
+pub(crate) fn check_order(comm: &dyn Communicator) {
+    let world = comm.world_size();
+    let value =
+        |rank: usize, i: usize| ((rank * 37 + i * 11) as f32 * 0.37).sin() * 10f32.powi(rank as i32 * 3);
+    let group = Group::world(world);
+    for (sequence, count) in [5, 1000, 40_000].into_iter().enumerate() {
+        let own: Vec<f32> = (0..count).map(|i| value(comm.rank(), i)).collect();
+        let mut data = Tensor::from_vec(vec![count], own).unwrap();
+        let tag = Tag { sequence: (1 << 41) + sequence as u64, node: 0 };
+        comm.all_reduce(&group, tag, Monoid::Sum, &mut data).unwrap();
+        let expected: Vec<f32> =
+            (0..count).map(|i| (1..world).fold(value(0, i), |sum, rank| sum + value(rank, i))).collect();
+        assert_eq!(data.data(), &Data::F32(expected));
+        if world > 1 {
+            assert!(comm.stats().of(Kind::AllReduce).bytes >= 4 * count as u64);
+        }
     }
-}
-
-/// One operation on random operands against the interpreter.
-pub fn check_op(op: Op, operands: &[(DType, &[usize])], random: &mut Random) {
-    let mut graph = Graph::new("op");
-    let mut inputs = BTreeMap::new();
-    let mut values = Vec::new();
-    for (i, (dtype, shape)) in operands.iter().enumerate() {
-        let name = format!("x{i}");
-        values.push(graph.input(&name, ty(*dtype, shape)));
-        inputs.insert(name, random.tensor(*dtype, shape));
-    }
-    let what = format!("{op:?} of {operands:?}");
-    let result = graph.add(op, &values).unwrap_or_else(|e| panic!("{what}: {e}"));
-    output(&mut graph, "y", result);
-    check(graph, &inputs, &what);
 }
