@@ -5,9 +5,12 @@
 //! Weights are named tensors of the rank's shard file. Everything here is pure data; [`RankProgram::encode`] and
 //! [`RankProgram::decode`] carry it in a [`container`](crate::container).
 
+mod codec;
+mod lines;
 mod lowering;
 mod memory;
 
+pub use codec::{PART_PROGRAM, ProgramError, graph_part};
 pub use lowering::{Kernel, Lowering, LoweringError, Region, Stage, lower, lower_keeping};
 pub use memory::{Buffer, MemoryPlan, PlanError};
 

@@ -3,9 +3,9 @@
 mod executor;
 
 use DType::{BF16, Bool, F16, F32, F64, I8, I32, I64, U8};
+use executor::*;
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use executor::*;
 use tpshard_ir::op::{EinsumSpec, Literal, NormKind, Op, PadMode, PoolKind, Real, TableWindow, Window};
 use tpshard_ir::{DType, Dim, Graph, Monoid, Scalar, Tensor};
 

@@ -3,8 +3,8 @@
 
 mod executor;
 
-use std::collections::BTreeMap;
 use executor::*;
+use std::collections::BTreeMap;
 use tpshard_ir::layout::{AxisLayout, Layout, Mesh};
 use tpshard_ir::op::{EinsumSpec, NormKind, Op, Real};
 use tpshard_ir::{
