@@ -268,13 +268,14 @@ impl Manifest {
     fn line(&mut self, mut words: Words<'_>) -> Result<()> {
         let key = words.word("a key")?;
         let program = &mut self.program;
+        let has_room = self.entries.len() < MAX_ENTRIES;
         match (key.as_str(), self.entries.last_mut()) {
             ("rank", _) => program.rank = words.parse("a rank")?,
             ("mesh", _) => program.mesh = Mesh(words.rest("an extent")?),
             ("determinism", _) => program.determinism = words.parse("a level")?,
             ("weights_hash", _) => program.weights_hash = words.word("a hash")?,
             ("program_hash", _) => program.program_hash = words.word("a hash")?,
-            ("entry", _) if self.entries.len() < MAX_ENTRIES => {
+            ("entry", _) if has_room => {
                 let name = words.word("a name")?;
                 self.entries.push(ManifestEntry { name, ranges: BTreeMap::new(), keep: vec![] });
             }
