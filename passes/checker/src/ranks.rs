@@ -259,14 +259,14 @@ fn check_collectives(
 }
 
 fn issues(local: &Graph) -> Vec<(usize, &Conversion)> {
-    let conversion = |(i, node): (usize, &'_ tpshard_ir::Node)| match &node.op {
-        Op::Convert(c) if c.communicates() => Some((i, c.clone())),
-        _ => None,
-    };
-    let found: Vec<usize> = local.nodes().iter().enumerate().filter_map(conversion).map(|(i, _)| i).collect();
-    found
-        .into_iter()
-        .filter_map(|i| if let Op::Convert(c) = &local.nodes()[i].op { Some((i, c)) } else { None })
+    local
+        .nodes()
+        .iter()
+        .enumerate()
+        .filter_map(|(i, node)| match &node.op {
+            Op::Convert(conversion) if conversion.communicates() => Some((i, conversion)),
+            _ => None,
+        })
         .collect()
 }
 

@@ -10,22 +10,22 @@ use tpshard_ir::weight::WeightExpr;
 use tpshard_ir::{Bindings, DType, Dim, Monoid, Op, Scalar, Tensor, Type, infer};
 
 /// An operation on operands of given types.
-pub struct Instance {
-    pub name: String,
-    pub op: Op,
-    pub args: Vec<Type>,
-    pub result: Type,
+pub(crate) struct Instance {
+    pub(crate) name: String,
+    pub(crate) op: Op,
+    pub(crate) args: Vec<Type>,
+    pub(crate) result: Type,
     /// Per operand, the number of things it indexes, if it holds indices.
-    pub indexes: Vec<Option<usize>>,
+    pub(crate) indexes: Vec<Option<usize>>,
 }
 
 /// The values symbols have when instances are executed.
-pub fn bindings() -> Bindings {
+pub(crate) fn bindings() -> Bindings {
     [("b".into(), 3), ("s".into(), 5)].into()
 }
 
 /// A type from text such as `f32[5, b*s, 4]`.
-pub fn ty(text: &str) -> Type {
+pub(crate) fn ty(text: &str) -> Type {
     let (dtype, rest) = text.split_once('[').unwrap();
     let dims = rest.strip_suffix(']').unwrap();
     let factor = |t: &str| t.trim().parse::<i64>().map_or_else(|_| Dim::symbol(t.trim()), Dim::constant);
@@ -65,7 +65,7 @@ fn window(kernel: &[usize]) -> Window {
     }
 }
 
-pub fn all() -> Vec<Instance> {
+pub(crate) fn all() -> Vec<Instance> {
     let mut list = List(Vec::new());
     leaves(&mut list);
     pointwise(&mut list);
