@@ -21,8 +21,7 @@ impl Classes {
             let next = numbers.len();
             operations.push(*numbers.entry(&node.op).or_insert(next));
         }
-        let arguments =
-            graph.nodes().iter().map(|n| n.args.iter().map(|a| a.index()).collect()).collect();
+        let arguments = graph.nodes().iter().map(|n| n.args.iter().map(|a| a.index()).collect()).collect();
         let mut classes = Classes { operations, arguments, parent: (0..graph.len()).collect() };
         classes.close();
         classes

@@ -28,7 +28,10 @@ pub(crate) fn conversion_fault(
     for axis in 0..mesh.axes() {
         let (is, becomes) = (&from.0[axis], &to.0[axis]);
         if !axes.contains(&axis) && is != becomes {
-            return Some(format!("axis {axis} goes from {is} to {becomes}, which {} leaves", conversion.name()));
+            return Some(format!(
+                "axis {axis} goes from {is} to {becomes}, which {} leaves",
+                conversion.name()
+            ));
         }
         if axes.contains(&axis) && (*is != before || *becomes != after) {
             return Some(format!(

@@ -34,9 +34,14 @@ pub fn check_ranks(program: &Spmd, locals: &[Graph]) -> Result<Report, Vec<Findi
             }
         }
         let same = local.outputs.len() == program.outputs.len()
-            && local.outputs.iter().zip(&program.outputs).all(|(a, b)| a.name == b.name && a.value.0 == b.step.0);
+            && local
+                .outputs
+                .iter()
+                .zip(&program.outputs)
+                .all(|(a, b)| a.name == b.name && a.value.0 == b.step.0);
         if !same {
-            findings.push(Finding::Program { what: format!("rank {rank} has other outputs than the program") });
+            findings
+                .push(Finding::Program { what: format!("rank {rank} has other outputs than the program") });
         }
     }
     let collectives = check_collectives(&program.mesh, locals, &points, &mut findings);
@@ -121,7 +126,11 @@ fn same_operation(
             Ok(())
         }
         (Op::Broadcast { .. }, Op::Broadcast { shape }) | (Op::Reshape { .. }, Op::Reshape { shape }) => {
-            if lengths().ne(shape) { differs("the shape") } else { Ok(()) }
+            if lengths().ne(shape) {
+                differs("the shape")
+            } else {
+                Ok(())
+            }
         }
         (Op::Gather { axis, window: None }, Op::Gather { axis: own, window }) => {
             let table = operands.first().and_then(|r| r.get(*axis)).ok_or("gather without table")?;
@@ -142,17 +151,24 @@ fn same_operation(
                 return differs("an attribute");
             }
             let heads = made.get(1).and_then(Part::constant).ok_or("heads are symbolic")?;
-            let keys = operands.get(1).and_then(|r| r.get(1)).and_then(Part::constant).ok_or("heads are symbolic")?;
+            let keys = operands
+                .get(1)
+                .and_then(|r| r.get(1))
+                .and_then(Part::constant)
+                .ok_or("heads are symbolic")?;
             let right = map.len() == heads.1
                 && map.iter().enumerate().all(|(i, &kv)| {
                     (kv as usize) < keys.1
-                        && kv_of_head.get(heads.0 + i).is_some_and(|&global| global as usize == keys.0 + kv as usize)
+                        && kv_of_head
+                            .get(heads.0 + i)
+                            .is_some_and(|&global| global as usize == keys.0 + kv as usize)
                 });
             if right { Ok(()) } else { differs("the map from heads to KV heads") }
         }
         (Op::Conv { window, groups }, Op::Conv { window: own, groups: local_groups }) => {
             let channels = made.get(1).and_then(Part::constant).ok_or("channels are symbolic")?;
-            let all = types.get(1).and_then(|w| w.shape.first()).and_then(Dim::as_size).ok_or("no channels")?;
+            let all =
+                types.get(1).and_then(|w| w.shape.first()).and_then(Dim::as_size).ok_or("no channels")?;
             // Channels per group stay what they were; a rank without channels has no groups to count.
             let right = if *groups == 1 {
                 *local_groups == 1
@@ -217,7 +233,9 @@ fn same_literal(whole: &Literal, part: &Literal, made: &Region) -> Result<(), St
         let index: Vec<usize> = unflat(position, &lengths).iter().zip(&starts).map(|(i, s)| i + s).collect();
         let at = crate::weights::flat(&index, whole.shape()) * width;
         if all.get(at..at + width) != Some(element) {
-            return Err(format!("element {position} of the literal's slice is not element {index:?} of the literal"));
+            return Err(format!(
+                "element {position} of the literal's slice is not element {index:?} of the literal"
+            ));
         }
     }
     Ok(())
@@ -274,7 +292,11 @@ fn issues(local: &Graph) -> Vec<(usize, &Conversion)> {
 fn members(mesh: &Mesh, rank: usize, axes: &[usize]) -> Vec<usize> {
     let own = coordinates(mesh, rank);
     let alike = |other: &usize| {
-        coordinates(mesh, *other).iter().zip(&own).enumerate().all(|(axis, (a, b))| a == b || axes.contains(&axis))
+        coordinates(mesh, *other)
+            .iter()
+            .zip(&own)
+            .enumerate()
+            .all(|(axis, (a, b))| a == b || axes.contains(&axis))
     };
     (0..mesh.ranks()).filter(alike).collect()
 }

@@ -26,7 +26,9 @@ pub(crate) fn square_fault(
             return Some("a layout does not fit its value".into());
         };
         match restricts(op, &View { args, result, held: &held, made: &made }) {
-            Ok(found) => reduced.extend(found.into_iter().filter(|f| !reduced.contains(f)).collect::<Vec<_>>()),
+            Ok(found) => {
+                reduced.extend(found.into_iter().filter(|f| !reduced.contains(f)).collect::<Vec<_>>())
+            }
             Err(what) => return Some(format!("on rank {rank}, {what}")),
         }
     }

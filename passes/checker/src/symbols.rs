@@ -69,7 +69,8 @@ fn draw(graph: &Graph, symbols: &BTreeSet<Arc<str>>, attempt: u64) -> Bindings {
 }
 
 fn in_range(graph: &Graph, drawn: &Bindings) -> bool {
-    graph.symbols.iter().all(|(name, range)| {
-        drawn.get(name).is_none_or(|&value| (range.low..=range.high).contains(&value))
-    })
+    graph
+        .symbols
+        .iter()
+        .all(|(name, range)| drawn.get(name).is_none_or(|&value| (range.low..=range.high).contains(&value)))
 }

@@ -275,7 +275,8 @@ fn conv(groups: usize, view: &View<'_>) -> Verdict {
         return Ok(reduced);
     }
     view.whole(1, 1)?;
-    let per_group = view.extent(1, 0)?.exact_div(&Dim::from(groups)).ok_or("channels do not fall into groups")?;
+    let per_group =
+        view.extent(1, 0)?.exact_div(&Dim::from(groups)).ok_or("channels do not fall into groups")?;
     let made = view.made(1)?;
     let (Some(start), Some(length)) = (made.start.exact_div(&per_group), made.length.exact_div(&per_group))
     else {
