@@ -7,64 +7,13 @@
 use super::gemm::Contraction;
 use super::kernels::{Context, run_kernel};
 use super::value::Value;
+use super::weights::WeightSource;
 use rten_gemm::{GemmExecutor, PackedBMatrix};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use tpshard_ir::dim::Bindings;
-use tpshard_ir::program::{Kernel, Lowering, RankProgram, Stage, WeightTensor, lower};
-use tpshard_ir::{Graph, Op, Tensor, Type, ValueId};
-
-/// Where a session gets its weights from.
-pub trait WeightSource {
-    /// The hash the weights were written with, if the source knows one.
-    fn weights_hash(&self) -> Option<String>;
-
-    /// The tensor of that name, of the type and shape the program states; called once per tensor, in file order where
-    /// possible, so that a source may release what it has handed out.
-    ///
-    /// # Errors
-    /// The tensor is missing or another one; the message names tensor and file.
-    fn tensor(&mut self, weight: &WeightTensor) -> Result<Tensor, String>;
-}
-
-/// Weights in memory, by name.
-#[derive(Clone, Debug, Default)]
-pub struct MemoryWeights {
-    pub tensors: BTreeMap<String, Tensor>,
-    pub hash: Option<String>,
-}
-
-impl WeightSource for MemoryWeights {
-    fn weights_hash(&self) -> Option<String> {
-        self.hash.clone()
-    }
-
-    fn tensor(&mut self, weight: &WeightTensor) -> Result<Tensor, String> {
-        let found = self.tensors.get(&weight.name).ok_or_else(|| {
-            format!("weight `{}` is missing\n  help: give the weights of this rank", weight.name)
-        })?;
-        check_weight(weight, found, "the given weights")?;
-        Ok(found.clone())
-    }
-}
-
-/// Checks type and shape of a weight read from `place`.
-///
-/// # Errors
-/// Names the tensor, the place, and what was expected and found.
-pub fn check_weight(weight: &WeightTensor, found: &Tensor, place: &str) -> Result<(), String> {
-    if found.dtype() == weight.dtype && found.shape() == weight.shape {
-        return Ok(());
-    }
-    Err(format!(
-        "weight `{}` of {place} is {}{:?}, the program expects {}{:?}\n  help: use the weights written with this program",
-        weight.name,
-        found.dtype(),
-        found.shape(),
-        weight.dtype,
-        weight.shape
-    ))
-}
+use tpshard_ir::program::{Kernel, Lowering, RankProgram, Stage, lower};
+use tpshard_ir::{Graph, Op, Type, ValueId};
 
 /// How a constant is laid out for a matrix product: which of its dims are depth and columns, in order.
 type PackKey = (usize, Vec<usize>, Vec<usize>);
@@ -181,8 +130,7 @@ impl Constants {
             }
         }
         let mut dropped_at: Vec<Vec<usize>> = vec![Vec::new(); self.interned.len()];
-        for (id, constant) in self.interned.iter().enumerate().filter(|(_, c)| !c.retained) {
-            let _ = constant;
+        for id in (0..self.interned.len()).filter(|&id| !self.interned[id].retained) {
             dropped_at[last[id]].push(id);
         }
         self.values = vec![None; self.interned.len()];
@@ -215,7 +163,6 @@ impl Constants {
                     self.packed.insert(key.clone(), Arc::new(packed));
                 }
             }
-            // A view of a weight that is kept for its own sake should not hold more than it shows.
             self.values[id] = Some(value);
             for &done in &dropped_at[id] {
                 self.values[done] = None;

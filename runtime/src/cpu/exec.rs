@@ -25,7 +25,6 @@ pub(crate) struct Prepared {
     regions: Vec<PreparedRegion>,
     /// The lowering it was made from.
     pub(crate) lowering: Lowering,
-    last_use: Vec<usize>,
     /// The last region that reads a value itself, views aside.
     last_read: Vec<usize>,
     constants: Vec<Option<usize>>,
@@ -129,7 +128,7 @@ impl Prepared {
                 region.dropped.push(ValueId(value as u32));
             }
         }
-        Ok(Prepared { regions, lowering, last_use, last_read, constants: ids })
+        Ok(Prepared { regions, lowering, last_read, constants: ids })
     }
 }
 
@@ -311,7 +310,6 @@ impl Run<'_> {
         let outlives = self.graph().outputs.iter().any(|o| o.value == value)
             || self.prepared.constants[at].is_some()
             || self.prepared.last_read[at] > index;
-        let _ = &self.prepared.last_use;
         if outlives { None } else { values[at].take() }
     }
 

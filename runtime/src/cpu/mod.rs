@@ -20,7 +20,8 @@ mod reference;
 mod rows;
 mod scalar;
 pub(crate) mod value;
+mod weights;
 
-pub use constants::{MemoryWeights, WeightSource, check_weight};
+pub use weights::{FileWeights, MemoryWeights, WeightSource, check_weight};
 
 pub(crate) use movement::write_into as write_row;

@@ -12,3 +12,22 @@ pub(super) fn map(file: &File) -> io::Result<Mmap> {
     // read-only, and everything taken from it is numbers, or copied and checked first.
     unsafe { Mmap::map(file) }
 }
+
+/// Gives the pages that lie wholly within `range` back to the system; they are read again if they are needed again.
+/// Advice only: a system that does not follow it keeps them.
+pub(super) fn release(mapping: &Mmap, range: std::ops::Range<usize>) {
+    if range.end > mapping.len() || range.start >= range.end {
+        return;
+    }
+    // SAFETY: the mapping is of a file and read-only, so pages that were given back hold the file's bytes again when
+    // they are next touched; no value in memory changes.
+    let advised = unsafe {
+        mapping.unchecked_advise_range(
+            memmap2::UncheckedAdvice::DontNeed,
+            range.start,
+            range.end - range.start,
+        )
+    };
+    // Without the advice the pages stay until memory is short.
+    drop(advised);
+}

@@ -4,7 +4,7 @@
 //! logical type and shape under [`logical_dtype_key`] and [`logical_shape_key`].
 
 use super::IoError;
-use super::map::map;
+use super::map::{map, release};
 use ::safetensors::tensor::{Dtype, Metadata, SafeTensors, TensorInfo};
 use memmap2::Mmap;
 use std::collections::BTreeMap;
@@ -63,6 +63,19 @@ impl SafeTensorsFile {
     /// The file's own key-value pairs.
     pub fn metadata(&self) -> &BTreeMap<String, String> {
         &self.metadata
+    }
+
+    /// Where the file is, for messages.
+    pub fn place(&self) -> &str {
+        &self.place
+    }
+
+    /// Gives the memory behind a tensor's bytes back to the system; it can still be read.
+    pub fn release(&self, name: &str) {
+        if let Some(info) = self.header.info(name) {
+            let (start, end) = info.data_offsets;
+            release(&self.mapping, self.data + start..self.data + end);
+        }
     }
 
     /// Names of the tensors, in the order of the file.
