@@ -245,6 +245,11 @@ impl Session {
         self.lead(Ok(Request::Close), &BTreeMap::new()).map(|_| ())
     }
 
+    #[cfg(test)]
+    pub(crate) fn state(&self) -> Option<&crate::state::StateStore> {
+        self.worker.state()
+    }
+
     fn change_state(&mut self, request: Request) -> Result<(), SessionError> {
         if self.rank() != 0 {
             return self.follow_one().map(|_| ());

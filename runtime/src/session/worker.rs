@@ -14,7 +14,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::str::FromStr;
 use std::sync::Arc;
 use tpshard_ir::dim::Bindings;
-use tpshard_ir::program::{Entry, Family, MemoryPlan, Port, RankProgram, lower_keeping};
+use tpshard_ir::program::{Determinism, Entry, Family, MemoryPlan, Port, RankProgram, lower_keeping};
 use tpshard_ir::tensor::element_count;
 use tpshard_ir::{AxisLayout, Conversion, DType, StepId, Tensor, ValueId};
 
@@ -309,6 +309,13 @@ fn check(
                 "the weights have hash {found}, the program expects {}\n  help: use the weights written with this program",
                 program.weights_hash
             ),
+        });
+    }
+    if program.determinism == Determinism::Tp {
+        return Err(SessionError::Usage {
+            what: "the program asks for results that are bit-equal for every number of ranks, which these kernels do \
+                   not give yet\n  help: build it with `--determinism run`"
+                .into(),
         });
     }
     for entry in &program.entries {
