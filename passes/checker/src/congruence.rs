@@ -1,7 +1,7 @@
 //! Which values are equal: the least equivalence that holds the given equations and the rule that equal operations of
 //! equal operands are equal.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use tpshard_ir::{Graph, Op, ValueId};
 
 /// Equivalence classes of the values of one graph, closed under congruence.
@@ -10,6 +10,10 @@ pub(crate) struct Classes {
     operations: Vec<usize>,
     arguments: Vec<Vec<usize>>,
     parent: Vec<usize>,
+    /// Per representative, the values that have a member of the class as operand.
+    users: Vec<Vec<usize>>,
+    /// A value with this operation on operands of these classes.
+    known: HashMap<(usize, Vec<usize>), usize>,
 }
 
 impl Classes {
@@ -22,8 +26,22 @@ impl Classes {
             operations.push(*numbers.entry(&node.op).or_insert(next));
         }
         let arguments = graph.nodes().iter().map(|n| n.args.iter().map(|a| a.index()).collect()).collect();
-        let mut classes = Classes { operations, arguments, parent: (0..graph.len()).collect() };
-        classes.close();
+        let mut classes = Classes {
+            operations,
+            arguments,
+            parent: (0..graph.len()).collect(),
+            users: vec![Vec::new(); graph.len()],
+            known: HashMap::new(),
+        };
+        for value in 0..graph.len() {
+            for i in 0..classes.arguments[value].len() {
+                let class = classes.root(classes.arguments[value][i]);
+                classes.users[class].push(value);
+            }
+            // Operands come before their users, so a value met here has no users yet and nothing else follows.
+            let first = *classes.known.entry(classes.signature(value)).or_insert(value);
+            classes.parent[value] = classes.root(first);
+        }
         classes
     }
 
@@ -36,11 +54,26 @@ impl Classes {
         self.root(a.index()) == self.root(b.index())
     }
 
-    /// Adds `a = b` and what follows.
+    /// Adds `a = b` and what follows: values whose operands became equal may be equal themselves.
     pub(crate) fn join(&mut self, a: ValueId, b: ValueId) {
-        if self.unite(a.index(), b.index()) {
-            self.close();
+        let mut open = vec![(a.index(), b.index())];
+        while let Some((a, b)) = open.pop() {
+            let (a, b) = (self.root(a), self.root(b));
+            if a == b {
+                continue;
+            }
+            let (kept, left) = (a.min(b), a.max(b));
+            self.parent[left] = kept;
+            for user in std::mem::take(&mut self.users[left]) {
+                let other = *self.known.entry(self.signature(user)).or_insert(user);
+                open.push((user, other));
+                self.users[kept].push(user);
+            }
         }
+    }
+
+    fn signature(&self, value: usize) -> (usize, Vec<usize>) {
+        (self.operations[value], self.arguments[value].iter().map(|&a| self.root(a)).collect())
     }
 
     fn root(&self, mut value: usize) -> usize {
@@ -49,35 +82,12 @@ impl Classes {
         }
         value
     }
-
-    /// True if they were not equal before. The earlier value represents both.
-    fn unite(&mut self, a: usize, b: usize) -> bool {
-        let (a, b) = (self.root(a), self.root(b));
-        self.parent[a.max(b)] = a.min(b);
-        a != b
-    }
-
-    /// Operands come before their users, so one pass sees the consequences of all but the equations that look
-    /// backwards; passes repeat until one changes nothing.
-    fn close(&mut self) {
-        let mut changed = true;
-        while changed {
-            changed = false;
-            let mut seen: BTreeMap<(usize, Vec<usize>), usize> = BTreeMap::new();
-            for value in 0..self.parent.len() {
-                self.parent[value] = self.root(value);
-                let arguments = self.arguments[value].iter().map(|&a| self.root(a)).collect();
-                let first = *seen.entry((self.operations[value], arguments)).or_insert(value);
-                changed |= self.unite(first, value);
-            }
-        }
-    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use tpshard_ir::{DType, Scalar, Type};
+    use tpshard_ir::{DType, Dim, Scalar, Type};
 
     #[test]
     fn equal_operands_make_equal_results() {
@@ -94,5 +104,4 @@ mod tests {
         assert!(classes.equal(deep_a, deep_b) && !classes.equal(exp_a, deep_b));
         assert_eq!(classes.find(deep_b), deep_a);
     }
-    use tpshard_ir::Dim;
 }

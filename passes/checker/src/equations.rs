@@ -263,6 +263,9 @@ fn levels(
     found
 }
 
+/// What two results must fulfil.
+type Agree<'a, E> = &'a dyn Fn(&[E], &[E]) -> Result<(), String>;
+
 /// Executes both sides at one point and compares them.
 fn run<D: Domain>(
     cone: &Cone,
@@ -271,7 +274,7 @@ fn run<D: Domain>(
     seed: u64,
     reals: bool,
     draw: &dyn Fn(u64, DType) -> D::Element,
-    agree: &dyn Fn(&[D::Element], &[D::Element]) -> Result<(), String>,
+    agree: Agree<'_, D::Element>,
 ) -> Result<(), String> {
     let mut graph = cone.graph.clone();
     graph.substitute(&|name| point.get(name).map(|&value| Dim::constant(value)));

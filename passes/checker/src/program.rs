@@ -179,10 +179,13 @@ fn steps(program: &Spmd, classes: &Classes, report: &mut Report, findings: &mut 
     report.distinct_squares = squares.known.len();
 }
 
-/// Verdicts on squares, by everything they depend on.
+/// All that a verdict on a square depends on: operation, types, layouts of operands and result.
+type SquareKey<'a> = (&'a Op, Vec<&'a Type>, Vec<&'a Layout>, &'a Layout);
+
+/// Verdicts on squares.
 struct Squares<'a> {
     program: &'a Spmd,
-    known: HashMap<(&'a Op, Vec<&'a Type>, Vec<&'a Layout>, &'a Layout), Option<String>>,
+    known: HashMap<SquareKey<'a>, Option<String>>,
 }
 
 impl<'a> Squares<'a> {

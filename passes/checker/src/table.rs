@@ -311,12 +311,26 @@ fn reshape(view: &View<'_>) -> Verdict {
     }
 }
 
-/// For every dim that is cut: how many positions lie before it, and its run in flat positions.
+/// For every cut: how many positions lie before it, and its run in flat positions. Where a dim is cut to a single entry,
+/// a cut of the next dim is a cut within that entry, and the two are one.
 fn cuts(shape: &[Dim], region: &Region) -> Vec<(Dim, Part)> {
-    (0..shape.len().min(region.len()))
-        .filter(|&dim| !region[dim].is_whole(&shape[dim]))
-        .map(|dim| (Dim::product(&shape[..dim]), region[dim].times(&Dim::product(&shape[dim + 1..]))))
-        .collect()
+    let mut all = Vec::new();
+    let mut single: Option<(Dim, Part)> = None;
+    for dim in 0..shape.len().min(region.len()) {
+        let run = region[dim].times(&Dim::product(&shape[dim + 1..]));
+        let cut = match single.take() {
+            Some((before, entry)) => (before, Part { start: entry.start + &run.start, length: run.length }),
+            None if region[dim].is_whole(&shape[dim]) => continue,
+            None => (Dim::product(&shape[..dim]), run),
+        };
+        if region[dim].length.is_one() {
+            single = Some(cut);
+        } else {
+            all.push(cut);
+        }
+    }
+    all.extend(single);
+    all
 }
 
 fn gather(axis: usize, windowed: bool, view: &View<'_>) -> Verdict {

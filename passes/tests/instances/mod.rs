@@ -4,6 +4,8 @@
 // Each test uses its own part of this.
 #![allow(dead_code)]
 
+pub(crate) mod execute;
+
 use std::sync::Arc;
 use tpshard_ir::op::{EinsumSpec, Literal, NormKind, PadMode, PoolKind, Real, Window};
 use tpshard_ir::weight::WeightExpr;
