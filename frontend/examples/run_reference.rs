@@ -102,13 +102,26 @@ fn collect(expr: &WeightExpr, leaves: &mut BTreeMap<String, (DType, Vec<usize>)>
 }
 
 fn numbers(tensor: &Tensor) -> Result<Vec<f64>> {
+    macro_rules! all {
+        ($v:expr) => {
+            $v.iter().map(|&x| x as f64).collect()
+        };
+    }
     Ok(match tensor.data() {
-        Data::F32(v) => v.iter().map(|&x| f64::from(x)).collect(),
+        Data::F32(v) => all!(v),
         Data::F64(v) => v.clone(),
-        Data::I64(v) => v.iter().map(|&x| x as f64).collect(),
-        Data::I32(v) => v.iter().map(|&x| f64::from(x)).collect(),
+        Data::F16(v) => v.iter().map(|x| x.to_f64()).collect(),
+        Data::BF16(v) => v.iter().map(|x| x.to_f64()).collect(),
+        Data::I64(v) => all!(v),
+        Data::I32(v) => all!(v),
+        Data::I16(v) => all!(v),
+        Data::I8(v) => all!(v),
+        Data::U64(v) => all!(v),
+        Data::U32(v) => all!(v),
+        Data::U16(v) => all!(v),
+        Data::U8(v) => all!(v),
         Data::Bool(v) => v.iter().map(|&x| f64::from(u8::from(x))).collect(),
-        other => bail!("outputs of {}", other.dtype()),
+        Data::Raw(dtype, _) => bail!("outputs of {dtype}"),
     })
 }
 
@@ -120,17 +133,18 @@ fn read(path: &Path) -> Result<BTreeMap<Arc<str>, Tensor>> {
         let array = archive.by_name(&name)?.context("an array that is not there")?;
         let shape: Vec<usize> = array.shape().iter().map(|&extent| extent as usize).collect();
         let dtype = array.dtype().descr();
-        let tensor = if dtype.contains("f4") {
-            Tensor::from_vec(shape, array.into_vec::<f32>()?)?
-        } else if dtype.contains("i8") {
-            Tensor::from_vec(shape, array.into_vec::<i64>()?)?
-        } else if dtype.contains("i4") {
-            Tensor::from_vec(shape, array.into_vec::<i32>()?)?
-        } else if dtype.contains("b1") {
-            Tensor::from_vec(shape, array.into_vec::<bool>()?)?
-        } else {
-            bail!("{name} is of type {dtype}")
-        };
+        macro_rules! typed {
+            ($($code:literal $ty:ty),*) => {
+                match dtype.trim_matches(|c: char| !c.is_ascii_alphanumeric()) {
+                    $($code => Tensor::from_vec(shape, array.into_vec::<$ty>()?)?,)*
+                    _ => bail!("{name} is of type {dtype}"),
+                }
+            };
+        }
+        let tensor = typed!(
+            "f4" f32, "f8" f64, "f2" half::f16, "i8" i64, "i4" i32, "i2" i16, "i1" i8, "u8" u64, "u4" u32, "u2" u16,
+            "u1" u8, "b1" bool
+        );
         tensors.insert(name.as_str().into(), tensor);
     }
     Ok(tensors)

@@ -17,6 +17,22 @@ fn norm(
 ) -> Lowered<ValueId> {
     let ty = l.graph.ty(x).clone();
     let mut args = vec![x];
+    // Parameters that do not fit into the normalised dims are applied afterwards.
+    let fits = |l: &Lowering<'_>, value: &Value| {
+        let own = l.shape(value);
+        own.len() <= ty.rank() - axis || Dim::product(&own) == Dim::product(&ty.shape[axis..])
+    };
+    if parameters.iter().flatten().any(|value| !fits(l, value)) {
+        let mut result = norm(l, kind, x, &[], axis, epsilon)?;
+        for (parameter, scalar) in parameters.iter().zip([Scalar::Mul, Scalar::Add]) {
+            if let Some(parameter) = parameter {
+                let parameter = l.cast_value(parameter, ty.dtype)?;
+                let parameter = l.data(&parameter)?;
+                result = l.map(scalar, &[result, parameter])?;
+            }
+        }
+        return Ok(result);
+    }
     for (at, parameter) in parameters.iter().enumerate() {
         let value = match parameter {
             Some(value) => value.clone(),
@@ -191,7 +207,9 @@ pub(super) fn group(l: &mut Lowering<'_>, call: &Call<'_>) -> Lowered<Vec<Value>
     let parted = l.reshape(x, &split)?;
     let axes: Vec<usize> = (2..split.len()).collect();
     let mut result = standardised(l, parted, &axes, epsilon)?;
-    let per_group = call.opset() < 21;
+    // Writers disagree before opset 21, so the parameters' extent decides.
+    let extent = l.shape(call.input(1)?);
+    let per_group = call.opset() < 21 && extent.first() == Some(&groups);
     if !per_group {
         result = l.reshape(result, &ty.shape)?;
     }
