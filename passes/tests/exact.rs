@@ -43,7 +43,9 @@ fn inputs(graph: &Graph, bindings: &Bindings) -> Inputs<<Field as Domain>::Eleme
 }
 
 fn check(graph: &Graph, options: &PlanOptions, bindings: &Bindings) -> Plan {
+    let t = std::time::Instant::now();
     let plan = plan(Extended::new(graph.clone()), options).unwrap();
+    println!("TIME {} {} {:?} {:?} mesh {} seg {:?}", graph.name, options.ranks, options.memory, t.elapsed(), plan.report.mesh, plan.report.segments);
     let weights = |expr: &WeightExpr| random_weight(&Field, expr, 5, LIMIT);
     let interpreter = Interpreter { domain: &Field, weights: &weights, element_limit: LIMIT };
     let inputs = inputs(graph, bindings);
