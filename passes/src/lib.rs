@@ -3,6 +3,7 @@
 //! What must not live here: protobuf, files, processes, devices.
 
 pub mod cost;
+pub mod egraph;
 mod emit;
 pub mod extended;
 pub mod extract;

@@ -77,7 +77,7 @@ pub fn extract(graph: &LayoutGraph, budget: Budget, limits: Limits) -> Result<Ex
     let segments = segments(graph);
     let shapes = segments.iter().map(|s| s.shape + 1).max().unwrap_or(0);
     let mut choices = Choices::new(graph);
-    let mut run = |aim: Aim| { let t = std::time::Instant::now(); let r = Search::new(graph, &mut choices, aim, limits).run(&segments); if std::env::var("DBG").is_ok() { eprintln!("run {aim:?} {:?} -> {:?}", t.elapsed(), r.as_ref().map(|f| (f.cost.seconds(), f.bytes))); } r };
+    let mut run = |aim: Aim| Search::new(graph, &mut choices, aim, limits).run(&segments);
     let leanest = run(Aim::Bytes).ok_or(ExtractError::Impossible)?;
     let budget = match budget {
         Budget::Free => None,
