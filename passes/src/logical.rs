@@ -3,9 +3,10 @@
 //! Alternatives are appended to the graph together with what they equal. Those that a plan uses stay in its program, as
 //! equations that a checker can follow; all others are removed again.
 
+use crate::egraph::logical::{Found, Line, Source, saturate};
 use crate::extended::Extended;
-use std::collections::BTreeSet;
-use tpshard_ir::{InferError, Mesh, Spmd, SpmdOutput, Step, ValueId};
+use std::collections::{BTreeMap, BTreeSet};
+use tpshard_ir::{Graph, InferError, Mesh, Op, Scalar, Spmd, SpmdOutput, Step, Type, ValueId};
 
 /// A graph with alternatives appended.
 pub struct Alternatives {
@@ -18,13 +19,88 @@ pub struct Alternatives {
     rules: Vec<(&'static str, ValueId, ValueId)>,
 }
 
-/// The alternatives to the operations of `extended`.
+/// The alternatives to the operations of `extended`, found once per distinct segment.
 ///
 /// # Errors
 /// An operation does not fit its operands.
-pub fn alternatives(extended: Extended) -> Result<Alternatives, InferError> {
+pub fn alternatives(mut extended: Extended) -> Result<Alternatives, InferError> {
     let base = extended.graph.len();
-    Ok(Alternatives { extended, base, equal: Vec::new(), rules: Vec::new() })
+    let mut equal: Vec<(ValueId, ValueId)> = extended.equations.iter().map(|e| (e.left, e.right)).collect();
+    let mut rules = Vec::new();
+    let mut known: BTreeMap<(Vec<Type>, Vec<Line>), Found> = BTreeMap::new();
+    for segment in pieces(&extended) {
+        let (outside, lines) = describe(&extended.graph, &segment);
+        let types: Vec<Type> = outside.iter().map(|&v| extended.graph.ty(v).clone()).collect();
+        let found = known.entry((types, lines)).or_insert_with_key(|(types, lines)| saturate(types, lines));
+        let places: Vec<ValueId> = outside.iter().chain(&segment).copied().collect();
+        let mut names: Vec<ValueId> = Vec::new();
+        for (op, operands) in &found.operations {
+            let args: Vec<ValueId> = operands.iter().filter_map(|o| place(*o, &places, &names)).collect();
+            let name = extended.graph.add(op.clone(), &args)?;
+            if let Some(last) = segment.last() {
+                let origin = extended.graph.node(*last).origin.clone();
+                extended.graph.set_origin(name, &origin);
+            }
+            names.push(name);
+        }
+        for &(rule, left, right) in &found.equal {
+            if let (Some(left), Some(right)) = (place(left, &places, &names), place(right, &places, &names)) {
+                equal.push((left, right));
+                rules.push((rule, left, right));
+            }
+        }
+    }
+    Ok(Alternatives { extended, base, equal, rules })
+}
+
+fn place(source: Source, places: &[ValueId], names: &[ValueId]) -> Option<ValueId> {
+    match source {
+        Source::Known(at) => places.get(at as usize).copied(),
+        Source::Found(at) => names.get(at as usize).copied(),
+    }
+}
+
+/// The live operations of a graph in short runs: each ends with a composite or a product, which rules start from, and
+/// holds what it is computed from as far as rules look.
+fn pieces(extended: &Extended) -> Vec<Vec<ValueId>> {
+    let graph = &extended.graph;
+    let mut all = Vec::new();
+    for value in extended.live() {
+        let node = graph.node(value);
+        let product = |a: &ValueId| matches!(graph.node(*a).op, Op::Einsum(_));
+        if node.op.is_composite() {
+            all.push(vec![value]);
+        } else if matches!(node.op, Op::Map(Scalar::Mul))
+            && node.args.iter().any(|a| graph.ty(*a).rank() == 0)
+            && let Some(&inner) = node.args.iter().find(|a| product(a))
+        {
+            all.push(vec![inner, value]);
+        }
+    }
+    all
+}
+
+/// A segment without names: what it reads from outside, and its operations.
+fn describe(graph: &Graph, segment: &[ValueId]) -> (Vec<ValueId>, Vec<Line>) {
+    let mut outside: Vec<ValueId> = Vec::new();
+    for &value in segment {
+        for &arg in &graph.node(value).args {
+            if !segment.contains(&arg) && !outside.contains(&arg) {
+                outside.push(arg);
+            }
+        }
+    }
+    let line = |&value: &ValueId| {
+        let node = graph.node(value);
+        let find = |a: &ValueId| {
+            let inside = || segment.iter().position(|v| v == a).map(|p| p + outside.len());
+            outside.iter().position(|v| v == a).or_else(inside)
+        };
+        let operands = node.args.iter().filter_map(find).map(|p| p as u32).collect();
+        Line { op: node.op.clone(), ty: node.ty.clone(), operands }
+    };
+    let lines = segment.iter().map(line).collect();
+    (outside, lines)
 }
 
 impl Alternatives {

@@ -132,26 +132,28 @@ fn within(
 ) -> Outcome {
     let mut bound = lower_bound(graph, &fastest, 0.0, 0);
     let mut best = leanest;
-    // The price at which the two extreme plans are equally good is the first guess.
-    let saved = best.cost.picoseconds().saturating_sub(fastest.cost.picoseconds()).max(1);
-    let spent = fastest.bytes.saturating_sub(best.bytes).max(1);
-    let mut price = saved as f64 / spent as f64;
-    let (mut low, mut high) = (0.0f64, f64::INFINITY);
+    // The best price makes a plan above and a plan below the budget equally good, and no plan better. It is found by
+    // moving to the plan that is better at the price at which the current two are equal.
+    let mut above = (fastest.cost, fastest.bytes);
     for _ in 0..PRICES {
+        let saved = best.cost.picoseconds().saturating_sub(above.0.picoseconds());
+        let spent = above.1.saturating_sub(best.bytes).max(1);
+        let price = (saved as f64 / spent as f64).min(HIGHEST_PRICE);
         let Some(found) = run(Aim::Time { price }) else { break };
         bound = bound.max(lower_bound(graph, &found, price, budget));
-        if found.bytes <= budget {
-            high = price;
-            if found.cost < best.cost {
-                best = found;
+        if found.bytes > budget {
+            if found.bytes >= above.1 {
+                break;
             }
+            above = (found.cost, found.bytes);
+        } else if found.cost < best.cost {
+            best = found;
         } else {
-            low = price;
-        }
-        if bound >= best.cost || price >= HIGHEST_PRICE || high - low < 1e-6 * high {
             break;
         }
-        price = if high.is_finite() { (low + high) / 2.0 } else { price * 4.0 };
+        if bound >= best.cost {
+            break;
+        }
     }
     if bound >= best.cost {
         return Outcome { bound: best.cost, best };

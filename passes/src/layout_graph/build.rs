@@ -48,6 +48,8 @@ struct Builder<'a> {
     groups: Vec<Group>,
     /// Per group, the partial slots that squares make.
     native: Vec<u64>,
+    /// Per class, the mixed layouts it may have on a mesh of several axes.
+    mixed: Vec<BTreeSet<Layout>>,
 }
 
 /// The layout graph of a model.
@@ -56,7 +58,8 @@ struct Builder<'a> {
 /// A state pair names an input or output that does not exist.
 pub fn build(model: &Model<'_>) -> Result<LayoutGraph, BuildError> {
     let mut builder =
-        Builder { model, memory: Memory::default(), groups: Vec::new(), native: Vec::new() };
+        Builder { model, memory: Memory::default(), groups: Vec::new(), native: Vec::new(), mixed: Vec::new() };
+    builder.mixed = builder.mixed_layouts();
     for index in 0..model.classes.all.len() {
         builder.add(index);
     }
@@ -88,6 +91,8 @@ impl Builder<'_> {
             group.layouts = vec![Layout::replicated(self.model.mesh)];
         } else {
             group.layouts = self.universe(value).to_vec();
+            group.layouts.extend(self.mixed[index].iter().cloned());
+            group.layouts.truncate(MAX_SLOTS);
         }
         if let Some(state) = class.state.and_then(|s| self.model.graph.states.get(s)) {
             let stays = |layout: &Layout| {
@@ -115,7 +120,51 @@ impl Builder<'_> {
         }
     }
 
-    /// Every layout without partial values: the product over the mesh axes of whole and every way of dealing out.
+    /// The layouts in which the axes of a mesh may differ: those that key and value heads are forced to have where
+    /// query heads are dealt out over all axes, and what follows for the values they are computed from. All others
+    /// would only make the search longer.
+    fn mixed_layouts(&mut self) -> Vec<BTreeSet<Layout>> {
+        let Model { graph, classes, mesh, .. } = *self.model;
+        let mut mixed = vec![BTreeSet::new(); classes.all.len()];
+        if mesh.axes() < 2 {
+            return mixed;
+        }
+        for index in (0..classes.all.len()).rev() {
+            let class = &classes.all[index];
+            if class.kind == GroupKind::Free {
+                mixed[index].clear();
+                continue;
+            }
+            for &member in &class.members {
+                let node = graph.node(member);
+                let wanted = mixed[index].clone();
+                let heads = matches!(node.op, Op::Attention { .. });
+                if !heads && wanted.is_empty() {
+                    continue;
+                }
+                for square in self.squares(member).iter() {
+                    let split = |part: &AxisLayout| part.sharded_dim() == Some(1);
+                    let seed = heads && square.result.0.iter().all(split);
+                    if !seed && !wanted.contains(&square.result) {
+                        continue;
+                    }
+                    for (arg, layout) in node.args.iter().zip(&square.operands) {
+                        let leading = layout.0.first().is_some_and(|part| part.sharded_dim().is_some());
+                        if let Some(operand) = classes.of[arg.index()]
+                            && leading
+                            && !is_uniform(layout)
+                            && !layout.has_partial()
+                        {
+                            mixed[operand as usize].insert(layout.clone());
+                        }
+                    }
+                }
+            }
+        }
+        mixed
+    }
+
+    /// Every layout without partial values in which all mesh axes agree on the dim.
     fn universe(&mut self, value: ValueId) -> Rc<Vec<Layout>> {
         let Model { graph, units, pricer, mesh, .. } = *self.model;
         let ty = graph.ty(value);
@@ -136,7 +185,7 @@ impl Builder<'_> {
                 })
                 .collect();
         }
-        all.retain(|layout| is_well_formed(ty, layout, mesh));
+        all.retain(|layout| is_uniform(layout) && is_well_formed(ty, layout, mesh));
         all.truncate(MAX_SLOTS);
         let all = Rc::new(all);
         self.memory.shards.insert(key, all.clone());
@@ -211,9 +260,9 @@ impl Builder<'_> {
         // All must be there before any slot is added.
         let there = |(&group, layout): (&usize, &Layout)| {
             let group = &self.groups[group];
-            group.slot(layout).is_some()
-                || (group.layouts.len() < MAX_SLOTS
-                    && (group.kind == GroupKind::Free || (layout.has_partial() && !group.homes)))
+            let may_add = group.kind == GroupKind::Free
+                || (layout.has_partial() && is_uniform(layout) && !group.homes);
+            group.slot(layout).is_some() || (group.layouts.len() < MAX_SLOTS && may_add)
         };
         if !operands.iter().zip(&square.operands).all(there) {
             return None;
@@ -224,6 +273,9 @@ impl Builder<'_> {
     fn result_slot(&mut self, index: usize, layout: &Layout) -> Option<u8> {
         if !layout.has_partial() {
             return self.groups[index].slot(layout);
+        }
+        if !is_uniform(layout) {
+            return None;
         }
         let slot = self.slot_or_add(index, layout)?;
         self.native[index] |= 1 << slot;
@@ -322,6 +374,15 @@ impl Builder<'_> {
         let input = self.model.graph.inputs().find(|(_, n, _)| &***n == name).ok_or_else(missing)?;
         Ok(self.model.classes.of[input.0.index()].map(|c| c as usize))
     }
+}
+
+/// True if all mesh axes split the same dim, or none does anything, or all hold partial values.
+fn is_uniform(layout: &Layout) -> bool {
+    let Some((first, rest)) = layout.0.split_first() else { return true };
+    rest.iter().all(|part| match (first, part) {
+        (AxisLayout::Shard { dim: a, .. }, AxisLayout::Shard { dim: b, .. }) => a == b,
+        (a, b) => a == b,
+    })
 }
 
 /// The exits of a value that is an output twice: it leaves in one layout.

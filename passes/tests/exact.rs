@@ -1,0 +1,109 @@
+//! Every plan computes what its model computes: N simulated ranks against the logical graph, in the field modulo
+//! 2^61 - 1, where equal means equal.
+
+mod common;
+
+use common::{Sizes, entry, gpt2, llama, resnet};
+use std::sync::Arc;
+use tpshard_ir::interp::{Array, Domain, Field, Inputs, Interpreter, Split, random_array, random_weight};
+use tpshard_ir::weight::WeightExpr;
+use tpshard_ir::{Bindings, DType, Graph};
+use tpshard_passes::cost::Profile;
+use tpshard_passes::extended::Extended;
+use tpshard_passes::{MemoryGoal, Plan, PlanOptions, plan};
+
+const LIMIT: usize = 1 << 22;
+
+/// Machines that make different plans the best ones.
+fn profiles() -> Vec<Profile> {
+    let base = Profile::built_in("h100-sxm").unwrap();
+    let cheap_links = base
+        .text
+        .replace("base 6.6e-6 step 0.6e-6 bandwidth 141e9", "base 1e-12 step 1e-12 bandwidth 1e15")
+        .replace("memory_bandwidth = 3.35e12", "memory_bandwidth = 1e6")
+        .replace("kernel_launch = 1.3e-6", "kernel_launch = 1e-9");
+    vec![base, Profile::parse(&cheap_links).unwrap()]
+}
+
+fn inputs(graph: &Graph, bindings: &Bindings) -> Inputs<<Field as Domain>::Element> {
+    let mut all = Inputs::new();
+    for (seed, (_, name, ty)) in graph.inputs().enumerate() {
+        let shape: Vec<usize> =
+            ty.shape.iter().map(|d| usize::try_from(d.eval(bindings).unwrap()).unwrap()).collect();
+        let array = if ty.dtype == DType::I64 {
+            let count = shape.iter().product::<usize>();
+            let ids = (0..count).map(|i| Field.integer((i * 7 % 13) as i64, DType::I64)).collect();
+            Array::new(DType::I64, shape, ids).unwrap()
+        } else {
+            random_array(&Field, ty.dtype, &shape, seed as u64).unwrap()
+        };
+        all.insert(name.clone(), array);
+    }
+    all
+}
+
+fn check(graph: &Graph, options: &PlanOptions, bindings: &Bindings) -> Plan {
+    let plan = plan(Extended::new(graph.clone()), options).unwrap();
+    let weights = |expr: &WeightExpr| random_weight(&Field, expr, 5, LIMIT);
+    let interpreter = Interpreter { domain: &Field, weights: &weights, element_limit: LIMIT };
+    let inputs = inputs(graph, bindings);
+    let expected = interpreter.run(graph, &inputs).unwrap();
+    let found = interpreter
+        .run_program(&plan.program, &inputs, Split::Random(3))
+        .unwrap_or_else(|e| panic!("{e}\n{}", plan.report));
+    for ((name, a), (_, b)) in expected.iter().zip(&found) {
+        assert_eq!(a, b, "{name}\n{}", plan.report);
+    }
+    assert_eq!(expected.len(), found.len());
+    plan
+}
+
+/// Plans and runs `graph` for several rank counts, machines and budgets.
+fn check_everywhere(graph: &Graph, plan_for: &[(&str, i64)], run_with: &[(&str, i64)]) {
+    let bindings: Bindings = run_with.iter().map(|&(n, v)| (Arc::from(n), v)).collect();
+    for ranks in [1, 2, 3, 4, 5] {
+        for profile in profiles() {
+            for memory in [MemoryGoal::Least, MemoryGoal::Free] {
+                let mut options = PlanOptions::new(ranks, profile.clone());
+                options.entries = vec![entry("e", plan_for)];
+                options.memory = memory;
+                check(graph, &options, &bindings);
+            }
+        }
+    }
+}
+
+const TINY: Sizes =
+    Sizes { layers: 2, width: 12, heads: 4, kv_heads: 2, head: 4, hidden: 24, vocabulary: 257 };
+
+#[test]
+fn llama_in_every_phase() {
+    let decode = [("batch", 1), ("seq", 1), ("past", 6)];
+    let prefill = [("batch", 2), ("seq", 6), ("past", 1)];
+    let graph = llama(TINY, DType::F32);
+    check_everywhere(&graph, &decode, &decode);
+    check_everywhere(&graph, &prefill, &prefill);
+    // Plans hold for other dims than they were made for.
+    check_everywhere(&graph, &decode, &prefill);
+}
+
+#[test]
+fn five_heads_over_one_and_fourteen_over_two() {
+    for (heads, kv_heads) in [(5, 1), (14, 2)] {
+        let sizes = Sizes { heads, kv_heads, width: 10, hidden: 15, layers: 1, ..TINY };
+        let dims = [("batch", 1), ("seq", 2), ("past", 3)];
+        check_everywhere(&llama(sizes, DType::F32), &dims, &dims);
+    }
+}
+
+#[test]
+fn gpt2_with_tied_weights() {
+    let dims = [("batch", 1), ("seq", 5)];
+    check_everywhere(&gpt2(TINY, DType::F32), &dims, &dims);
+}
+
+#[test]
+fn resnet_block() {
+    let dims = [("batch", 2)];
+    check_everywhere(&resnet(6, 7), &dims, &dims);
+}
