@@ -13,7 +13,7 @@ pub mod safetensors;
 pub mod stream;
 mod strided;
 
-use std::borrow::Cow;
+use bytes::Bytes;
 use std::collections::BTreeMap;
 use tpshard_ir::DType;
 use tpshard_ir::weight::{WeightExpr, WeightExprError};
@@ -24,13 +24,14 @@ pub use stream::{TensorRecord, WrittenWeights, write_shards};
 
 /// Where the bytes of initializers come from, usually a mapped model file.
 pub trait WeightSource {
-    /// All bytes of an initializer: little-endian, row-major, packed types as ONNX packs them.
+    /// All bytes of an initializer: little-endian, row-major, packed types as ONNX packs them. Dropping them gives the
+    /// memory behind them back.
     ///
     /// # Errors
     /// It does not exist or cannot be read.
-    fn bytes(&self, initializer: &str) -> Result<Cow<'_, [u8]>, SourceError>;
+    fn bytes(&self, initializer: &str) -> Result<Bytes, SourceError>;
 
-    /// Says that the memory behind an initializer's bytes can be given back for now; they may be asked for again.
+    /// Says that an initializer's bytes were dropped; they may be asked for again.
     fn release(&self, initializer: &str) {
         let _ = initializer;
     }

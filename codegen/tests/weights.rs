@@ -1,7 +1,7 @@
 //! Shard files written from a counted source, read back with another implementation of the format.
 
+use bytes::Bytes;
 use safetensors::{Dtype, SafeTensors};
-use std::borrow::Cow;
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -20,10 +20,10 @@ struct Model {
 }
 
 impl WeightSource for Model {
-    fn bytes(&self, initializer: &str) -> Result<Cow<'_, [u8]>, SourceError> {
+    fn bytes(&self, initializer: &str) -> Result<Bytes, SourceError> {
         self.asked.borrow_mut().push(initializer.into());
         let found = self.initializers.iter().find(|(name, _)| *name == initializer);
-        Ok(Cow::Borrowed(&found.ok_or("is not in the model")?.1))
+        Ok(Bytes::copy_from_slice(&found.ok_or("is not in the model")?.1))
     }
 
     fn release(&self, initializer: &str) {

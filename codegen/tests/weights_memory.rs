@@ -1,6 +1,6 @@
 //! Sharding a weight takes the same memory however large the weight is. A test of its own process, which it measures.
 
-use std::borrow::Cow;
+use bytes::Bytes;
 use std::fs::{self, File};
 use tpshard_codegen::weights::{ShardLayout, ShardTensor, SourceError, Span, WeightSource, write_shards};
 use tpshard_ir::DType;
@@ -10,11 +10,11 @@ const ROWS: usize = 1 << 13;
 const COLUMNS: usize = 1 << 13;
 
 /// Zeros that were never written take no memory when read.
-struct Zeros(Vec<u8>);
+struct Zeros(Bytes);
 
 impl WeightSource for Zeros {
-    fn bytes(&self, _: &str) -> Result<Cow<'_, [u8]>, SourceError> {
-        Ok(Cow::Borrowed(&self.0))
+    fn bytes(&self, _: &str) -> Result<Bytes, SourceError> {
+        Ok(self.0.clone())
     }
 }
 
@@ -27,7 +27,7 @@ fn peak() -> usize {
 
 #[test]
 fn memory_does_not_grow_with_the_weight() {
-    let source = Zeros(vec![0; ROWS * COLUMNS * 4]);
+    let source = Zeros(Bytes::from(vec![0; ROWS * COLUMNS * 4]));
     let weight = WeightExpr::initializer("w", DType::F32, vec![ROWS, COLUMNS]).unwrap();
     let turned = weight.transpose(vec![1, 0]).unwrap().cast(DType::F16).unwrap();
     let layouts: Vec<ShardLayout> = (0..2)

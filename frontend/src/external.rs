@@ -20,10 +20,33 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Component, Path, PathBuf};
 use tpshard_ir::Tensor;
 
-/// The bytes of a model's tensors: every external file mapped once.
+/// The bytes of a model's tensors. External files are neither kept open nor mapped as a whole: a tensor is mapped when
+/// it is asked for and unmapped when its bytes are dropped, so that a model may be larger than the address space.
 #[derive(Clone, Debug, Default)]
 pub struct Storage {
-    files: BTreeMap<PathBuf, Bytes>,
+    files: BTreeMap<PathBuf, DataFile>,
+}
+
+/// An external file that was checked when the model was read.
+#[derive(Clone, Debug)]
+struct DataFile {
+    /// The allowed folder and the way from there.
+    folder: PathBuf,
+    relative: PathBuf,
+    length: u64,
+    /// Device and inode: the file must still be the one that was checked.
+    identity: (u64, u64),
+}
+
+impl DataFile {
+    fn bytes(&self, offset: u64, length: u64) -> io::Result<Bytes> {
+        let file = open_without_links(&self.folder, &self.relative)?;
+        let metadata = file.metadata()?;
+        if (metadata.dev(), metadata.ino()) != self.identity || metadata.len() < self.length {
+            return Err(io::Error::other("the file was changed since the model was read"));
+        }
+        map::range_bytes(&file, offset, length)
+    }
 }
 
 impl Storage {
@@ -40,16 +63,15 @@ impl Storage {
                 return Err(unreadable(location, &error).at_value(&tensor.name));
             }
         };
-        let range = self.files.get(file).and_then(|content| {
-            let start = usize::try_from(offset).ok()?;
-            let end = usize::try_from(offset.checked_add(length)?).ok()?;
-            (end <= content.len()).then(|| content.slice(start..end))
-        });
-        range.ok_or_else(|| {
+        let known = self.files.get(file).filter(|known| offset.saturating_add(length) <= known.length);
+        let known = known.ok_or_else(|| {
             let message = format!("{} is not open in this storage", file.display());
             Fault::invalid(message, "use the storage of the model the tensor belongs to")
                 .at_value(&tensor.name)
-        })
+        })?;
+        known
+            .bytes(offset, length)
+            .map_err(|error| unreadable(&file.to_string_lossy(), &error).at_value(&tensor.name))
     }
 
     /// The tensor's values, read into memory.
@@ -65,9 +87,9 @@ impl Storage {
         })
     }
 
-    /// The external files, in order of their paths, with their content.
-    pub fn files(&self) -> impl Iterator<Item = (&Path, &Bytes)> {
-        self.files.iter().map(|(path, content)| (path.as_path(), content))
+    /// The external files, in order of their paths, with their lengths.
+    pub fn files(&self) -> impl Iterator<Item = (&Path, u64)> {
+        self.files.iter().map(|(path, file)| (path.as_path(), file.length))
     }
 }
 
@@ -125,7 +147,7 @@ impl<'a> Opener<'a> {
             return Ok(TensorSource::Missing { location: keys.location.into(), length: needed });
         }
         let file = self.open(keys.location)?;
-        let size = self.storage.files.get(&file).map_or(0, |content| content.len() as u64);
+        let size = self.storage.files.get(&file).map_or(0, |known| known.length);
         match keys.offset.checked_add(needed) {
             Some(end) if end <= size => {
                 Ok(TensorSource::External { file, offset: keys.offset, length: needed })
@@ -155,11 +177,11 @@ impl<'a> Opener<'a> {
                 let message = format!("the model has more than {} data files", self.limits.external_files);
                 return Err(Fault::resource(message, "save it again with all external data in one file"));
             }
-            let content = self.open_beneath(&file).map_err(|problem| match problem {
+            let known = self.check_beneath(&file).map_err(|problem| match problem {
                 Open::Io(error) => unreadable(location, &error),
                 Open::Fault(fault) => *fault,
             })?;
-            self.storage.files.insert(file.clone(), content);
+            self.storage.files.insert(file.clone(), known);
         }
         self.resolved.insert(location.to_owned(), file.clone());
         Ok(file)
@@ -188,7 +210,7 @@ impl<'a> Opener<'a> {
         Err(missing.map_or_else(|| outside(location), |error| unreadable(location, &error)))
     }
 
-    fn open_beneath(&self, file: &Path) -> Result<Bytes, Open> {
+    fn check_beneath(&self, file: &Path) -> Result<DataFile, Open> {
         let relative = self.allowed.iter().find_map(|folder| Some((folder, file.strip_prefix(folder).ok()?)));
         let Some((folder, relative)) = relative else {
             return Err(Open::Io(io::Error::from(io::ErrorKind::PermissionDenied)));
@@ -210,7 +232,12 @@ impl<'a> Opener<'a> {
             );
             return Err(Open::Fault(Box::new(fault)));
         }
-        Ok(map::file_bytes(&handle, metadata.len())?)
+        Ok(DataFile {
+            folder: folder.clone(),
+            relative: relative.to_path_buf(),
+            length: metadata.len(),
+            identity: (metadata.dev(), metadata.ino()),
+        })
     }
 }
 

@@ -6,16 +6,19 @@
 //! What must not live here: files, protobuf, e-graphs, devices.
 
 pub mod container;
+pub mod decompose;
 pub mod dim;
 mod dtype;
 pub mod graph;
 pub mod infer;
+pub mod interp;
 pub mod layout;
 pub mod op;
 pub mod spmd;
 pub mod tensor;
 pub mod weight;
 
+pub use decompose::decompose;
 pub use dim::{Bindings, Dim, EvalError};
 pub use dtype::{DType, DTypeClass, UnknownDType};
 pub use graph::{Graph, Guard, Node, Output, Relation, StatePair, SymbolRange, Type, ValueId};

@@ -27,6 +27,16 @@ pub const MAX_NODES: usize = 1 << 16;
 /// Most dimensions a weight may have.
 pub const MAX_RANK: usize = 32;
 
+/// Key in a weight file's metadata for the logical type of a tensor that the file stores as raw bytes, e.g. `u4`.
+pub fn logical_dtype_key(tensor: &str) -> String {
+    format!("dtype:{tensor}")
+}
+
+/// Key in a weight file's metadata for the logical shape of such a tensor, e.g. `4096,11008`.
+pub fn logical_shape_key(tensor: &str) -> String {
+    format!("shape:{tensor}")
+}
+
 /// A checked weight expression; copies share their nodes.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct WeightExpr(Arc<Node>);

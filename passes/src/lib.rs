@@ -3,4 +3,18 @@
 //! What must not live here: protobuf, files, processes, devices.
 
 pub mod canonical;
+pub mod cost;
+mod emit;
 pub mod extended;
+pub mod extract;
+pub mod layout_graph;
+pub mod logical;
+mod plan;
+pub mod report;
+pub mod segment;
+pub mod sharding;
+
+pub use cost::price::Entry;
+pub use emit::EmitError;
+pub use plan::{MAX_RANKS, MemoryGoal, Plan, PlanError, PlanOptions, plan};
+pub use report::PlanReport;

@@ -7,7 +7,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 use tpshard_ir::Tensor;
 use tpshard_runtime::comm::{CommOptions, Group, Monoid, Tag};
-use tpshard_runtime::launch::{Agreement, Flags, Rendezvous, connect, find_place, job_key, spawn_ranks};
+use tpshard_runtime::launch::{Agreement, Flags, Rendezvous, connect, find_place, spawn_ranks};
 
 fn main() -> Result<(), Box<dyn Error>> {
     let arguments: Vec<usize> = std::env::args().skip(1).map(|a| a.parse()).collect::<Result<_, _>>()?;
@@ -23,13 +23,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         };
         return Ok(spawn_ranks((0..ranks).map(command).collect())?);
     };
-    let meeting = Rendezvous {
-        rank: place.rank,
-        world_size: place.world_size,
-        key: job_key(place.source, &env, rustix::process::geteuid().as_raw(), 0)?,
-        timeout: Duration::from_secs(10),
-        options: CommOptions::default(),
-    };
+    let meeting = Rendezvous::of_place(&place, &env, CommOptions::default())?;
     let same = || "same".to_owned();
     let agreement = Agreement {
         tool_version: same(),
@@ -55,11 +49,8 @@ fn main() -> Result<(), Box<dyn Error>> {
         let best = times.chunks_exact(rounds.min(50)).map(mean).min().unwrap_or_default();
         times.sort();
         if place.rank == 0 {
-            println!(
-                "{ranks} ranks {bytes:>9} B: median {:>9.1?}, best {:>9.1?}",
-                times[rounds / 2],
-                times[0]
-            );
+            let median = times[rounds / 2];
+            println!("{ranks} ranks {bytes:>9} B: median {median:>9.1?}, best mean {best:>9.1?}");
         }
     }
     Ok(())

@@ -10,12 +10,12 @@ use tempfile::TempDir;
 use tpshard_ir::Tensor;
 use tpshard_runtime::comm::{CommOptions, Communicator, Group, Monoid, Tag};
 use tpshard_runtime::launch::{
-    Agreement, Flags, LaunchError, Rendezvous, SpawnError, connect, find_place, is_this_host, job_key,
-    spawn_ranks,
+    Agreement, Flags, LaunchError, Rendezvous, SpawnError, connect, find_place, is_this_host, spawn_ranks,
 };
 
 const ROLE: &str = "TPSHARD_TEST_ROLE";
 const REPORT: &str = "TPSHARD_TEST_REPORT";
+const PIDS: &str = "TPSHARD_TEST_PIDS";
 
 /// What a rank is told besides its place.
 fn variable(name: &str) -> Option<String> {
@@ -25,17 +25,15 @@ fn variable(name: &str) -> Option<String> {
 fn meet() -> Result<Box<dyn Communicator>, LaunchError> {
     let env: BTreeMap<String, String> = std::env::vars().collect();
     let place = find_place(&Flags::default(), &env, None)?.expect("ranks have a place");
-    let user = rustix::process::geteuid().as_raw();
-    let key = job_key(place.source, &env, user, 0)?;
-    let seconds = variable("TPSHARD_TEST_TIMEOUT").map_or(20.0, |s| s.parse().unwrap());
     let large = variable(ROLE).as_deref() == Some("order");
     let options = CommOptions {
         stall: Duration::from_millis(600),
         slot_bytes: if large { 1 << 20 } else { 64 * 8 },
         ..CommOptions::default()
     };
-    let timeout = Duration::from_secs_f64(seconds);
-    let meeting = Rendezvous { rank: place.rank, world_size: place.world_size, key, timeout, options };
+    let mut meeting = Rendezvous::of_place(&place, &env, options.clone())?;
+    // The rendezvous and the collectives are given different patience here.
+    meeting.options = options;
     let field = |name| variable(name).unwrap_or_else(|| "same".into());
     let agreement = Agreement {
         tool_version: "0".into(),
@@ -67,7 +65,15 @@ fn play(role: &str) -> Result<(), LaunchError> {
     if role == "fail" {
         std::process::exit(if variable("RANK").as_deref() == Some("1") { 5 } else { 0 });
     }
+    if role == "launch" {
+        let (result, _reports) = local("sleep", 2);
+        return result.map_err(|e| LaunchError::NotANumber { found: e.to_string() });
+    }
     if role == "sleep" {
+        if let Some(pids) = variable(PIDS) {
+            let file = Path::new(&pids).join(variable("RANK").unwrap());
+            std::fs::write(file, std::process::id().to_string()).unwrap();
+        }
         eprintln!("about to sleep");
         std::thread::sleep(Duration::from_secs(60));
     }
@@ -202,7 +208,7 @@ fn ranks_that_do_not_agree_are_all_told_the_same() {
 #[test]
 fn missing_and_duplicate_ranks_are_named() {
     let reports = tempfile::tempdir().unwrap();
-    let patience = [("TPSHARD_TEST_TIMEOUT", "1.5")];
+    let patience = [("TPSHARD_TIMEOUT", "1.5")];
     let again = tempfile::tempdir().unwrap();
     let ranks = [
         start("meet", &reports, "missing", 0, 3, &patience),
@@ -222,7 +228,7 @@ fn missing_and_duplicate_ranks_are_named() {
 #[test]
 fn without_rank_0_the_others_give_up() {
     let reports = tempfile::tempdir().unwrap();
-    let mut child = start("meet", &reports, "headless", 1, 2, &[("TPSHARD_TEST_TIMEOUT", "0.3")]);
+    let mut child = start("meet", &reports, "headless", 1, 2, &[("TPSHARD_TIMEOUT", "0.3")]);
     assert_eq!(child.wait().unwrap().code(), Some(6));
     assert!(report(&reports, 1).contains("rank 0 did not appear"), "{}", report(&reports, 1));
 }
@@ -243,6 +249,59 @@ fn the_launcher_names_the_rank_that_failed_first() {
     let missing = vec![rank_command("sleep", &reports), Command::new("no-such-program-anywhere")];
     let error = spawn_ranks(missing).unwrap_err();
     assert!(matches!(error, SpawnError::Start { rank: 1, .. }), "{error}");
+}
+
+/// True if the process is gone, or dead and only not collected yet.
+fn gone(pid: &str) -> bool {
+    match std::fs::read_to_string(format!("/proc/{pid}/stat")) {
+        Ok(stat) => stat.rsplit(')').next().is_some_and(|rest| rest.trim_start().starts_with(['Z', 'X'])),
+        Err(_) => true,
+    }
+}
+
+fn soon(mut condition: impl FnMut() -> bool) -> bool {
+    let start = Instant::now();
+    while start.elapsed() < Duration::from_secs(5) {
+        if condition() {
+            return true;
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    false
+}
+
+#[test]
+fn no_rank_outlives_its_launcher() {
+    use rustix::process::{Pid, Signal, kill_process};
+    for signal in [Signal::KILL, Signal::TERM, Signal::INT] {
+        let (reports, pids) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let place = [(PIDS, pids.path().to_str().unwrap())];
+        let mut launcher = start("launch", &reports, "launch", 9, 10, &place);
+        let pid = |rank: &str| std::fs::read_to_string(pids.path().join(rank)).unwrap_or_default();
+        assert!(soon(|| !pid("0").is_empty() && !pid("1").is_empty()), "the ranks did not start");
+        kill_process(Pid::from_child(&launcher), signal).unwrap();
+        launcher.wait().unwrap();
+        assert!(soon(|| gone(&pid("0")) && gone(&pid("1"))), "ranks survived {signal:?}");
+        if signal != Signal::KILL {
+            let expected = format!("interrupted by signal {}", signal.as_raw());
+            assert!(report(&reports, 9).starts_with(&expected), "{}", report(&reports, 9));
+        }
+    }
+}
+
+#[test]
+fn another_host_is_refused_before_anybody_waits() {
+    let env = [("RANK", "0"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "192.0.2.1"), ("MASTER_PORT", "1")];
+    let mut env: BTreeMap<String, String> = env.map(|(k, v)| (k.to_owned(), v.to_owned())).into();
+    let attempt = |env: &BTreeMap<String, String>| {
+        let place = find_place(&Flags::default(), env, None).unwrap().unwrap();
+        Rendezvous::of_place(&place, env, CommOptions::default()).map_err(|e| e.to_string())
+    };
+    assert!(attempt(&env).unwrap_err().contains("MASTER_ADDR=192.0.2.1 is not this host"));
+    env.insert("LOCAL_WORLD_SIZE".into(), "2".into());
+    assert!(attempt(&env).is_ok(), "all ranks are known to be here");
+    env.insert("TPSHARD_TIMEOUT".into(), "soon".into());
+    assert!(attempt(&env).unwrap_err().contains("TPSHARD_TIMEOUT=soon"));
 }
 
 #[test]

@@ -3,10 +3,10 @@
 use safetensors::tensor::{Dtype, TensorView as Source, serialize};
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
+use tpshard_ir::weight::{logical_dtype_key, logical_shape_key};
 use tpshard_ir::{DType, Data, Tensor};
 use tpshard_runtime::io::{
-    DEFAULT_LIMIT, SafeTensorsFile, logical_dtype_key, logical_shape_key, read_npy, read_npz, read_tensors,
-    write_npy, write_npz,
+    DEFAULT_LIMIT, SafeTensorsFile, read_npy, read_npz, read_tensors, write_npy, write_npz,
 };
 
 fn fixture(name: &str) -> PathBuf {

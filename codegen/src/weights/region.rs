@@ -9,7 +9,7 @@
 use super::cast::convert;
 use super::packed::as_bytes;
 use super::{SourceError, WeightError, WeightSource};
-use std::borrow::Cow;
+use bytes::Bytes;
 use std::collections::BTreeMap;
 use std::fmt;
 use tpshard_ir::DType;
@@ -68,7 +68,7 @@ fn width(dtype: DType) -> usize {
 /// The initializers in use. What has been brought into memory of them is released before it exceeds [`RELEASE_BYTES`].
 pub struct Loader<'a> {
     source: &'a dyn WeightSource,
-    held: BTreeMap<String, Cow<'a, [u8]>>,
+    held: BTreeMap<String, Bytes>,
     /// An upper estimate of the source's bytes brought into memory since the last release.
     touched: u64,
 }

@@ -15,6 +15,7 @@ use super::{ShardTensor, WeightError};
 use serde::Serialize;
 use std::collections::{BTreeMap, BTreeSet};
 use tpshard_ir::DType;
+use tpshard_ir::weight::{logical_dtype_key, logical_shape_key};
 
 /// The data and as many tensors as possible start at multiples of this.
 pub const ALIGNMENT: u64 = 64;
@@ -45,7 +46,7 @@ pub(crate) struct Placed {
 #[derive(Serialize)]
 #[serde(untagged)]
 enum Entry {
-    Metadata(BTreeMap<&'static str, String>),
+    Metadata(BTreeMap<String, String>),
     Tensor { dtype: &'static str, shape: Vec<usize>, data_offsets: [u64; 2] },
 }
 
@@ -147,14 +148,25 @@ impl ShardLayout {
                 (tensor.name.as_str(), metadata(tensor, hash))
             })
             .collect();
-        let metadata = BTreeMap::from([
-            ("format", "tpshard-weights".into()),
+        let mut metadata: BTreeMap<String, String> = [
+            ("format", "tpshard-weights".to_owned()),
             ("version", METADATA_VERSION.to_string()),
             ("rank", self.rank.to_string()),
             ("ranks", self.ranks.to_string()),
-            ("weights_hash", weights_hash.into()),
+            ("weights_hash", weights_hash.to_owned()),
             ("tensors", self.json(&details)?),
-        ]);
+        ]
+        .into_iter()
+        .map(|(key, value)| (key.to_owned(), value))
+        .collect();
+        for Placed { tensor, length, .. } in &self.tensors {
+            let (stored_as, _) = stored(tensor.dtype(), tensor.shape(), *length);
+            if stored_as == "U8" && tensor.dtype() != DType::U8 {
+                let shape: Vec<String> = tensor.shape().iter().map(usize::to_string).collect();
+                metadata.insert(logical_dtype_key(&tensor.name), tensor.dtype().name().into());
+                metadata.insert(logical_shape_key(&tensor.name), shape.join(","));
+            }
+        }
         let mut entries = BTreeMap::from([("__metadata__", Entry::Metadata(metadata))]);
         for Placed { tensor, offset, length } in &self.tensors {
             let (dtype, shape) = stored(tensor.dtype(), tensor.shape(), *length);

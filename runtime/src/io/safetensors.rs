@@ -10,20 +10,11 @@ use memmap2::Mmap;
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::path::Path;
+use tpshard_ir::weight::{logical_dtype_key, logical_shape_key};
 use tpshard_ir::{DType, Tensor, tensor::element_count};
 
 /// Length of the field in front of the header.
 const PREFIX: usize = 8;
-
-/// Metadata key for the logical type of a tensor stored as `U8`, e.g. `u4`.
-pub fn logical_dtype_key(tensor: &str) -> String {
-    format!("dtype:{tensor}")
-}
-
-/// Metadata key for the logical shape of a tensor stored as `U8`, e.g. `4096,11008`.
-pub fn logical_shape_key(tensor: &str) -> String {
-    format!("shape:{tensor}")
-}
 
 /// An open file.
 pub struct SafeTensorsFile {

@@ -4,8 +4,9 @@
 //! who they are and what they are about to run. When all are there and agree, rank 0 passes the shared memory around.
 //! If not, every rank gets the same refusal. Only processes of the same user are listened to.
 
+use super::TIMEOUT_VARIABLE;
 use super::agreement::{Agreement, Difference, Signed, differences};
-use super::place::{JobKey, LaunchError};
+use super::place::{JobKey, LaunchError, Place, Source, job_key};
 use crate::comm::{CommOptions, Communicator, ShmLink, shm, solo};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{
@@ -13,6 +14,7 @@ use rustix::net::{
     SendFlags,
 };
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, IoSlice, IoSliceMut, Read, Write};
 use std::mem::MaybeUninit;
@@ -96,6 +98,36 @@ pub fn connect(meeting: &Rendezvous, agreement: &Agreement) -> Result<Box<dyn Co
 }
 
 impl Rendezvous {
+    /// The meeting of the job that gave this process its place. `TPSHARD_TIMEOUT` sets the patience, here and in
+    /// collectives.
+    ///
+    /// # Errors
+    /// [`LaunchError::SeveralHosts`] if MASTER_ADDR is elsewhere and nothing says that all ranks are here;
+    /// [`LaunchError::NoJobKey`]; [`LaunchError::NotANumber`].
+    pub fn of_place(
+        place: &Place,
+        env: &BTreeMap<String, String>,
+        mut options: CommOptions,
+    ) -> Result<Rendezvous, LaunchError> {
+        if let Some(timeout) = env.get(TIMEOUT_VARIABLE) {
+            let seconds = timeout.trim().parse().ok().filter(|s: &f64| *s > 0.0 && *s < 1e6);
+            let found = || LaunchError::NotANumber { found: format!("{TIMEOUT_VARIABLE}={timeout}") };
+            options.stall = Duration::from_secs_f64(seconds.ok_or_else(found)?);
+        }
+        // An address that is elsewhere, or unknown, is no matter if all ranks are known to be here.
+        if place.local_world_size != Some(place.world_size)
+            && place.source == Source::Torchrun
+            && let Some(address) = env.get("MASTER_ADDR").filter(|address| !is_this_host(address))
+        {
+            let found = format!("MASTER_ADDR={address} is not this host");
+            return Err(LaunchError::SeveralHosts { found });
+        }
+        let parent = rustix::process::getppid().map_or(0, |pid| pid.as_raw_nonzero().get().unsigned_abs());
+        let key = job_key(place.source, env, rustix::process::geteuid().as_raw(), parent)?;
+        let (rank, world_size) = (place.rank, place.world_size);
+        Ok(Rendezvous { rank, world_size, key, timeout: options.stall, options })
+    }
+
     fn error(&self, what: impl Into<String>) -> LaunchError {
         LaunchError::Rendezvous { rank: self.rank, world_size: self.world_size, what: what.into() }
     }

@@ -59,7 +59,7 @@ fn tensor(dtype: DType, shape: &[usize], numbers: &[u8]) -> Tensor {
 
 fn combine(dtype: DType, monoid: Monoid, a: u8, b: u8) -> u8 {
     match (dtype, monoid) {
-        (DType::Bool, Monoid::Sum | Monoid::Max) => a % 2 | b % 2,
+        (DType::Bool, Monoid::Sum | Monoid::Max) => (a % 2) | (b % 2),
         (DType::Bool, Monoid::Prod | Monoid::Min) => (a % 2) & (b % 2),
         (_, Monoid::Sum) => a + b,
         (_, Monoid::Prod) => a.wrapping_mul(b),

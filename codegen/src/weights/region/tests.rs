@@ -12,9 +12,9 @@ struct Memory {
 }
 
 impl WeightSource for Memory {
-    fn bytes(&self, initializer: &str) -> Result<Cow<'_, [u8]>, SourceError> {
+    fn bytes(&self, initializer: &str) -> Result<Bytes, SourceError> {
         let found = self.tensors.get(initializer).ok_or("there is none of this name")?;
-        Ok(Cow::Borrowed(found))
+        Ok(Bytes::copy_from_slice(found))
     }
 
     fn release(&self, initializer: &str) {

@@ -14,6 +14,9 @@ use std::time::{Duration, Instant};
 /// A sleeping rank looks around this often even if nobody rings.
 const NAP: Timespec = Timespec { tv_sec: 0, tv_nsec: 50_000_000 };
 
+/// A wait gives up the core this often before it sleeps.
+const YIELDS: u32 = 4;
+
 /// One rank's end.
 pub(crate) struct Endpoint {
     region: Arc<Region>,
@@ -92,25 +95,23 @@ impl Endpoint {
         if ready() {
             return true;
         }
-        if self.spin.is_zero() {
-            for _ in 0..4 {
-                std::thread::yield_now();
-                if ready() {
-                    return true;
-                }
-            }
-            return false;
-        }
         let start = Instant::now();
-        while start.elapsed() < self.spin {
-            for _ in 0..32 {
+        // A microsecond or so; then the core goes to whoever wants it, which may be the rank we wait for. With more
+        // ranks than cores it almost always is.
+        let looks = if self.spin.is_zero() { 1 } else { 50 };
+        for turn in 1.. {
+            for _ in 0..looks {
                 if ready() {
                     return true;
                 }
                 std::hint::spin_loop();
             }
+            std::thread::yield_now();
+            if turn >= YIELDS && start.elapsed() >= self.spin {
+                break;
+            }
         }
-        false
+        ready()
     }
 
     fn wait_for_readers(&self, step: &Step, readers: &[(usize, u32)]) -> Result<(), CommError> {

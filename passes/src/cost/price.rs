@@ -1,0 +1,344 @@
+//! What one step costs on rank 0, which holds at least as much of everything as any other rank.
+//!
+//! Contractions, convolutions and attention take as long as the slower of computing and moving their operands. The
+//! rest is moved once. A chain of elementwise operations is one kernel: it is charged where the chain ends, at the
+//! first value that something else needs. Reshapes, broadcasts, slices and transposes are read in place by their
+//! users. A quantised weight is widened where it is used, so its users read the quantised bytes.
+
+use super::Cost;
+use super::profile::Profile;
+use std::collections::BTreeSet;
+use tpshard_ir::{AxisLayout, Bindings, Conversion, DType, Graph, Layout, Mesh, Op, Type, ValueId};
+
+/// What an unbound symbol is taken for.
+const UNBOUND: i64 = 128;
+/// A step that only looks at memory another way still costs more than none.
+const LOOK: f64 = 1e-9;
+
+/// A binding of the symbols, and how much its time counts.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Entry {
+    pub name: String,
+    pub bindings: Bindings,
+    pub weight: f64,
+}
+
+/// Where the seconds of a step go.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Parts {
+    pub compute: f64,
+    pub memory: f64,
+    pub launch: f64,
+    pub communication: f64,
+}
+
+impl Parts {
+    pub fn total(&self) -> f64 {
+        // Computing and moving overlap; each step records only the slower of the two.
+        self.compute + self.memory + self.launch + self.communication
+    }
+
+    pub fn add(&mut self, other: &Parts, weight: f64) {
+        self.compute += weight * other.compute;
+        self.memory += weight * other.memory;
+        self.launch += weight * other.launch;
+        self.communication += weight * other.communication;
+    }
+}
+
+/// Extents under each entry.
+type Extents = Vec<Vec<u64>>;
+
+/// Prices the steps of one graph on one kind of device.
+pub struct Pricer<'a> {
+    profile: &'a Profile,
+    graph: &'a Graph,
+    entries: &'a [Entry],
+    total_weight: f64,
+    /// Per value.
+    extents: Vec<Extents>,
+    /// Per value: it is computed inside the kernel of its users.
+    fused: Vec<bool>,
+    /// Per value: bits read per element.
+    read_bits: Vec<f64>,
+}
+
+/// The extents of a type under a binding. Symbols without a value are taken for 128, within their range.
+pub fn extents(graph: &Graph, ty: &Type, bindings: &Bindings) -> Vec<u64> {
+    ty.shape
+        .iter()
+        .map(|dim| {
+            if let Some(size) = dim.as_const() {
+                return size.max(0).unsigned_abs();
+            }
+            let complete = |name: &std::sync::Arc<str>| {
+                let unbound = || {
+                    let range = graph.symbols.get(name);
+                    range.map_or(UNBOUND, |r| UNBOUND.max(r.low).min(r.high.max(r.low)))
+                };
+                bindings.get(name).copied().unwrap_or_else(unbound)
+            };
+            let values: Bindings = dim.symbols().into_iter().map(|s| (s.clone(), complete(&s))).collect();
+            dim.eval(&values).map_or(0, |size| size.max(0).unsigned_abs())
+        })
+        .collect()
+}
+
+/// What rank 0 holds of a tensor of these extents.
+pub fn local_extents(extents: &[u64], layout: &Layout, mesh: &Mesh, bindings: &Bindings) -> Vec<u64> {
+    let mut local = extents.to_vec();
+    for (part, &ranks) in layout.0.iter().zip(&mesh.0) {
+        if let AxisLayout::Shard { dim, unit } = part
+            && let Some(extent) = local.get_mut(*dim)
+        {
+            let unit = unit.eval(bindings).ok().and_then(|u| u64::try_from(u).ok()).unwrap_or(1).max(1);
+            *extent = (*extent / unit).div_ceil(ranks as u64) * unit;
+        }
+    }
+    local
+}
+
+fn product(extents: &[u64]) -> f64 {
+    extents.iter().map(|&e| e as f64).product()
+}
+
+impl<'a> Pricer<'a> {
+    pub fn new(profile: &'a Profile, graph: &'a Graph, entries: &'a [Entry]) -> Pricer<'a> {
+        let per_value = |ty: &Type| entries.iter().map(|e| extents(graph, ty, &e.bindings)).collect();
+        let users = graph.users();
+        let outputs: BTreeSet<ValueId> = graph.outputs.iter().map(|o| o.value).collect();
+        let fused = graph
+            .values()
+            .map(|(id, node)| {
+                let users = &users[id.index()];
+                let all = |wanted: fn(&Op) -> bool| users.iter().all(|&u| wanted(&graph.node(u).op));
+                !outputs.contains(&id)
+                    && match node.op {
+                        Op::Map(_) => all(|op| matches!(op, Op::Map(_))),
+                        Op::Dequant { .. } => {
+                            all(|op| matches!(op, Op::Einsum(_) | Op::Conv { .. } | Op::Gather { .. }))
+                        }
+                        _ => false,
+                    }
+                    && !users.is_empty()
+            })
+            .collect();
+        let total: f64 = entries.iter().map(|e| e.weight).sum();
+        Pricer {
+            profile,
+            graph,
+            entries,
+            total_weight: if total > 0.0 { total } else { 1.0 },
+            extents: graph.nodes().iter().map(|n| per_value(&n.ty)).collect(),
+            fused,
+            read_bits: graph.nodes().iter().map(|n| read_bits(graph, n)).collect(),
+        }
+    }
+
+    pub fn kernel_launch(&self) -> f64 {
+        self.profile.kernel_launch
+    }
+
+    pub fn entries(&self) -> &[Entry] {
+        self.entries
+    }
+
+    pub fn extents_of(&self, value: ValueId) -> &[Vec<u64>] {
+        &self.extents[value.index()]
+    }
+
+    /// Bytes of `value` on rank 0, the most over all entries.
+    pub fn local_bytes(&self, value: ValueId, layout: &Layout, mesh: &Mesh) -> u64 {
+        let dtype = self.graph.ty(value).dtype;
+        (0..self.entries.len()).map(|e| bytes(dtype, &self.local(value, layout, mesh, e))).max().unwrap_or(0)
+    }
+
+    fn local(&self, value: ValueId, layout: &Layout, mesh: &Mesh, entry: usize) -> Vec<u64> {
+        local_extents(&self.extents[value.index()][entry], layout, mesh, &self.entries[entry].bindings)
+    }
+
+    /// The weighted time of computing `value` in layout `result` from operands in `layouts`.
+    pub fn compute(&self, value: ValueId, layouts: &[&Layout], result: &Layout, mesh: &Mesh) -> Cost {
+        Cost::local(self.weighted(|e| self.compute_parts(value, layouts, result, mesh, e).total()))
+    }
+
+    /// The weighted time of a conversion of `value`.
+    pub fn convert(
+        &self,
+        value: ValueId,
+        conversion: &Conversion,
+        from: &Layout,
+        to: &Layout,
+        mesh: &Mesh,
+    ) -> Cost {
+        let seconds = self.weighted(|e| self.convert_parts(value, conversion, from, to, mesh, e).0.total());
+        if conversion.communicates() {
+            let payload = |e| self.convert_parts(value, conversion, from, to, mesh, e).1;
+            Cost::collective(seconds, (0..self.entries.len()).map(payload).max().unwrap_or(0))
+        } else {
+            Cost::local(seconds)
+        }
+    }
+
+    fn weighted(&self, seconds: impl Fn(usize) -> f64) -> f64 {
+        let sum: f64 = self.entries.iter().enumerate().map(|(e, entry)| entry.weight * seconds(e)).sum();
+        sum / self.total_weight
+    }
+
+    /// Where the time of a computation goes under one entry.
+    pub fn compute_parts(
+        &self,
+        value: ValueId,
+        layouts: &[&Layout],
+        result: &Layout,
+        mesh: &Mesh,
+        entry: usize,
+    ) -> Parts {
+        let node = self.graph.node(value);
+        let out = self.local(value, result, mesh, entry);
+        let operands: Vec<Vec<u64>> =
+            node.args.iter().zip(layouts).map(|(&a, l)| self.local(a, l, mesh, entry)).collect();
+        let read = |i: usize| match (node.args.get(i), operands.get(i)) {
+            (Some(arg), Some(extents)) => product(extents) * self.read_bits[arg.index()] / 8.0,
+            _ => 0.0,
+        };
+        let reads = || (0..operands.len()).map(read).sum::<f64>();
+        let write = product(&out) * node.ty.dtype.bits() as f64 / 8.0;
+        let operand = |i: usize| operands.get(i).map_or(&[][..], Vec::as_slice);
+        match &node.op {
+            Op::Input { .. } | Op::Weight(_) | Op::Literal(_) | Op::Size(_) => Parts::default(),
+            Op::Map(_) | Op::Dequant { .. } if self.fused[value.index()] => look(),
+            Op::Reshape { .. } | Op::Broadcast { .. } | Op::Transpose { .. } | Op::Slice { .. } => look(),
+            Op::Einsum(spec) => {
+                let mut loops = 1.0;
+                for letter in spec.letters() {
+                    let extent = spec.inputs.iter().zip(&operands).find_map(|(letters, extents)| {
+                        letters.iter().zip(extents).find(|(l, _)| **l == letter).map(|(_, &e)| e)
+                    });
+                    loops *= extent.unwrap_or(1) as f64;
+                }
+                self.roofline(node.ty.dtype, 2.0 * loops, reads() + write)
+            }
+            Op::Conv { .. } => {
+                let (w, channels) = (operand(1), operand(1).first().copied().unwrap_or(1).max(1));
+                let flops = 2.0 * product(&out) * product(w) / channels as f64;
+                self.roofline(node.ty.dtype, flops, reads() + write)
+            }
+            Op::Attention { .. } => {
+                let keys = operand(1).get(2).copied().unwrap_or(0) as f64;
+                let depth = operand(0).get(3).copied().unwrap_or(0) + out.get(3).copied().unwrap_or(0);
+                let rows = product(out.get(..3).unwrap_or(&[]));
+                self.roofline(node.ty.dtype, 2.0 * rows * keys * depth as f64, reads() + write)
+            }
+            // In place: only what is new is written.
+            Op::Append { .. } => self.moved(2.0 * read(1)),
+            Op::Gather { .. } | Op::GatherElements { .. } | Op::GatherNd { .. } => self.moved(2.0 * write),
+            Op::Map(_)
+            | Op::Reduce { .. }
+            | Op::Scan { .. }
+            | Op::Pool { .. }
+            | Op::TopK { .. }
+            | Op::Pad { .. }
+            | Op::Concat { .. }
+            | Op::ScatterElements { .. }
+            | Op::ScatterNd { .. }
+            | Op::Dequant { .. }
+            | Op::Softmax { .. }
+            | Op::Norm { .. }
+            | Op::Rotary { .. }
+            | Op::Iota { .. } => self.moved(reads() + write),
+            Op::Convert(_) => Parts::default(),
+        }
+    }
+
+    fn roofline(&self, dtype: DType, operations: f64, bytes: f64) -> Parts {
+        let (compute, memory) = (operations / self.profile.peak(dtype), bytes / self.profile.bandwidth());
+        let launch = self.profile.kernel_launch;
+        if compute > memory {
+            Parts { compute, launch, ..Parts::default() }
+        } else {
+            Parts { memory, launch, ..Parts::default() }
+        }
+    }
+
+    fn moved(&self, bytes: f64) -> Parts {
+        let memory = bytes / self.profile.bandwidth();
+        Parts { memory, launch: self.profile.kernel_launch, ..Parts::default() }
+    }
+
+    /// Where the time of a conversion goes under one entry, and the bytes it carries per rank: for an all-reduce the
+    /// tensor, for an all-gather and an all-to-all what comes from others, for a reduce-scatter what goes to others.
+    pub fn convert_parts(
+        &self,
+        value: ValueId,
+        conversion: &Conversion,
+        from: &Layout,
+        to: &Layout,
+        mesh: &Mesh,
+        entry: usize,
+    ) -> (Parts, u64) {
+        let dtype = self.graph.ty(value).dtype;
+        let before = bytes(dtype, &self.local(value, from, mesh, entry));
+        let after = bytes(dtype, &self.local(value, to, mesh, entry));
+        let ranks = conversion.axes().iter().filter_map(|&a| mesh.0.get(a)).product::<usize>().max(1) as u64;
+        let hops = (ranks - 1) as f64;
+        let share = |bytes: u64| bytes - bytes / ranks;
+        let (steps, carried, payload) = match conversion {
+            Conversion::ShardSlice { .. } | Conversion::OnlyFirst { .. } => return (look(), 0),
+            Conversion::Transfer => (1.0, after as f64, after),
+            Conversion::AllReduce { .. } | Conversion::TreeReduce { .. } => {
+                (2.0 * hops, 2.0 * hops / ranks as f64 * before as f64, before)
+            }
+            Conversion::AllGather { .. } => {
+                let payload = after.saturating_sub(before);
+                (hops, payload as f64, payload)
+            }
+            Conversion::ReduceScatter { .. } => {
+                let payload = before.saturating_sub(after);
+                (hops, payload as f64, payload)
+            }
+            Conversion::AllToAll { .. } | Conversion::Redeal { .. } => {
+                (hops, share(after) as f64, share(after))
+            }
+        };
+        let communication = self.profile.collective(steps, carried);
+        (Parts { communication, ..Parts::default() }, payload)
+    }
+
+    /// The weighted time of collecting an output on rank 0.
+    pub fn collect(&self, value: ValueId, layout: &Layout, mesh: &Mesh) -> Cost {
+        if layout.is_replicated() {
+            return Cost::ZERO;
+        }
+        let dtype = self.graph.ty(value).dtype;
+        let seconds = self.weighted(|e| {
+            let whole = bytes(dtype, &self.extents[value.index()][e]);
+            let own = bytes(dtype, &self.local(value, layout, mesh, e));
+            self.profile.collective((mesh.ranks().max(1) - 1) as f64, whole.saturating_sub(own) as f64)
+        });
+        Cost::local(seconds)
+    }
+}
+
+fn look() -> Parts {
+    Parts { launch: LOOK, ..Parts::default() }
+}
+
+/// Bytes of a tensor; absurd sizes saturate.
+fn bytes(dtype: DType, extents: &[u64]) -> u64 {
+    let count = extents.iter().try_fold(1u64, |n, &e| n.checked_mul(e));
+    count.and_then(|n| dtype.byte_len(n)).unwrap_or(u64::MAX)
+}
+
+/// Bits read per element of a value by its users.
+fn read_bits(graph: &Graph, node: &tpshard_ir::Node) -> f64 {
+    let bits = |value: ValueId| graph.ty(value).dtype.bits() as f64;
+    match (&node.op, node.args.as_slice()) {
+        (Op::Dequant { block, .. }, [q, scales @ ..]) => {
+            let shared: f64 = scales.iter().map(|&s| bits(s)).sum();
+            bits(*q) + shared / (*block).max(1) as f64
+        }
+        (Op::Map(tpshard_ir::Scalar::Cast(_)), [x]) if matches!(graph.node(*x).op, Op::Weight(_)) => bits(*x),
+        _ => node.ty.dtype.bits() as f64,
+    }
+}

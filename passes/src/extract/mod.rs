@@ -1,0 +1,174 @@
+//! Choosing the best plan: exact extraction from a layout graph under a budget of bytes.
+//!
+//! Without a binding budget one search for the least time is enough. With one, a price per byte is sought at which
+//! the budget is just kept: each price gives a lower bound on every plan within the budget, and often the best plan
+//! itself. What gap remains is closed by a search that keeps every trade-off between time and bytes.
+//!
+//! What must not live here: operations, layouts, hardware. The search sees costs, bytes and who needs what.
+
+mod choices;
+mod search;
+
+pub use choices::{Choice, Choices, Slots};
+pub use search::{Aim, Limits};
+
+use crate::cost::Cost;
+use crate::layout_graph::LayoutGraph;
+use crate::segment::{Segment, segments};
+use search::{Found, Search};
+use std::collections::BTreeMap;
+
+/// What the bytes of a plan are limited to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Budget {
+    Free,
+    /// At most 1.02 times the fewest possible.
+    Least,
+    Bytes(u64),
+}
+
+/// A plan in terms of the layout graph.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Extraction {
+    /// Per planned group that is needed, what was chosen.
+    pub choices: BTreeMap<u32, Choice>,
+    pub cost: Cost,
+    pub bytes: u64,
+    /// The fewest bytes any plan takes.
+    pub least_bytes: u64,
+    /// The budget that was kept, if any.
+    pub budget: Option<u64>,
+    /// No plan within the budget takes less time than this.
+    pub bound: Cost,
+    /// How many segments the graph has, and how many different ones.
+    pub segments: (usize, usize),
+}
+
+impl Extraction {
+    /// How far above the lower bound the plan is, as a share of the bound.
+    pub fn gap(&self) -> f64 {
+        let (cost, bound) = (self.cost.picoseconds(), self.bound.picoseconds());
+        if bound == 0 { f64::from(u8::from(cost > 0)) } else { cost.saturating_sub(bound) as f64 / bound as f64 }
+    }
+}
+
+/// Why there is no plan.
+#[derive(Debug, Clone, thiserror::Error, PartialEq, Eq)]
+pub enum ExtractError {
+    #[error(
+        "a rank needs at least {least} bytes for weights and state, {budget} are allowed\n\
+         help: use more ranks, a smaller state (--dim), or allow more (--memory)"
+    )]
+    Budget { least: u64, budget: u64 },
+    #[error("no combination of layouts computes all outputs")]
+    Impossible,
+}
+
+/// Most prices that are tried.
+const PRICES: usize = 24;
+/// The highest price: a second per byte.
+const HIGHEST_PRICE: f64 = 1e12;
+
+/// The plan that takes the least time within `budget`.
+///
+/// # Errors
+/// The budget is below what any plan takes.
+pub fn extract(graph: &LayoutGraph, budget: Budget, limits: Limits) -> Result<Extraction, ExtractError> {
+    let segments = segments(graph);
+    let shapes = segments.iter().map(|s| s.shape + 1).max().unwrap_or(0);
+    let mut choices = Choices::new(graph);
+    let mut run = |aim: Aim| Search::new(graph, &mut choices, aim, limits).run(&segments);
+    let leanest = run(Aim::Bytes).ok_or(ExtractError::Impossible)?;
+    let budget = match budget {
+        Budget::Free => None,
+        Budget::Least => Some(leanest.bytes.saturating_add(leanest.bytes / 50)),
+        Budget::Bytes(bytes) => Some(bytes),
+    };
+    if let Some(budget) = budget.filter(|&b| b < leanest.bytes) {
+        return Err(ExtractError::Budget { least: leanest.bytes, budget });
+    }
+    let fastest = run(Aim::Time { price: 0.0 }).ok_or(ExtractError::Impossible)?;
+    let least_bytes = leanest.bytes;
+    let outcome = match budget.filter(|&b| fastest.bytes > b) {
+        None => Outcome { bound: lower_bound(graph, &fastest, 0.0, 0), best: fastest },
+        Some(bytes) => within(graph, leanest, fastest, bytes, &mut run),
+    };
+    let found = outcome.best;
+    let chosen = found.choices.iter().map(|(&g, &c)| (g, choices.all[c as usize].clone())).collect();
+    Ok(Extraction {
+        choices: chosen,
+        cost: found.cost,
+        bytes: found.bytes,
+        least_bytes,
+        budget,
+        bound: outcome.bound,
+        segments: (segments.len(), shapes),
+    })
+}
+
+struct Outcome {
+    best: Found,
+    bound: Cost,
+}
+
+/// What a finished search at `price` says about every plan of at most `budget` bytes.
+fn lower_bound(graph: &LayoutGraph, found: &Found, price: f64, budget: u64) -> Cost {
+    if found.complete {
+        let allowance = ((budget as f64 * price).ceil() as u128) << 64;
+        Cost::from_raw(found.rank.saturating_sub(allowance))
+    } else {
+        // A search that was cut short proves nothing. Every output has to be produced somehow, though.
+        let least = |g: &crate::layout_graph::Group| g.productions.iter().map(|p| p.cost).min();
+        graph.groups.iter().filter(|g| !g.exits.is_empty()).filter_map(least).sum()
+    }
+}
+
+fn within(
+    graph: &LayoutGraph,
+    leanest: Found,
+    fastest: Found,
+    budget: u64,
+    run: &mut impl FnMut(Aim) -> Option<Found>,
+) -> Outcome {
+    let mut bound = lower_bound(graph, &fastest, 0.0, 0);
+    let mut best = leanest;
+    // The price at which the two extreme plans are equally good is the first guess.
+    let saved = best.cost.picoseconds().saturating_sub(fastest.cost.picoseconds()).max(1);
+    let spent = fastest.bytes.saturating_sub(best.bytes).max(1);
+    let mut price = saved as f64 / spent as f64;
+    let (mut low, mut high) = (0.0f64, f64::INFINITY);
+    for _ in 0..PRICES {
+        let Some(found) = run(Aim::Time { price }) else { break };
+        bound = bound.max(lower_bound(graph, &found, price, budget));
+        if found.bytes <= budget {
+            high = price;
+            if found.cost < best.cost {
+                best = found;
+            }
+        } else {
+            low = price;
+        }
+        if bound >= best.cost || price >= HIGHEST_PRICE || high - low < 1e-6 * high {
+            break;
+        }
+        price = if high.is_finite() { (low + high) / 2.0 } else { price * 4.0 };
+    }
+    if bound >= best.cost {
+        return Outcome { bound: best.cost, best };
+    }
+    if let Some(found) = run(Aim::Both { budget, most: best.cost }) {
+        let complete = found.complete;
+        if found.cost <= best.cost {
+            best = found;
+        }
+        if complete {
+            bound = best.cost;
+        }
+    }
+    Outcome { bound, best }
+}
+
+/// The segments of a graph, for reports and tests.
+pub fn segments_of(graph: &LayoutGraph) -> Vec<Segment> {
+    segments(graph)
+}

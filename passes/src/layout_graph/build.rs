@@ -1,0 +1,338 @@
+//! Building the layout graph straight from the sharding table: operands first, one pass for slots and productions, one
+//! for conversions.
+//!
+//! Partial slots need a rule of when they exist, as any value could be held partially in many ways. A partial layout is
+//! *native* to a value if a square makes it. A square that takes partial operands is offered if all of them are native,
+//! or if several are taken jointly and at least one is; the others then come from whole values kept by the first rank.
+
+use super::classes::{Classes, grows, shards};
+use super::{Edge, Exit, Group, GroupKind, LayoutGraph, MAX_SLOTS, Operand, Production};
+use crate::cost::{Cost, Pricer};
+use crate::sharding::{MeshSquare, Units, conversions, is_well_formed, squares_on_mesh};
+use std::collections::{BTreeSet, HashMap};
+use std::rc::Rc;
+use tpshard_ir::{AxisLayout, Conversion, Dim, Graph, Layout, Mesh, Op, Output, Type, ValueId};
+
+/// What a layout graph is made from.
+pub struct Model<'a> {
+    pub graph: &'a Graph,
+    pub outputs: &'a [Output],
+    pub classes: &'a Classes,
+    pub units: &'a Units,
+    pub pricer: &'a Pricer<'a>,
+    pub mesh: &'a Mesh,
+}
+
+/// The graph has no layout graph.
+#[derive(Debug, Clone, thiserror::Error, PartialEq, Eq)]
+pub enum BuildError {
+    #[error("state `{state}`: the graph has no {what} of that name")]
+    State { state: String, what: &'static str },
+    #[error("output `{output}` depends on nothing the plan knows")]
+    Output { output: String },
+}
+
+type Conversions = Rc<Vec<(u8, u8, Conversion)>>;
+
+/// Answers that alike layers ask for again.
+#[derive(Default)]
+struct Memory {
+    squares: HashMap<(Op, Vec<Type>, Type, Vec<Vec<BTreeSet<Dim>>>), Rc<Vec<MeshSquare>>>,
+    conversions: HashMap<(Type, Vec<Layout>), Conversions>,
+    shards: HashMap<(Type, Vec<BTreeSet<Dim>>), Rc<Vec<Layout>>>,
+}
+
+struct Builder<'a> {
+    model: &'a Model<'a>,
+    memory: Memory,
+    groups: Vec<Group>,
+    /// Per group, the partial slots that squares make.
+    native: Vec<u64>,
+}
+
+/// The layout graph of a model.
+///
+/// # Errors
+/// A state pair names an input or output that does not exist.
+pub fn build(model: &Model<'_>) -> Result<LayoutGraph, BuildError> {
+    let mut builder =
+        Builder { model, memory: Memory::default(), groups: Vec::new(), native: Vec::new() };
+    for index in 0..model.classes.all.len() {
+        builder.add(index);
+    }
+    for index in 0..builder.groups.len() {
+        builder.convert(index);
+    }
+    builder.exits()?;
+    Ok(LayoutGraph {
+        mesh: model.mesh.clone(),
+        groups: builder.groups,
+        group_of: model.classes.of.clone(),
+    })
+}
+
+impl Builder<'_> {
+    fn add(&mut self, index: usize) {
+        let class = &self.model.classes.all[index];
+        let value = class.members[0];
+        let mut group = Group {
+            value,
+            kind: class.kind,
+            layouts: Vec::new(),
+            homes: class.state.is_some(),
+            productions: Vec::new(),
+            conversions: Vec::new(),
+            exits: Vec::new(),
+        };
+        if class.kind == GroupKind::Free {
+            group.layouts = vec![Layout::replicated(self.model.mesh)];
+        } else {
+            group.layouts = self.universe(value).to_vec();
+        }
+        if let Some(state) = class.state.and_then(|s| self.model.graph.states.get(s)) {
+            let stays = |layout: &Layout| {
+                layout.0.iter().all(|part| match part {
+                    AxisLayout::Shard { dim, unit } => {
+                        !grows(self.model.graph, state, value, *dim, unit)
+                    }
+                    AxisLayout::Replicated => true,
+                    AxisLayout::Partial(_) => false,
+                })
+            };
+            group.layouts.retain(stays);
+            group.layouts.truncate(MAX_SLOTS / 2);
+        }
+        self.groups.push(group);
+        self.native.push(0);
+        match class.kind {
+            GroupKind::Free => {}
+            GroupKind::Stored => self.store(index),
+            GroupKind::Computed => {
+                for &member in &class.members {
+                    self.produce(index, member);
+                }
+            }
+        }
+    }
+
+    /// Every layout without partial values: the product over the mesh axes of whole and every way of dealing out.
+    fn universe(&mut self, value: ValueId) -> Rc<Vec<Layout>> {
+        let Model { graph, units, pricer, mesh, .. } = *self.model;
+        let ty = graph.ty(value);
+        let key = (ty.clone(), units.of(value).to_vec());
+        if let Some(known) = self.memory.shards.get(&key) {
+            return known.clone();
+        }
+        let mut all = vec![Layout(Vec::new())];
+        for &ranks in &mesh.0 {
+            let mut parts = vec![AxisLayout::Replicated];
+            let shards = if ranks == 1 { vec![] } else { shards(graph, units, pricer, value, ranks) };
+            parts.extend(shards.into_iter().map(|(dim, unit)| AxisLayout::Shard { dim, unit }));
+            all = all
+                .iter()
+                .flat_map(|layout| {
+                    let then = |part: &AxisLayout| Layout(layout.0.iter().chain([part]).cloned().collect());
+                    parts.iter().map(then).collect::<Vec<_>>()
+                })
+                .collect();
+        }
+        all.retain(|layout| is_well_formed(ty, layout, mesh));
+        all.truncate(MAX_SLOTS);
+        let all = Rc::new(all);
+        self.memory.shards.insert(key, all.clone());
+        all
+    }
+
+    fn store(&mut self, index: usize) {
+        let Model { pricer, mesh, .. } = *self.model;
+        let group = &mut self.groups[index];
+        let count = group.layouts.len();
+        for (slot, layout) in group.layouts.iter().enumerate() {
+            group.productions.push(Production {
+                out: if group.homes { count + slot } else { slot } as u8,
+                operands: Vec::new(),
+                value: group.value,
+                cost: Cost::ZERO,
+                bytes: pricer.local_bytes(group.value, layout, mesh),
+            });
+        }
+    }
+
+    /// All squares of the operation that makes `member`, in terms of slots.
+    fn produce(&mut self, index: usize, member: ValueId) {
+        let Model { graph, classes, pricer, mesh, .. } = *self.model;
+        let node = graph.node(member);
+        let operands: Option<Vec<usize>> =
+            node.args.iter().map(|a| classes.of[a.index()].map(|c| c as usize)).collect();
+        // An operand that is decided later would close a circle.
+        let Some(operands) = operands.filter(|all| all.iter().all(|&o| o < index)) else { return };
+        // On one rank every layout is the same.
+        let most = if mesh.ranks() == 1 { 1 } else { usize::MAX };
+        for square in self.squares(member).iter().take(most) {
+            let Some(slots) = self.operand_slots(&operands, square) else { continue };
+            let Some(out) = self.result_slot(index, &square.result) else { continue };
+            let layouts: Vec<&Layout> = square.operands.iter().collect();
+            let cost = pricer.compute(member, &layouts, &square.result, mesh);
+            let place = |(&group, slot): (&usize, u8)| Operand { group: group as u32, slot };
+            self.groups[index].productions.push(Production {
+                out,
+                operands: operands.iter().zip(slots).map(place).collect(),
+                value: member,
+                cost,
+                bytes: 0,
+            });
+        }
+    }
+
+    fn squares(&mut self, value: ValueId) -> Rc<Vec<MeshSquare>> {
+        let Model { graph, units, mesh, .. } = *self.model;
+        let node = graph.node(value);
+        let args: Vec<&Type> = node.args.iter().map(|&a| graph.ty(a)).collect();
+        let deals = units.deals(graph, value);
+        let mut named = deals.operands.clone();
+        named.push(deals.result.clone());
+        let key = (node.op.clone(), args.iter().map(|&t| t.clone()).collect(), node.ty.clone(), named);
+        let find = || Rc::new(squares_on_mesh(&node.op, &args, &node.ty, mesh, &deals));
+        self.memory.squares.entry(key).or_insert_with(find).clone()
+    }
+
+    /// The slots of a square's operands, if all of them can be had.
+    fn operand_slots(&mut self, operands: &[usize], square: &MeshSquare) -> Option<Vec<u8>> {
+        let partial: Vec<bool> = square.operands.iter().map(Layout::has_partial).collect();
+        let native = |(&group, layout): (&usize, &Layout)| {
+            layout.has_partial()
+                && self.groups[group].slot(layout).is_some_and(|s| self.native[group] >> s & 1 == 1)
+        };
+        let wanted = partial.iter().filter(|&&p| p).count();
+        let found = operands.iter().zip(&square.operands).filter(|&pair| native(pair)).count();
+        if wanted > 0 && (found == 0 || (found < wanted && wanted < 2)) {
+            return None;
+        }
+        // All must be there before any slot is added.
+        let there = |(&group, layout): (&usize, &Layout)| {
+            let group = &self.groups[group];
+            group.slot(layout).is_some()
+                || (group.layouts.len() < MAX_SLOTS
+                    && (group.kind == GroupKind::Free || (layout.has_partial() && !group.homes)))
+        };
+        if !operands.iter().zip(&square.operands).all(there) {
+            return None;
+        }
+        operands.iter().zip(&square.operands).map(|(&group, layout)| self.slot_or_add(group, layout)).collect()
+    }
+
+    fn result_slot(&mut self, index: usize, layout: &Layout) -> Option<u8> {
+        if !layout.has_partial() {
+            return self.groups[index].slot(layout);
+        }
+        let slot = self.slot_or_add(index, layout)?;
+        self.native[index] |= 1 << slot;
+        Some(slot)
+    }
+
+    fn slot_or_add(&mut self, index: usize, layout: &Layout) -> Option<u8> {
+        let group = &mut self.groups[index];
+        if group.slot(layout).is_none() {
+            if group.layouts.len() >= MAX_SLOTS {
+                return None;
+            }
+            group.layouts.push(layout.clone());
+        }
+        group.slot(layout)
+    }
+
+    /// All conversions between the slots of a group.
+    fn convert(&mut self, index: usize) {
+        let Model { graph, pricer, mesh, .. } = *self.model;
+        let group = &self.groups[index];
+        if group.kind == GroupKind::Free {
+            return;
+        }
+        let key = (graph.ty(group.value).clone(), group.layouts.clone());
+        let found = self.memory.conversions.entry(key).or_insert_with_key(|(ty, layouts)| {
+            let mut all = Vec::new();
+            for (from, before) in layouts.iter().enumerate() {
+                for (to, after) in layouts.iter().enumerate() {
+                    if let Some(conversion) = conversions(ty, before, after, mesh) {
+                        all.push((from as u8, to as u8, conversion));
+                    }
+                }
+            }
+            Rc::new(all)
+        });
+        let price = |(from, to, conversion): &(u8, u8, Conversion)| Edge {
+            from: *from,
+            to: *to,
+            conversion: Some(conversion.clone()),
+            cost: pricer.convert(group.value, conversion, group.layout(*from), group.layout(*to), mesh),
+        };
+        let mut edges: Vec<Edge> = found.iter().map(price).collect();
+        if group.homes {
+            let count = group.layouts.len() as u8;
+            let read = |slot| Edge { from: count + slot, to: slot, conversion: None, cost: Cost::ZERO };
+            edges.extend((0..count).map(read));
+        }
+        self.groups[index].conversions = edges;
+    }
+
+    /// Lets every output be left in any layout without partial values; a present state only in the layout of its past.
+    fn exits(&mut self) -> Result<(), BuildError> {
+        let Model { graph, outputs, classes, pricer, mesh, .. } = *self.model;
+        for output in outputs {
+            let missing = || BuildError::Output { output: output.name.to_string() };
+            let index = classes.of[output.value.index()].ok_or_else(missing)? as usize;
+            let pair = graph.states.iter().find(|s| s.output == output.name);
+            let past = match pair {
+                None => None,
+                Some(pair) => self.past(&pair.input)?,
+            };
+            if let Some(past) = past.filter(|_| self.groups[index].kind == GroupKind::Free) {
+                // What plans do not decide about is there whole, so the past has to be, too.
+                self.groups[past].productions.truncate(1);
+            }
+            let group = &self.groups[index];
+            let mut exits = Vec::new();
+            for (slot, layout) in group.layouts.iter().enumerate().filter(|(_, l)| !l.has_partial()) {
+                let home = match past {
+                    None => None,
+                    // A state that is only read.
+                    Some(past) if past == index => {
+                        let slot = (group.layouts.len() + slot) as u8;
+                        exits.push(Exit { slot, cost: Cost::ZERO, also: Vec::new() });
+                        continue;
+                    }
+                    Some(past) => {
+                        let past_group = &self.groups[past];
+                        let Some(found) = past_group.slot(layout) else { continue };
+                        Some(Operand { group: past as u32, slot: past_group.layouts.len() as u8 + found })
+                    }
+                };
+                let cost =
+                    if home.is_some() { Cost::ZERO } else { pricer.collect(output.value, layout, mesh) };
+                exits.push(Exit { slot: slot as u8, cost, also: home.into_iter().collect() });
+            }
+            self.groups[index].exits = join(std::mem::take(&mut self.groups[index].exits), exits);
+        }
+        Ok(())
+    }
+
+    /// The group of the input `name`; none if nothing needs it.
+    fn past(&self, name: &str) -> Result<Option<usize>, BuildError> {
+        let missing = || BuildError::State { state: name.to_owned(), what: "input" };
+        let input = self.model.graph.inputs().find(|(_, n, _)| &***n == name).ok_or_else(missing)?;
+        Ok(self.model.classes.of[input.0.index()].map(|c| c as usize))
+    }
+}
+
+/// The exits of a value that is an output twice: it leaves in one layout.
+fn join(first: Vec<Exit>, second: Vec<Exit>) -> Vec<Exit> {
+    if first.is_empty() {
+        return second;
+    }
+    let with = |a: &Exit| {
+        let b = second.iter().find(|b| b.slot == a.slot)?;
+        let also = a.also.iter().chain(&b.also).copied().collect();
+        Some(Exit { slot: a.slot, cost: a.cost + b.cost, also })
+    };
+    first.iter().filter_map(with).collect()
+}

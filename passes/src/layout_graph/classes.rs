@@ -1,0 +1,236 @@
+//! Which values are the same, in which order plans decide about them, and what there is to decide.
+
+use super::GroupKind;
+use crate::cost::Pricer;
+use crate::cost::price::Entry;
+use crate::sharding::Units;
+use std::collections::{BTreeMap, BTreeSet};
+use tpshard_ir::op::Op;
+use tpshard_ir::{Dim, Graph, Layout, Mesh, StatePair, ValueId};
+
+/// Weights of a smaller share of all weights are set aside from planning: 0.01 %.
+const SMALL_SHARE: u64 = 10_000;
+/// A contraction of inputs and constants that takes no longer than so many kernel launches is not worth planning.
+const FREE_LAUNCHES: f64 = 2.0;
+
+/// Values known to be equal.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Class {
+    /// The value of the graph first, then what it was found to equal.
+    pub members: Vec<ValueId>,
+    pub kind: GroupKind,
+    /// Index into the graph's state pairs of which this is the past.
+    pub state: Option<usize>,
+}
+
+/// The classes that outputs depend on, operands before users.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Classes {
+    pub all: Vec<Class>,
+    pub of: Vec<Option<u32>>,
+    /// Bytes of the weights that were set aside.
+    pub reserved: u64,
+}
+
+impl Classes {
+    /// Sorts the values that `outputs` need, given pairs of equal values.
+    pub fn new(
+        graph: &Graph,
+        outputs: &[ValueId],
+        equal: &[(ValueId, ValueId)],
+        pricer: &Pricer<'_>,
+        mesh: &Mesh,
+    ) -> Classes {
+        let leader = leaders(graph, equal);
+        let mut members: BTreeMap<ValueId, Vec<ValueId>> = BTreeMap::new();
+        for (value, _) in graph.values() {
+            members.entry(leader[value.index()]).or_default().push(value);
+        }
+        let mut classes =
+            Classes { all: Vec::new(), of: vec![None; graph.len()], reserved: 0 };
+        for value in order(graph, outputs, &leader, &members) {
+            let group = u32::try_from(classes.all.len()).unwrap_or(u32::MAX);
+            let found = members.get(&value).cloned().unwrap_or_default();
+            found.iter().for_each(|m| classes.of[m.index()] = Some(group));
+            classes.all.push(Class { members: found, kind: GroupKind::Computed, state: None });
+        }
+        classes.classify(graph, pricer, mesh);
+        classes
+    }
+
+    fn classify(&mut self, graph: &Graph, pricer: &Pricer<'_>, mesh: &Mesh) {
+        let replicated = Layout::replicated(mesh);
+        let whole = |value| pricer.local_bytes(value, &replicated, mesh);
+        let first = |class: &Class| class.members[0];
+        let is_weight = |class: &Class| matches!(graph.node(first(class)).op, Op::Weight(_));
+        let weights = || self.all.iter().filter(|c| is_weight(c)).map(|c| whole(first(c)));
+        let total: u64 = weights().fold(0, u64::saturating_add);
+        let small = |bytes: u64| bytes.saturating_mul(SMALL_SHARE) < total;
+        self.reserved = weights().filter(|&b| small(b)).fold(0, u64::saturating_add);
+        for index in 0..self.all.len() {
+            let value = first(&self.all[index]);
+            let node = graph.node(value);
+            let free_operands = || {
+                node.args.iter().all(|a| {
+                    self.of[a.index()].is_some_and(|c| self.all[c as usize].kind == GroupKind::Free)
+                })
+            };
+            let (kind, state) = match &node.op {
+                Op::Input { name } => match graph.states.iter().position(|s| s.input == *name) {
+                    Some(pair) => (GroupKind::Stored, Some(pair)),
+                    None => (GroupKind::Free, None),
+                },
+                Op::Weight(_) if small(whole(value)) => (GroupKind::Free, None),
+                Op::Weight(_) => (GroupKind::Stored, None),
+                Op::Literal(_) | Op::Size(_) | Op::Iota { .. } => (GroupKind::Free, None),
+                op if is_light(op, pricer, value, &replicated, mesh) && free_operands() => {
+                    (GroupKind::Free, None)
+                }
+                _ => (GroupKind::Computed, None),
+            };
+            (self.all[index].kind, self.all[index].state) = (kind, state);
+        }
+    }
+}
+
+/// The first value of each value's class. Weights read by the same expression are one value.
+fn leaders(graph: &Graph, equal: &[(ValueId, ValueId)]) -> Vec<ValueId> {
+    let mut parent: Vec<ValueId> = graph.values().map(|(id, _)| id).collect();
+    fn root(parent: &mut [ValueId], value: ValueId) -> ValueId {
+        let mut at = value;
+        while parent[at.index()] != at {
+            parent[at.index()] = parent[parent[at.index()].index()];
+            at = parent[at.index()];
+        }
+        at
+    }
+    let mut weights = BTreeMap::new();
+    let mut pairs: Vec<(ValueId, ValueId)> = equal.to_vec();
+    for (value, node) in graph.values() {
+        if let Op::Weight(expression) = &node.op {
+            match weights.get(expression) {
+                Some(&first) => pairs.push((first, value)),
+                None => {
+                    weights.insert(expression.clone(), value);
+                }
+            }
+        }
+    }
+    for (a, b) in pairs {
+        let (a, b) = (root(&mut parent, a), root(&mut parent, b));
+        let (low, high) = (a.min(b), a.max(b));
+        parent[high.index()] = low;
+    }
+    graph.values().map(|(id, _)| root(&mut parent, id)).collect()
+}
+
+/// The classes that `outputs` need, operands first, each as late as its first user allows. A class that depends on
+/// itself through an equal value is put where its first member needs it to be; what would close the circle is not
+/// offered as a production.
+fn order(
+    graph: &Graph,
+    outputs: &[ValueId],
+    leader: &[ValueId],
+    members: &BTreeMap<ValueId, Vec<ValueId>>,
+) -> Vec<ValueId> {
+    let operands = |class: ValueId| -> Vec<ValueId> {
+        let values = members.get(&class).map_or(&[][..], Vec::as_slice);
+        values.iter().flat_map(|&m| &graph.node(m).args).map(|a| leader[a.index()]).collect()
+    };
+    let mut sorted = Vec::new();
+    let mut seen: BTreeSet<ValueId> = BTreeSet::new();
+    for output in outputs {
+        let class = leader[output.index()];
+        if !seen.insert(class) {
+            continue;
+        }
+        let mut open = vec![(class, operands(class).into_iter())];
+        while let Some((class, rest)) = open.last_mut() {
+            match rest.next() {
+                Some(next) => {
+                    if seen.insert(next) {
+                        open.push((next, operands(next).into_iter()));
+                    }
+                }
+                None => {
+                    sorted.push(*class);
+                    open.pop();
+                }
+            }
+        }
+    }
+    sorted
+}
+
+/// True if the operation may be repeated on every rank without counting.
+fn is_light(op: &Op, pricer: &Pricer<'_>, value: ValueId, replicated: &Layout, mesh: &Mesh) -> bool {
+    match op {
+        Op::Map(_)
+        | Op::Reduce { .. }
+        | Op::Scan { .. }
+        | Op::Broadcast { .. }
+        | Op::Reshape { .. }
+        | Op::Transpose { .. }
+        | Op::Slice { .. }
+        | Op::Pad { .. }
+        | Op::Concat { .. }
+        | Op::Gather { .. }
+        | Op::GatherElements { .. }
+        | Op::GatherNd { .. }
+        | Op::ScatterElements { .. }
+        | Op::ScatterNd { .. } => true,
+        Op::Einsum(_) => {
+            let cost = pricer.compute(value, &[replicated, replicated], replicated, mesh);
+            cost.seconds() <= FREE_LAUNCHES * pricer.kernel_launch()
+        }
+        Op::Input { .. }
+        | Op::Weight(_)
+        | Op::Literal(_)
+        | Op::Size(_)
+        | Op::Iota { .. }
+        | Op::Conv { .. }
+        | Op::Pool { .. }
+        | Op::TopK { .. }
+        | Op::Dequant { .. }
+        | Op::Append { .. }
+        | Op::Softmax { .. }
+        | Op::Norm { .. }
+        | Op::Attention { .. }
+        | Op::Rotary { .. }
+        | Op::Convert(_) => false,
+    }
+}
+
+/// Per dim of `value`, the units it may be dealt out in over one axis of `ranks` ranks, leaving out dims of one unit.
+pub(super) fn shards(
+    graph: &Graph,
+    units: &Units,
+    pricer: &Pricer<'_>,
+    value: ValueId,
+    ranks: usize,
+) -> Vec<(usize, Dim)> {
+    let mut found = Vec::new();
+    for (dim, names) in units.canonical(graph, value, ranks).into_iter().enumerate() {
+        let several = |unit: &Dim| {
+            pricer.extents_of(value).iter().zip(pricer.entries()).any(|(extents, entry)| {
+                units_in(extents.get(dim).copied().unwrap_or(0), unit, entry) > 1
+            })
+        };
+        found.extend(names.into_iter().filter(several).map(|unit| (dim, unit)));
+    }
+    found
+}
+
+fn units_in(extent: u64, unit: &Dim, entry: &Entry) -> u64 {
+    let unit = unit.eval(&entry.bindings).ok().and_then(|u| u64::try_from(u).ok()).unwrap_or(1);
+    extent / unit.max(1)
+}
+
+/// True if how `dim` of a state is dealt out changes while the state grows.
+pub(super) fn grows(graph: &Graph, state: &StatePair, value: ValueId, dim: usize, unit: &Dim) -> bool {
+    let shape = &graph.ty(value).shape;
+    let Some(growing) = shape.get(state.axis) else { return true };
+    let moving = growing.symbols();
+    let depends = |d: &Dim| d.symbols().iter().any(|s| moving.contains(s));
+    dim == state.axis || depends(unit) || shape.get(dim).is_none_or(depends)
+}
