@@ -6,6 +6,7 @@ pub(crate) mod exec;
 pub(crate) mod inspect;
 pub(crate) mod plan;
 pub(crate) mod planning;
+pub(crate) mod reporting;
 pub(crate) mod run;
 pub(crate) mod shard;
 pub(crate) mod verify;
