@@ -104,6 +104,9 @@ pub(crate) struct ToleranceArguments {
 pub(crate) struct RunArguments {
     /// The folder that `tpshard MODEL --tp N` wrote.
     pub(crate) folder: PathBuf,
+    /// Also write this value, by ONNX node name, decoded from the ranks (all in this process). May be repeated.
+    #[arg(long, value_name = "NODE")]
+    pub(crate) tap: Vec<String>,
     #[command(flatten)]
     pub(crate) tensors: TensorArguments,
 }
@@ -117,9 +120,6 @@ pub(crate) struct TensorArguments {
     /// Where to write the outputs, as `.npz`.
     #[arg(long, value_name = "FILE")]
     pub(crate) outputs: Option<PathBuf>,
-    /// Also write this value, by ONNX node name, decoded from the ranks. May be repeated.
-    #[arg(long, value_name = "NODE")]
-    pub(crate) tap: Vec<String>,
     /// Seconds without progress after which the ranks give up.
     #[arg(long, value_name = "SECONDS")]
     pub(crate) timeout: Option<u64>,

@@ -88,7 +88,7 @@ pub fn build(
     progress: &mut dyn FnMut(u64),
 ) -> Result<Built, BuildError> {
     let ranks = build.entries.first().ok_or(BuildError::Empty)?.1.mesh.ranks();
-    let plans = (0..ranks).map(|rank| plan_weights(build, rank)).collect::<Result<Vec<_>, _>>()?;
+    let plans = (0..ranks).map(|rank| plan_weights(build.entries, rank)).collect::<Result<Vec<_>, _>>()?;
     let layouts = plans
         .iter()
         .enumerate()
@@ -101,7 +101,7 @@ pub fn build(
     let certificates: Vec<(String, String)> = build
         .entries
         .iter()
-        .map(|(name, program)| (certificate_part(name), tpshard_ir::text::print_spmd(program)))
+        .map(|(name, program)| (certificate_part(name), tpshard_ir::text::print_program(program)))
         .collect();
     let program_hash = program_hash(&model_text, &certificates);
     let mut programs = Vec::with_capacity(ranks);
@@ -136,11 +136,11 @@ struct PlannedWeight {
 }
 
 /// The weights of `rank`: every family of a weight in any entry once, named after the initializer it comes from.
-fn plan_weights(build: &Build<'_>, rank: usize) -> Result<Vec<PlannedWeight>, BuildError> {
+fn plan_weights(entries: &[(String, Spmd)], rank: usize) -> Result<Vec<PlannedWeight>, BuildError> {
     let mut names: BTreeMap<(WeightExpr, Layout), String> = BTreeMap::new();
     let mut taken: BTreeSet<String> = BTreeSet::new();
     let mut planned: Vec<PlannedWeight> = Vec::new();
-    for (_, program) in build.entries {
+    for (_, program) in entries {
         let local = tpshard_ir::spmd::instantiate(program, rank)?;
         for (index, step) in program.steps.iter().enumerate() {
             let Op::Weight(global) = &program.logical.node(step.value).op else { continue };
@@ -157,6 +157,14 @@ fn plan_weights(build: &Build<'_>, rank: usize) -> Result<Vec<PlannedWeight>, Bu
         }
     }
     Ok(planned)
+}
+
+/// What the weight file of `rank` holds for these programs.
+///
+/// # Errors
+/// A step without a local form; a checked program has none.
+pub fn planned_shards(entries: &[(String, Spmd)], rank: usize) -> Result<Vec<ShardTensor>, BuildError> {
+    Ok(plan_weights(entries, rank)?.into_iter().map(|planned| planned.shard).collect())
 }
 
 fn free_name(expr: &WeightExpr, taken: &mut BTreeSet<String>) -> String {
@@ -227,7 +235,7 @@ fn payload(program: &RankProgram, certificates: &[(String, String)]) -> Result<V
 }
 
 /// The hash of the plan: the same on all ranks, independent of the weights' bytes.
-fn program_hash(model_text: &str, certificates: &[(String, String)]) -> String {
+pub fn program_hash(model_text: &str, certificates: &[(String, String)]) -> String {
     let mut hash = Sha256::new();
     for text in std::iter::once(model_text).chain(certificates.iter().map(|(_, text)| text.as_str())) {
         hash.update((text.len() as u64).to_le_bytes());

@@ -2,13 +2,23 @@
 
 use crate::arguments::{RunArguments, TensorArguments};
 use crate::failure::{Failure, Kind, Outcome};
+use super::verify::tapped;
 use crate::folder::Folder;
+use crate::runner::write_outputs;
+use crate::tensors;
 use std::path::Path;
 use std::process::Command;
 use tpshard_runtime::launch::{SpawnError, spawn_ranks};
 
 pub(crate) fn run(arguments: &RunArguments, json: bool) -> Outcome<()> {
     let folder = Folder::open(&arguments.folder)?;
+    if !arguments.tap.is_empty() {
+        let path = arguments.tensors.inputs.as_deref();
+        let path = path.ok_or_else(|| Failure::new(Kind::Usage, "--tap needs --inputs FILE"))?;
+        let inputs = tensors::read(path, &folder.names("inputs"))?;
+        let outputs = tapped(&folder, &inputs, &arguments.tap)?;
+        return write_outputs(&outputs, &arguments.tensors, json);
+    }
     let commands = (0..folder.ranks)
         .map(|rank| {
             let mut command = Command::new(folder.executable(rank));
@@ -51,9 +61,6 @@ pub(crate) fn add_flags(command: &mut Command, tensors: &TensorArguments, json: 
     };
     path("--inputs", &tensors.inputs);
     path("--outputs", &tensors.outputs);
-    for tap in &tensors.tap {
-        command.arg("--tap").arg(tap);
-    }
     if let Some(timeout) = tensors.timeout {
         command.args(["--timeout", &timeout.to_string()]);
     }
