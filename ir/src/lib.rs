@@ -15,6 +15,7 @@ pub mod infer;
 pub mod interp;
 pub mod layout;
 pub mod op;
+pub mod program;
 pub mod spmd;
 pub mod tensor;
 pub mod text;
