@@ -5,11 +5,8 @@
 //! signal handler outside [`launch::spawn_ranks`], or writes to standard output.
 
 pub mod comm;
-<<<<<<< HEAD
 pub mod cpu;
-=======
 pub mod elf;
->>>>>>> ircore
 pub mod io;
 pub mod launch;
 pub mod session;
