@@ -225,13 +225,9 @@ fn rank_program(
 
 /// The program's own parts, then the certificates.
 fn payload(program: &RankProgram, certificates: &[(String, String)]) -> Result<Vec<u8>, BuildError> {
-    let parts = program.parts()?;
-    let parts: Vec<(&str, &[u8])> = parts
-        .iter()
-        .map(|(name, bytes)| (name.as_str(), bytes.as_slice()))
-        .chain(certificates.iter().map(|(name, text)| (name.as_str(), text.as_bytes())))
-        .collect();
-    Ok(container::encode(&parts)?)
+    let extra: Vec<(&str, &[u8])> =
+        certificates.iter().map(|(name, text)| (name.as_str(), text.as_bytes())).collect();
+    Ok(program.encode(&extra)?)
 }
 
 /// The hash of the plan: the same on all ranks, independent of the weights' bytes.
