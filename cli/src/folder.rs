@@ -43,10 +43,6 @@ impl Folder {
         self.path.join(format!("rank{rank}"))
     }
 
-    pub(crate) fn weights(&self, rank: usize) -> PathBuf {
-        self.path.join(tpshard_codegen::build::weight_file(rank))
-    }
-
     /// Names of the inputs, or outputs, in order.
     pub(crate) fn names(&self, what: &str) -> Vec<String> {
         let list = self.config.pointer(&format!("/entries/0/{what}")).and_then(Value::as_array);

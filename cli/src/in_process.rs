@@ -6,7 +6,7 @@ use crate::rank_program::{RankFile, ShardFile};
 use crate::runner::session_failure;
 use std::collections::BTreeMap;
 use std::thread;
-use tpshard_ir::interp::{Real, decode};
+use tpshard_ir::interp::{Domain, Real, decode};
 use tpshard_ir::{Mesh, StepId, Tensor};
 use tpshard_runtime::comm::{CommOptions, Communicator, threads};
 use tpshard_runtime::io::NamedTensors;
@@ -20,7 +20,7 @@ pub(crate) struct Observed {
 
 /// Runs all ranks once and decodes the values of `taps`.
 pub(crate) fn observe(folder: &Folder, inputs: &NamedTensors, taps: &[StepId]) -> Outcome<Observed> {
-    let communicators = threads(folder.ranks, &CommOptions::default());
+    let communicators = threads(folder.ranks, &CommOptions::default()).or_fail(Kind::Resource)?;
     let inputs: BTreeMap<String, Tensor> = inputs.iter().map(|(k, v)| (k.clone(), v.clone())).collect();
     let results: Vec<Outcome<(Results, RankSummary)>> = thread::scope(|scope| {
         let handles: Vec<_> = communicators

@@ -113,7 +113,7 @@ pub(crate) fn run_rank(
     };
     let mut options = CommOptions::default();
     if let Some(seconds) = arguments.timeout {
-        options.stall_timeout = Duration::from_secs(seconds.max(1));
+        options.stall = Duration::from_secs(seconds.max(1));
     }
     let meeting = Rendezvous::of_place(place, &environment(), options).map_err(launch_failure)?;
     let communicator = connect(&meeting, &agreement).map_err(launch_failure)?;

@@ -4,12 +4,6 @@ use crate::failure::{Classify, Failure, Kind, Outcome};
 use std::path::{Path, PathBuf};
 use tpshard_runtime::io::{DEFAULT_LIMIT, NamedTensors, read_tensors};
 
-/// What the names of tensors without names are: ONNX test data may leave them out and goes by position.
-pub(crate) struct Names<'a> {
-    pub(crate) inputs: &'a [String],
-    pub(crate) outputs: &'a [String],
-}
-
 /// One pair of inputs and expected outputs.
 pub(crate) struct GoldenPair {
     pub(crate) label: String,

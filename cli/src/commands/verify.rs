@@ -8,7 +8,7 @@ use crate::folder::Folder;
 use crate::in_process::{observe, program_of};
 use crate::tensors::{self, GoldenPair};
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::Command;
 use std::sync::Arc;
 use tpshard_frontend::Imported;
@@ -148,7 +148,7 @@ fn evaluate(imported: &Imported, graph: &tpshard_ir::Graph, inputs: &NamedTensor
     let inputs: BTreeMap<Arc<str>, Tensor> =
         inputs.iter().map(|(name, t)| (Arc::from(name.as_str()), t.clone())).collect();
     let initializer = |name: &str| -> Result<Tensor, OpError> {
-        let missing = |what: String| OpError::Other { what };
+        let missing = |what: String| OpError::Other(what);
         let tensor = imported.tensors.get(name).ok_or_else(|| missing(format!("no initializer `{name}`")))?;
         imported.model.storage.to_tensor(tensor).map_err(|e| missing(e.to_string()))
     };
@@ -262,9 +262,4 @@ pub(crate) fn tapped(folder: &Folder, inputs: &NamedTensors, nodes: &[String]) -
         }
     }
     Ok(tensors)
-}
-
-/// The path of a model beside golden files, if it is there.
-pub(crate) fn model_beside(folder: &Path) -> Option<PathBuf> {
-    Some(folder.join("model.onnx")).filter(|p| p.is_file())
 }
