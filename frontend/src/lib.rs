@@ -42,4 +42,4 @@ pub use model::{
     Attribute, AttributeType, AttributeValue, Dim, Graph, Model, Node, TensorType, ValueInfo, ValueType,
 };
 pub use ops::supported as supported_operators;
-pub use tensor_data::{TensorRef, TensorSource};
+pub use tensor_data::{TensorRef, TensorSource, read_tensor};

@@ -9,7 +9,7 @@ use crate::limits::Limits;
 use crate::proto::TensorProto;
 use bytes::Bytes;
 use std::path::PathBuf;
-use tpshard_ir::DType;
+use tpshard_ir::{DType, Tensor};
 
 /// A tensor whose bytes are known to exist.
 #[derive(Clone, Debug, PartialEq)]
@@ -145,6 +145,25 @@ fn element_count(dims: &[u64]) -> Option<u64> {
         return Some(0);
     }
     dims.iter().try_fold(1u64, |count, &dim| count.checked_mul(dim))
+}
+
+/// Reads a tensor from a file of its own, as ONNX's test data sets hold them: its name, which may be empty, and value.
+///
+/// # Errors
+/// The bytes are not a tensor, or one of a type that has no values here, or its data lies in another file.
+pub fn read_tensor(bytes: &[u8]) -> Result<(String, Tensor), Fault> {
+    let mut proto = <TensorProto as prost::Message>::decode(bytes)
+        .map_err(|error| Fault::invalid(format!("not an ONNX tensor: {error}"), AGAIN))?;
+    if proto.data_location != 0 {
+        return Err(Fault::unsupported("the tensor's data lies in another file", "save the tensor with its data"));
+    }
+    let (dtype, dims, needed) = describe(&proto, &crate::limits::Limits::default())?;
+    let content = inline_bytes(&mut proto, dtype, needed)?;
+    let shape: Option<Vec<usize>> = dims.iter().map(|&dim| usize::try_from(dim).ok()).collect();
+    let shape = shape.ok_or_else(|| Fault::resource("a dim exceeds the address space", "none"))?;
+    let tensor = Tensor::from_le_bytes(dtype, shape, &content)
+        .map_err(|error| Fault::invalid(error.to_string(), AGAIN))?;
+    Ok((proto.name, tensor))
 }
 
 /// The bytes of a tensor that is stored in the model file. Takes them out of `proto`.
