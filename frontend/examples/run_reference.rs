@@ -43,7 +43,8 @@ fn check(folder: &Path, tolerance: f64) -> Result<String> {
         let inputs = folder.join(format!("inputs{suffix}.npz"));
         if inputs.exists() {
             let expected = read(&folder.join(format!("outputs{suffix}.npz")))?;
-            let found = compare(&imported, read(&inputs)?, &expected, tolerance).with_context(|| format!("pair `{suffix}`"))?;
+            let found = compare(&imported, read(&inputs)?, &expected, tolerance)
+                .with_context(|| format!("pair `{suffix}`"))?;
             worst.push(format!("{found:.1e}"));
         }
     }
@@ -78,7 +79,8 @@ fn compare(
         }
         let (found, wanted) = (numbers(&found)?, numbers(wanted)?);
         for (at, (a, b)) in found.iter().zip(&wanted).enumerate() {
-            let error = if a == b || (a.is_nan() && b.is_nan()) { 0.0 } else { (a - b).abs() / (1.0 + b.abs()) };
+            let error =
+                if a == b || (a.is_nan() && b.is_nan()) { 0.0 } else { (a - b).abs() / (1.0 + b.abs()) };
             if error.is_nan() || error > tolerance {
                 bail!("{name}[{at}] is {a}, expected {b}");
             }

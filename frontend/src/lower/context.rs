@@ -316,7 +316,8 @@ impl<'m> Lowering<'m> {
             let equalities = &self.equalities;
             op.for_each_dim_mut(&|dim| {
                 for equality in equalities {
-                    *dim = dim.substitute(&|name| (*name == *equality.symbol).then(|| equality.equals.clone()));
+                    *dim =
+                        dim.substitute(&|name| (*name == *equality.symbol).then(|| equality.equals.clone()));
                 }
             });
         }
@@ -335,13 +336,10 @@ impl<'m> Lowering<'m> {
 
     /// A constant of one element.
     pub(crate) fn scalar(&mut self, dtype: DType, value: f64) -> Lowered<ValueId> {
-        let element = if dtype.is_float() {
-            Element::Float(value)
-        } else {
-            Element::int(value as i64)
-        };
+        let element = if dtype.is_float() { Element::Float(value) } else { Element::int(value as i64) };
         let known = Known::scalar(dtype, element);
-        let tensor = known.to_tensor().ok_or_else(|| unsupported(format!("a constant {value} of {dtype}")))?;
+        let tensor =
+            known.to_tensor().ok_or_else(|| unsupported(format!("a constant {value} of {dtype}")))?;
         self.literal(tensor)
     }
 
@@ -408,7 +406,11 @@ impl<'m> Lowering<'m> {
                 continue;
             }
             // The offset goes into the first index that counts by one.
-            let start = if stride.is_one() { std::mem::replace(&mut offset, Dim::constant(0)) } else { Dim::constant(0) };
+            let start = if stride.is_one() {
+                std::mem::replace(&mut offset, Dim::constant(0))
+            } else {
+                Dim::constant(0)
+            };
             let mut term = self.add(Op::Iota { start, length: shape[axis].clone() }, &[])?;
             if !stride.is_one() {
                 let factor = self.size(&stride)?;
@@ -491,7 +493,8 @@ impl<'m> Lowering<'m> {
     }
 
     pub(crate) fn transpose(&mut self, value: ValueId, perm: &[usize]) -> Lowered<ValueId> {
-        if perm.iter().enumerate().all(|(at, &axis)| at == axis) && perm.len() == self.graph.ty(value).rank() {
+        if perm.iter().enumerate().all(|(at, &axis)| at == axis) && perm.len() == self.graph.ty(value).rank()
+        {
             return Ok(value);
         }
         self.add(Op::Transpose { perm: perm.to_vec() }, &[value])
@@ -506,7 +509,14 @@ impl<'m> Lowering<'m> {
         self.add(Op::Broadcast { shape: target }, &[value])
     }
 
-    pub(crate) fn slice(&mut self, value: ValueId, axis: usize, start: Dim, length: Dim, step: i64) -> Lowered<ValueId> {
+    pub(crate) fn slice(
+        &mut self,
+        value: ValueId,
+        axis: usize,
+        start: Dim,
+        length: Dim,
+        step: i64,
+    ) -> Lowered<ValueId> {
         let whole = start.is_zero() && step == 1 && self.graph.ty(value).shape.get(axis) == Some(&length);
         if whole {
             return Ok(value);
@@ -514,7 +524,12 @@ impl<'m> Lowering<'m> {
         self.add(Op::Slice { axis, start, length, step }, &[value])
     }
 
-    pub(crate) fn reduce(&mut self, monoid: tpshard_ir::Monoid, value: ValueId, axes: &[usize]) -> Lowered<ValueId> {
+    pub(crate) fn reduce(
+        &mut self,
+        monoid: tpshard_ir::Monoid,
+        value: ValueId,
+        axes: &[usize],
+    ) -> Lowered<ValueId> {
         if axes.is_empty() {
             return Ok(value);
         }

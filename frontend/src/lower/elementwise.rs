@@ -55,7 +55,11 @@ impl Lowering<'_> {
             let shape = self.shape(x);
             let lead = shape.len().checked_sub(known.shape.len());
             let fits = lead.is_some_and(|lead| {
-                known.shape.iter().zip(&shape[lead..]).all(|(&own, other)| own == 1 || Dim::from(own) == *other)
+                known
+                    .shape
+                    .iter()
+                    .zip(&shape[lead..])
+                    .all(|(&own, other)| own == 1 || Dim::from(own) == *other)
             });
             fits && known.dtype == self.dtype(x) && known.all_equal(neutral)
         };
@@ -75,7 +79,9 @@ impl Lowering<'_> {
             (Scalar::Neg, [Value::Affine(a)]) => Ok(Some(scaled(a, &Dim::constant(-1)))),
             (Scalar::Mul, [a, b]) if is_affine(a) || is_affine(b) => {
                 let (affine, factor) = match (a, b) {
-                    (Value::Affine(a), Value::Known(k)) | (Value::Known(k), Value::Affine(a)) => (a.clone(), k.clone()),
+                    (Value::Affine(a), Value::Known(k)) | (Value::Known(k), Value::Affine(a)) => {
+                        (a.clone(), k.clone())
+                    }
                     _ => return Ok(None),
                 };
                 let Some(Element::Int(factor_dim)) = factor.single() else { return Ok(None) };
@@ -92,7 +98,8 @@ impl Lowering<'_> {
                     strides: self.current_all(&side.strides),
                 };
                 let b = if scalar == Scalar::Sub { scaled(&b, &Dim::constant(-1)) } else { b };
-                let (Some(a), Some(b)) = (refresh(&a).broadcast(&shape), refresh(&b).broadcast(&shape)) else {
+                let (Some(a), Some(b)) = (refresh(&a).broadcast(&shape), refresh(&b).broadcast(&shape))
+                else {
                     return Ok(None);
                 };
                 let strides = a.strides.iter().zip(&b.strides).map(|(x, y)| x + y).collect();
@@ -108,10 +115,14 @@ impl Lowering<'_> {
         if !args.iter().all(foldable) {
             return Ok(None);
         }
-        let Some(knowns) = args.iter().map(|arg| self.known(arg)).collect::<Option<Vec<_>>>() else { return Ok(None) };
+        let Some(knowns) = args.iter().map(|arg| self.known(arg)).collect::<Option<Vec<_>>>() else {
+            return Ok(None);
+        };
         let shapes: Vec<Vec<Dim>> = knowns.iter().map(|known| known.dims()).collect();
         let shape = self.broadcast_shapes(&shapes)?;
-        let Some(shape) = shape.iter().map(Dim::as_size).collect::<Option<Vec<usize>>>() else { return Ok(None) };
+        let Some(shape) = shape.iter().map(Dim::as_size).collect::<Option<Vec<usize>>>() else {
+            return Ok(None);
+        };
         let Some(count) = tpshard_ir::tensor::element_count(&shape) else { return Ok(None) };
         if !self.may_fold(count) {
             return Ok(None);
@@ -165,7 +176,9 @@ pub(crate) fn broadcast_map(from: &[usize], to: &[usize]) -> Vec<usize> {
     (0..count)
         .map(|flat| {
             let index = unflatten(flat, to);
-            (0..from.len()).map(|axis| if from[axis] == 1 { 0 } else { index[lead + axis] * strides[axis] }).sum()
+            (0..from.len())
+                .map(|axis| if from[axis] == 1 { 0 } else { index[lead + axis] * strides[axis] })
+                .sum()
         })
         .collect()
 }
@@ -222,7 +235,9 @@ pub(crate) fn cast_element(element: &Element, from: DType, to: DType) -> Option<
             Some(value) => fits(to, value).then(|| Element::int(value)),
             None => Some(Element::Int(dim.clone())),
         },
-        (Element::Float(value), DTypeClass::Float) => Some(Element::Float(round_to(to, round_to(from, *value)?)?)),
+        (Element::Float(value), DTypeClass::Float) => {
+            Some(Element::Float(round_to(to, round_to(from, *value)?)?))
+        }
         (Element::Float(value), DTypeClass::Bool) => Some(Element::int(i64::from(*value != 0.0))),
         (Element::Float(value), _) => {
             let whole = value.trunc();

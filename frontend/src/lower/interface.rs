@@ -16,13 +16,19 @@ const EXPORT_TYPES: &str = "export the model with the types of its inputs";
 
 impl Lowering<'_> {
     /// Defines the graph inputs, bound ones as constants.
-    pub(super) fn declare_inputs(&mut self, options: &ImportOptions, report: &mut ImportReport) -> Lowered<()> {
+    pub(super) fn declare_inputs(
+        &mut self,
+        options: &ImportOptions,
+        report: &mut ImportReport,
+    ) -> Lowered<()> {
         let model = self.model;
         let known: Vec<&str> =
             model.graph.inputs.iter().chain(&model.graph.defaults).map(|input| input.name.as_str()).collect();
         if let Some(name) = options.bindings.keys().find(|name| !known.contains(&name.as_str())) {
             let help = format!("the inputs are {}", known.join(", ").escape_debug());
-            return Err(Fault::invalid("a value is bound to an input the model does not have", help).at_value(name));
+            return Err(
+                Fault::invalid("a value is bound to an input the model does not have", help).at_value(name)
+            );
         }
         for input in &model.graph.inputs {
             let ty = self.input_type(input)?;
@@ -52,7 +58,9 @@ impl Lowering<'_> {
             Some(model::ValueType::Tensor(tensor)) => tensor,
             Some(model::ValueType::Other(what)) => {
                 let message = format!("the input is a {what}, not a tensor");
-                return Err(Fault::unsupported(message, "keep such values outside the model").at_value(&input.name));
+                return Err(
+                    Fault::unsupported(message, "keep such values outside the model").at_value(&input.name)
+                );
             }
             None => return Err(Fault::invalid("the input has no type", EXPORT_TYPES).at_value(&input.name)),
         };
@@ -83,7 +91,10 @@ impl Lowering<'_> {
         let shape: Vec<Dim> = tensor.shape().iter().map(|&extent| Dim::from(extent)).collect();
         if tensor.dtype() != ty.dtype || shape.len() != ty.rank() {
             let found = Type::new(tensor.dtype(), shape);
-            return Err(Fault::invalid(format!("the bound value is {found}, the input {ty}"), "bind a value of its type"));
+            return Err(Fault::invalid(
+                format!("the bound value is {found}, the input {ty}"),
+                "bind a value of its type",
+            ));
         }
         for (own, bound) in ty.shape.iter().zip(&shape) {
             let own = self.current(own);
@@ -91,13 +102,21 @@ impl Lowering<'_> {
         }
         let known = Known::from_tensor(tensor).filter(|known| known.elements.len() <= KNOWN_LIMIT);
         let known = known.ok_or_else(|| {
-            Fault::resource(format!("values of more than {KNOWN_LIMIT} elements cannot be bound"), "feed it as an input")
+            Fault::resource(
+                format!("values of more than {KNOWN_LIMIT} elements cannot be bound"),
+                "feed it as an input",
+            )
         })?;
         Ok(Value::Known(Arc::new(known)))
     }
 
     /// The finished graph: inputs in their order, then what the outputs need.
-    pub(super) fn finish(&mut self, outputs: Vec<Output>, options: &ImportOptions, report: &mut ImportReport) -> Graph {
+    pub(super) fn finish(
+        &mut self,
+        outputs: Vec<Output>,
+        options: &ImportOptions,
+        report: &mut ImportReport,
+    ) -> Graph {
         let mut whole = std::mem::take(&mut self.graph);
         whole.outputs = outputs;
         let mut graph = prune(&whole);
@@ -116,7 +135,12 @@ impl Lowering<'_> {
     }
 
     /// Makes sure that `ty` is a type a declared one allows, unifying sizes that inputs declare too.
-    pub(super) fn check_declared(&mut self, name: &str, value: ValueId, report: &mut ImportReport) -> Lowered<()> {
+    pub(super) fn check_declared(
+        &mut self,
+        name: &str,
+        value: ValueId,
+        report: &mut ImportReport,
+    ) -> Lowered<()> {
         let declared = self.model.graph.outputs.iter().find(|output| output.name == name);
         let Some(declared) = declared.and_then(ValueInfo::tensor_type).cloned() else { return Ok(()) };
         let found = self.graph.ty(value).clone();
@@ -136,7 +160,8 @@ impl Lowering<'_> {
                 model::Dim::Known(size) => {
                     let size = Dim::constant(i64::try_from(*size).unwrap_or(i64::MAX));
                     if found.as_const().is_some() && found != size {
-                        let message = format!("dim {axis} of the output is declared as {size} and computed as {found}");
+                        let message =
+                            format!("dim {axis} of the output is declared as {size} and computed as {found}");
                         return Err(invalid(message).at_value(name));
                     }
                 }

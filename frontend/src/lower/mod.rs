@@ -216,7 +216,11 @@ impl Lowering<'_> {
         let call = Call { node, inputs, attributes: node.attributes() };
         let values = (row.lower)(self, &call).map_err(Some)?;
         call.attributes.finish().map_err(|error| Some(error.into()))?;
-        let origin = if node.name.is_empty() { node.outputs.iter().find(|name| !name.is_empty()) } else { Some(&node.name) };
+        let origin = if node.name.is_empty() {
+            node.outputs.iter().find(|name| !name.is_empty())
+        } else {
+            Some(&node.name)
+        };
         let origin: &str = origin.map_or("", String::as_str);
         for index in first..self.graph.len() {
             self.graph.set_origin(ValueId(u32::try_from(index).unwrap_or(u32::MAX)), origin);

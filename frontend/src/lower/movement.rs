@@ -99,12 +99,16 @@ impl Lowering<'_> {
         }
         match value {
             Value::Known(known) if perm.len() == known.shape.len() => {
-                let shape: Vec<usize> = perm.iter().filter_map(|&axis| known.shape.get(axis).copied()).collect();
+                let shape: Vec<usize> =
+                    perm.iter().filter_map(|&axis| known.shape.get(axis).copied()).collect();
                 let strides = strides_of(&known.shape);
                 let map: Vec<usize> = (0..known.elements.len())
                     .map(|flat| {
                         let index = unflatten(flat, &shape);
-                        perm.iter().zip(index).map(|(&axis, i)| i * strides.get(axis).copied().unwrap_or(0)).sum()
+                        perm.iter()
+                            .zip(index)
+                            .map(|(&axis, i)| i * strides.get(axis).copied().unwrap_or(0))
+                            .sum()
                     })
                     .collect();
                 let moved = known.rearranged(shape, &map).ok_or_else(|| invalid("a wrong permutation"))?;
@@ -366,7 +370,13 @@ impl Lowering<'_> {
         Ok(None)
     }
 
-    fn gather_table(&mut self, table: &Known, at: &[usize], index_shape: &[usize], axis: usize) -> Option<Known> {
+    fn gather_table(
+        &mut self,
+        table: &Known,
+        at: &[usize],
+        index_shape: &[usize],
+        axis: usize,
+    ) -> Option<Known> {
         let outer: usize = table.shape.get(..axis)?.iter().product();
         let inner: usize = table.shape.get(axis + 1..)?.iter().product();
         let extent = *table.shape.get(axis)?;
@@ -424,7 +434,8 @@ impl Lowering<'_> {
     pub(crate) fn gather_nd_grid(&mut self, value: &Value, grid: &Grid) -> Lowered<Option<Value>> {
         let mut parts = Vec::with_capacity(grid.parts.len());
         for part in &grid.parts {
-            let walked: Vec<usize> = (0..part.strides.len()).filter(|&axis| !part.strides[axis].is_zero()).collect();
+            let walked: Vec<usize> =
+                (0..part.strides.len()).filter(|&axis| !part.strides[axis].is_zero()).collect();
             match walked.as_slice() {
                 [] => parts.push((part.offset.clone(), None)),
                 [axis] if part.strides[*axis].is_one() => parts.push((part.offset.clone(), Some(*axis))),
@@ -484,18 +495,21 @@ fn slice_known(known: &Known, axis: usize, start: usize, length: usize, step: i6
     shape[axis] = length;
     let count = tpshard_ir::tensor::element_count(&shape)?;
     if length > 0 {
-        let last = i64::try_from(length - 1).ok()?.checked_mul(step)?.checked_add(i64::try_from(start).ok()?)?;
+        let last =
+            i64::try_from(length - 1).ok()?.checked_mul(step)?.checked_add(i64::try_from(start).ok()?)?;
         (start < extent && (0..i64::try_from(extent).ok()?).contains(&last)).then_some(())?;
     }
     let strides = strides_of(&known.shape);
     let mut map = Vec::with_capacity(count);
     for flat in 0..count {
         let mut index = unflatten(flat, &shape);
-        let moved = i64::try_from(index[axis]).ok()?.checked_mul(step)?.checked_add(i64::try_from(start).ok()?)?;
+        let moved =
+            i64::try_from(index[axis]).ok()?.checked_mul(step)?.checked_add(i64::try_from(start).ok()?)?;
         index[axis] = usize::try_from(moved).ok()?;
         map.push(index.iter().zip(&strides).map(|(i, stride)| i * stride).sum());
     }
-    let source = known.source.as_ref().filter(|_| step == 1).and_then(|source| source.slice(axis, start, length).ok());
+    let source =
+        known.source.as_ref().filter(|_| step == 1).and_then(|source| source.slice(axis, start, length).ok());
     Some(Known { source, ..known.rearranged(shape, &map)? })
 }
 

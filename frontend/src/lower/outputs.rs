@@ -65,7 +65,12 @@ impl FromStr for OutputRequest {
             Some((name, index)) => {
                 let index = index.strip_suffix(']').ok_or_else(|| error("`]` is missing"))?;
                 let parts = index.split(',').map(|part| parse_part(part.trim()));
-                (name, parts.collect::<Option<Vec<_>>>().ok_or_else(|| error("an index is not a:b or a number"))?)
+                (
+                    name,
+                    parts
+                        .collect::<Option<Vec<_>>>()
+                        .ok_or_else(|| error("an index is not a:b or a number"))?,
+                )
             }
         };
         if name.is_empty() {
@@ -76,7 +81,8 @@ impl FromStr for OutputRequest {
 }
 
 fn parse_part(text: &str) -> Option<Part> {
-    let bound = |text: &str| if text.trim().is_empty() { Some(None) } else { text.trim().parse().ok().map(Some) };
+    let bound =
+        |text: &str| if text.trim().is_empty() { Some(None) } else { text.trim().parse().ok().map(Some) };
     match text.split_once(':') {
         None => text.parse().ok().map(Part::At),
         Some((start, end)) => Some(Part::Range { start: bound(start)?, end: bound(end)? }),
@@ -85,17 +91,27 @@ fn parse_part(text: &str) -> Option<Part> {
 
 impl Lowering<'_> {
     /// The wanted outputs as values of the graph.
-    pub(super) fn outputs(&mut self, requests: &[OutputRequest], report: &mut ImportReport) -> Lowered<Vec<Output>> {
+    pub(super) fn outputs(
+        &mut self,
+        requests: &[OutputRequest],
+        report: &mut ImportReport,
+    ) -> Lowered<Vec<Output>> {
         let all: Vec<String> = self.model.graph.outputs.iter().map(|output| output.name.clone()).collect();
         let mut made: Vec<(String, ValueId)> = Vec::new();
         for name in &all {
-            let value = self.lookup(name).cloned().ok_or_else(|| invalid("nothing makes this output").at_value(name))?;
+            let value = self
+                .lookup(name)
+                .cloned()
+                .ok_or_else(|| invalid("nothing makes this output").at_value(name))?;
             let value = self.data(&value).map_err(|fault| fault.at_value(name))?;
             self.check_declared(name, value, report)?;
             made.push((name.clone(), value));
         }
         if requests.is_empty() {
-            return Ok(made.into_iter().map(|(name, value)| Output { name: name.as_str().into(), value }).collect());
+            return Ok(made
+                .into_iter()
+                .map(|(name, value)| Output { name: name.as_str().into(), value })
+                .collect());
         }
         let mut outputs = Vec::new();
         for request in requests {
@@ -129,11 +145,17 @@ impl Lowering<'_> {
         for part in &request.parts {
             axis_of(i64::try_from(axis).unwrap_or(i64::MAX), self.graph.ty(value).rank())?;
             let extent = self.graph.ty(value).shape[axis].clone();
-            let at = |position: i64| if position < 0 { &extent + &Dim::constant(position) } else { Dim::constant(position) };
+            let at = |position: i64| {
+                if position < 0 { &extent + &Dim::constant(position) } else { Dim::constant(position) }
+            };
             match *part {
                 Part::At(position) => {
                     let start = at(position);
-                    let inside = if position < 0 { Dim::constant(position.saturating_neg()) } else { &start + &Dim::constant(1) };
+                    let inside = if position < 0 {
+                        Dim::constant(position.saturating_neg())
+                    } else {
+                        &start + &Dim::constant(1)
+                    };
                     self.assume_at_most(&inside, &extent)?;
                     let Value::Data(picked) = self.pick(&Value::Data(value), axis, &start)? else {
                         return Err(invalid("the output is constant"));
@@ -187,7 +209,11 @@ mod tests {
         let parse = |text: &str| OutputRequest::from_str(text);
         assert_eq!(
             parse("logits[:, -1]=topk:64").unwrap(),
-            OutputRequest { name: "logits".into(), parts: vec![all, Part::At(-1)], selection: Selection::TopK(64) }
+            OutputRequest {
+                name: "logits".into(),
+                parts: vec![all, Part::At(-1)],
+                selection: Selection::TopK(64)
+            }
         );
         assert_eq!(parse("y[2:-1]").unwrap().parts, [Part::Range { start: Some(2), end: Some(-1) }]);
         assert_eq!(parse("y=argmax").unwrap().selection, Selection::ArgMax);

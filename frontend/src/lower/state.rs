@@ -119,7 +119,8 @@ pub(super) fn roles(graph: &Graph, overrides: &BTreeMap<String, Role>) -> BTreeM
     }
     for name in graph.symbols.keys() {
         let lower = name.to_ascii_lowercase();
-        let by_name = [("batch", Role::Batch), ("past", Role::Past), ("total", Role::Total), ("seq", Role::Sequence)];
+        let by_name =
+            [("batch", Role::Batch), ("past", Role::Past), ("total", Role::Total), ("seq", Role::Sequence)];
         if let Some((_, role)) = by_name.iter().find(|(word, _)| lower.contains(word)) {
             note(&mut roles, Some(name), *role);
         }

@@ -242,7 +242,8 @@ mod tests {
         for name in ["batch", "seq", "total", "past", "other"] {
             symbols.symbol(name);
         }
-        let solved = |a: &Dim, b: &Dim| symbols.solve(a, b).map(|(name, dim)| (name.to_string(), dim.to_string()));
+        let solved =
+            |a: &Dim, b: &Dim| symbols.solve(a, b).map(|(name, dim)| (name.to_string(), dim.to_string()));
         let total = solved(&s("total"), &(s("past") + s("seq"))).unwrap();
         assert_eq!((total.0.as_str(), total.1.as_str()), ("total", "past + seq"));
         assert_eq!(solved(&s("batch"), &s("other")).unwrap().0, "other");

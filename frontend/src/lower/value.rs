@@ -140,7 +140,10 @@ impl Known {
     pub(crate) fn from_tensor(tensor: &Tensor) -> Option<Known> {
         macro_rules! ints {
             ($values:expr) => {
-                $values.iter().map(|&v| Some(Element::int(i64::try_from(v).ok()?))).collect::<Option<Vec<_>>>()?
+                $values
+                    .iter()
+                    .map(|&v| Some(Element::int(i64::try_from(v).ok()?)))
+                    .collect::<Option<Vec<_>>>()?
             };
         }
         let elements = match tensor.data() {
@@ -280,7 +283,8 @@ impl Affine {
     }
 
     pub(crate) fn transpose(&self, perm: &[usize]) -> Option<Affine> {
-        let pick = |dims: &[Dim]| perm.iter().map(|&axis| dims.get(axis).cloned()).collect::<Option<Vec<_>>>();
+        let pick =
+            |dims: &[Dim]| perm.iter().map(|&axis| dims.get(axis).cloned()).collect::<Option<Vec<_>>>();
         Some(Affine { shape: pick(&self.shape)?, strides: pick(&self.strides)?, ..self.clone() })
     }
 }
@@ -318,7 +322,8 @@ pub(crate) fn read_weight(
         let bytes = storage.bytes(&tensor).ok()?;
         open.insert(name.to_owned(), (tensor.dtype, bytes));
     }
-    let elements = (0..count).map(|flat| read_element(expr, flat, &open)).collect::<Option<Vec<Element>>>()?;
+    let elements =
+        (0..count).map(|flat| read_element(expr, flat, &open)).collect::<Option<Vec<Element>>>()?;
     Some(Known { source: Some(expr.clone()), ..Known::new(expr.dtype(), expr.shape().to_vec(), elements) })
 }
 

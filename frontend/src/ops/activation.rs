@@ -20,7 +20,14 @@ pub(super) fn relu(lowering: &mut Lowering<'_>, call: &Call<'_>) -> Lowered<Vec<
 }
 
 /// `x` where `condition(x, bound)`, else `other`.
-fn piecewise(l: &mut Lowering<'_>, condition: Scalar, x: ValueId, bound: f64, yes: ValueId, no: ValueId) -> Lowered<ValueId> {
+fn piecewise(
+    l: &mut Lowering<'_>,
+    condition: Scalar,
+    x: ValueId,
+    bound: f64,
+    yes: ValueId,
+    no: ValueId,
+) -> Lowered<ValueId> {
     let test = l.map_number(condition, x, bound)?;
     l.map(Scalar::Select, &[test, yes, no])
 }

@@ -26,7 +26,9 @@ pub(super) fn attend(
 ) -> Lowered<ValueId> {
     for (a, b) in [((k, 2), (v, 2)), ((q, 0), (k, 0)), ((q, 0), (v, 0)), ((q, 3), (k, 3)), ((k, 1), (v, 1))] {
         let dim = |l: &Lowering<'_>, (id, axis): (ValueId, usize)| l.graph.ty(id).shape.get(axis).cloned();
-        let (Some(a), Some(b)) = (dim(l, a), dim(l, b)) else { return Err(invalid("an operand is not of rank 4")) };
+        let (Some(a), Some(b)) = (dim(l, a), dim(l, b)) else {
+            return Err(invalid("an operand is not of rank 4"));
+        };
         l.unify(&a, &b)?;
     }
     let (query, key) = (l.graph.ty(q).clone(), l.graph.ty(k).clone());
@@ -296,7 +298,9 @@ pub(super) fn packed(l: &mut Lowering<'_>, call: &Call<'_>) -> Lowered<Vec<Value
     let widths: Vec<Dim> = match sizes {
         Some(sizes) => sizes.iter().map(|&size| Dim::constant(size)).collect(),
         None => {
-            let each = total.exact_div(&Dim::constant(3)).ok_or_else(|| invalid("the weight is not three in one"))?;
+            let each = total
+                .exact_div(&Dim::constant(3))
+                .ok_or_else(|| invalid("the weight is not three in one"))?;
             vec![each; 3]
         }
     };
@@ -338,6 +342,13 @@ pub(super) fn packed(l: &mut Lowering<'_>, call: &Call<'_>) -> Lowered<Vec<Value
         biases.push(bias_of(l, allowed, dtype)?);
     }
     let bias = sum_biases(l, &biases)?;
-    let result = attend(l, parts[0], parts[1], parts[2], bias, &Scores { scale, softcap: 0.0, empty_rows_zero: false })?;
+    let result = attend(
+        l,
+        parts[0],
+        parts[1],
+        parts[2],
+        bias,
+        &Scores { scale, softcap: 0.0, empty_rows_zero: false },
+    )?;
     Ok(vec![Value::Data(join_heads(l, result)?)])
 }

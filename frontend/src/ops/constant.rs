@@ -2,7 +2,9 @@
 //!
 //! Large ones are never written out: constant-filled tensors are a stretched scalar, ranges an index grid.
 
-use crate::lower::{Affine, Call, Element, Known, Lowered, Lowering, Value, data_dependent, invalid, unsupported};
+use crate::lower::{
+    Affine, Call, Element, Known, Lowered, Lowering, Value, data_dependent, invalid, unsupported,
+};
 use crate::model::AttributeValue;
 use crate::tensor_data::dtype_from_onnx;
 use std::sync::Arc;
@@ -28,7 +30,9 @@ pub(super) fn constant(l: &mut Lowering<'_>, call: &Call<'_>) -> Lowered<Vec<Val
         ("value_float", Some(AttributeValue::Float(value))) => floats(&[*value], vec![]),
         ("value_ints", Some(AttributeValue::Ints(values))) => ints(values, vec![values.len()]),
         ("value_floats", Some(AttributeValue::Floats(values))) => floats(values, vec![values.len()]),
-        (name, _) => return Err(unsupported(format!("a constant in the attribute {}", crate::error::quote(name)))),
+        (name, _) => {
+            return Err(unsupported(format!("a constant in the attribute {}", crate::error::quote(name))));
+        }
     };
     Ok(vec![Value::Known(Arc::new(known))])
 }
@@ -42,7 +46,8 @@ pub(super) fn constant_of_shape(l: &mut Lowering<'_>, call: &Call<'_>) -> Lowere
                 return Err(invalid("the fill value is not one element"));
             }
             let tensor = l.model.storage.to_tensor(tensor)?;
-            let known = Known::from_tensor(&tensor).ok_or_else(|| unsupported(format!("a fill of {}", tensor.dtype())))?;
+            let known = Known::from_tensor(&tensor)
+                .ok_or_else(|| unsupported(format!("a fill of {}", tensor.dtype())))?;
             Known { shape: Vec::new(), ..known }
         }
     };
@@ -75,7 +80,9 @@ pub(super) fn range(l: &mut Lowering<'_>, call: &Call<'_>) -> Lowered<Vec<Value>
 fn whole_number(element: &Element) -> Option<Dim> {
     match element {
         Element::Int(dim) => Some(dim.clone()),
-        Element::Float(value) if value.fract() == 0.0 && value.abs() < 1e15 => Some(Dim::constant(*value as i64)),
+        Element::Float(value) if value.fract() == 0.0 && value.abs() < 1e15 => {
+            Some(Dim::constant(*value as i64))
+        }
         Element::Float(_) => None,
     }
 }

@@ -13,7 +13,13 @@ pub(super) fn matmul(l: &mut Lowering<'_>, call: &Call<'_>) -> Lowered<Vec<Value
 }
 
 /// NumPy's `matmul` of data, either operand with its last two dims swapped.
-pub(super) fn product(l: &mut Lowering<'_>, a: ValueId, b: ValueId, swap_a: bool, swap_b: bool) -> Lowered<ValueId> {
+pub(super) fn product(
+    l: &mut Lowering<'_>,
+    a: ValueId,
+    b: ValueId,
+    swap_a: bool,
+    swap_b: bool,
+) -> Lowered<ValueId> {
     let (rank_a, rank_b) = (l.graph.ty(a).rank(), l.graph.ty(b).rank());
     if rank_a == 0 || rank_b == 0 {
         return Err(invalid("a product with a scalar"));
@@ -31,7 +37,8 @@ pub(super) fn product(l: &mut Lowering<'_>, a: ValueId, b: ValueId, swap_a: bool
     let (mut keep_a, mut keep_b) = (Vec::new(), Vec::new());
     for axis in 0..batch {
         let own = |lead: usize| axis.checked_sub(batch - lead);
-        let dim = |l: &Lowering<'_>, id: ValueId, at: Option<usize>| at.map(|at| l.graph.ty(id).shape[at].clone());
+        let dim =
+            |l: &Lowering<'_>, id: ValueId, at: Option<usize>| at.map(|at| l.graph.ty(id).shape[at].clone());
         let (in_a, in_b) = (dim(l, a, own(lead_a)), dim(l, b, own(lead_b)));
         match (in_a, in_b) {
             (Some(x), Some(y)) if x.is_one() && !y.is_one() => keep_b.push(axis),
@@ -48,7 +55,8 @@ pub(super) fn product(l: &mut Lowering<'_>, a: ValueId, b: ValueId, swap_a: bool
     let letters = |keep: &[usize], tail: &[u8]| {
         keep.iter().map(|&axis| LETTERS[axis]).chain(tail.iter().copied()).collect::<Vec<u8>>()
     };
-    let pair = |first: u8, second: u8, swap: bool| if swap { vec![second, first] } else { vec![first, second] };
+    let pair =
+        |first: u8, second: u8, swap: bool| if swap { vec![second, first] } else { vec![first, second] };
     let tail_a = if rank_a == 1 { vec![k] } else { pair(m, k, swap_a) };
     let tail_b = if rank_b == 1 { vec![k] } else { pair(k, n, swap_b) };
     let a = without_units(l, a, lead_a, batch, &keep_a)?;
@@ -65,12 +73,16 @@ pub(super) fn product(l: &mut Lowering<'_>, a: ValueId, b: ValueId, swap_a: bool
 }
 
 /// Drops the leading dims of extent 1 that the other operand stretches.
-fn without_units(l: &mut Lowering<'_>, x: ValueId, lead: usize, batch: usize, keep: &[usize]) -> Lowered<ValueId> {
+fn without_units(
+    l: &mut Lowering<'_>,
+    x: ValueId,
+    lead: usize,
+    batch: usize,
+    keep: &[usize],
+) -> Lowered<ValueId> {
     let shape = l.graph.ty(x).shape.clone();
-    let mut kept: Vec<Dim> = (0..lead)
-        .filter(|own| keep.contains(&(own + batch - lead)))
-        .map(|own| shape[own].clone())
-        .collect();
+    let mut kept: Vec<Dim> =
+        (0..lead).filter(|own| keep.contains(&(own + batch - lead))).map(|own| shape[own].clone()).collect();
     kept.extend(shape[lead..].iter().cloned());
     if kept.len() == shape.len() { Ok(x) } else { l.reshape(x, &kept) }
 }
@@ -125,21 +137,24 @@ pub(super) fn fused_matmul(l: &mut Lowering<'_>, call: &Call<'_>) -> Lowered<Vec
 
 /// Any number of operands, contracted from left to right; an ellipsis stands for broadcast dims.
 pub(super) fn einsum(l: &mut Lowering<'_>, call: &Call<'_>) -> Lowered<Vec<Value>> {
-    let text: String = call.attributes.required_string("equation")?.chars().filter(|c| !c.is_whitespace()).collect();
+    let text: String =
+        call.attributes.required_string("equation")?.chars().filter(|c| !c.is_whitespace()).collect();
     let values = call.all()?;
     let mut operands = Vec::with_capacity(values.len());
     for value in &values {
         operands.push(l.data(value)?);
     }
     let (terms, output) = parse_equation(l, &text, &operands)?;
-    let mut terms = terms.into_iter().zip(operands).map(|(letters, id)| Term { letters, id }).collect::<Vec<_>>();
+    let mut terms =
+        terms.into_iter().zip(operands).map(|(letters, id)| Term { letters, id }).collect::<Vec<_>>();
     for term in &mut terms {
         *term = diagonal(l, term)?;
     }
     terms.reverse();
     let mut result = terms.pop().ok_or_else(|| invalid("no operands"))?;
     while let Some(next) = terms.pop() {
-        let later = |letter: u8| output.contains(&letter) || terms.iter().any(|term| term.letters.contains(&letter));
+        let later =
+            |letter: u8| output.contains(&letter) || terms.iter().any(|term| term.letters.contains(&letter));
         result = contract(l, &result, &next, &later)?;
     }
     Ok(vec![Value::Data(arrange(l, &result, &output)?)])
@@ -173,7 +188,8 @@ fn parse_equation(l: &Lowering<'_>, text: &str, operands: &[ValueId]) -> Lowered
         }
         widest = widest.max(extra);
     }
-    let ellipsis = |width: usize| free.get(..widest).and_then(|letters| letters.get(widest - width..)).ok_or_else(wrong);
+    let ellipsis =
+        |width: usize| free.get(..widest).and_then(|letters| letters.get(widest - width..)).ok_or_else(wrong);
     let expand = |term: &str, width: usize| -> Lowered<Vec<u8>> {
         let mut letters = Vec::new();
         let (before, after) = match term.split_once("...") {
@@ -202,8 +218,11 @@ fn parse_equation(l: &Lowering<'_>, text: &str, operands: &[ValueId]) -> Lowered
         Some(output) => expand(output, widest)?,
         None => {
             // Implicit: the ellipsis, then letters that occur once, in alphabetical order.
-            let mut once: Vec<u8> =
-                used.iter().copied().filter(|letter| used.iter().filter(|other| *other == letter).count() == 1).collect();
+            let mut once: Vec<u8> = used
+                .iter()
+                .copied()
+                .filter(|letter| used.iter().filter(|other| *other == letter).count() == 1)
+                .collect();
             once.sort_unstable();
             ellipsis(widest)?.iter().copied().chain(once).collect()
         }
@@ -247,7 +266,8 @@ fn diagonal(l: &mut Lowering<'_>, term: &Term) -> Lowered<Term> {
 }
 
 fn contract(l: &mut Lowering<'_>, a: &Term, b: &Term, later: &dyn Fn(u8) -> bool) -> Lowered<Term> {
-    let (mut a, mut b) = (Term { letters: a.letters.clone(), id: a.id }, Term { letters: b.letters.clone(), id: b.id });
+    let (mut a, mut b) =
+        (Term { letters: a.letters.clone(), id: a.id }, Term { letters: b.letters.clone(), id: b.id });
     for letter in a.letters.clone() {
         let (Some(x), Some(y)) = (position(&a, letter), position(&b, letter)) else { continue };
         let (dx, dy) = (l.graph.ty(a.id).shape[x].clone(), l.graph.ty(b.id).shape[y].clone());
@@ -281,10 +301,12 @@ fn squeezed(l: &mut Lowering<'_>, term: &Term, axis: usize) -> Lowered<Term> {
 
 /// Sums letters that the result does not have and puts the others in order.
 fn arrange(l: &mut Lowering<'_>, term: &Term, output: &[u8]) -> Lowered<ValueId> {
-    let axes: Vec<usize> = (0..term.letters.len()).filter(|&at| !output.contains(&term.letters[at])).collect();
+    let axes: Vec<usize> =
+        (0..term.letters.len()).filter(|&at| !output.contains(&term.letters[at])).collect();
     let sum = l.reduce(Monoid::Sum, term.id, &axes)?;
     let shape = l.graph.ty(sum).shape.clone();
-    let kept: Vec<Dim> = (0..shape.len()).filter(|at| !axes.contains(at)).map(|at| shape[at].clone()).collect();
+    let kept: Vec<Dim> =
+        (0..shape.len()).filter(|at| !axes.contains(at)).map(|at| shape[at].clone()).collect();
     let letters: Vec<u8> = term.letters.iter().copied().filter(|letter| output.contains(letter)).collect();
     let sum = l.reshape(sum, &kept)?;
     let perm: Option<Vec<usize>> =

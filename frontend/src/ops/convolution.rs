@@ -113,6 +113,10 @@ pub(super) fn average_pool(l: &mut Lowering<'_>, call: &Call<'_>) -> Lowered<Vec
 pub(super) fn global_pool(l: &mut Lowering<'_>, call: &Call<'_>) -> Lowered<Vec<Value>> {
     let x = l.data(call.input(0)?)?;
     let axes: Vec<usize> = (2..l.graph.ty(x).rank()).collect();
-    let result = if call.node.op_type == "GlobalMaxPool" { l.reduce(Monoid::Max, x, &axes)? } else { l.mean(x, &axes)? };
+    let result = if call.node.op_type == "GlobalMaxPool" {
+        l.reduce(Monoid::Max, x, &axes)?
+    } else {
+        l.mean(x, &axes)?
+    };
     Ok(vec![Value::Data(result)])
 }

@@ -80,7 +80,8 @@ fn operands(lowering: &mut Lowering<'_>, call: &Call<'_>) -> Lowered<(Value, Val
     let (Some(axis), true) = (axis, broadcast) else { return Ok((a, b)) };
     let (rank, mut shape) = (lowering.shape(&a).len(), lowering.shape(&b));
     let axis = axis_of(axis, rank)?;
-    let trailing = rank.checked_sub(axis + shape.len()).ok_or_else(|| invalid("the second operand does not fit"))?;
+    let trailing =
+        rank.checked_sub(axis + shape.len()).ok_or_else(|| invalid("the second operand does not fit"))?;
     shape.extend(std::iter::repeat_n(Dim::constant(1), trailing));
     let b = lowering.reshape_value(&b, &shape)?;
     Ok((a, b))
@@ -113,7 +114,10 @@ pub(super) fn mean(lowering: &mut Lowering<'_>, call: &Call<'_>) -> Lowered<Vec<
 pub(super) fn pow(lowering: &mut Lowering<'_>, call: &Call<'_>) -> Lowered<Vec<Value>> {
     let (base, exponent) = operands(lowering, call)?;
     let dtype = lowering.dtype(&base);
-    if let Some(known) = lowering.known(&exponent).filter(|known| known.elements.len() == 1 && known.shape.len() <= lowering.shape(&base).len()) {
+    if let Some(known) = lowering
+        .known(&exponent)
+        .filter(|known| known.elements.len() == 1 && known.shape.len() <= lowering.shape(&base).len())
+    {
         // Squares are products: exact, cheap, and every executor has them.
         if known.all_equal(1.0) {
             return Ok(vec![base]);

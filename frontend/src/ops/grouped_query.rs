@@ -59,7 +59,9 @@ fn operands(l: &mut Lowering<'_>, call: &Call<'_>, heads: &Dim, kv_heads: &Dim) 
     if total.as_const().is_none_or(|total| total < 1) {
         return Err(invalid("the numbers of heads"));
     }
-    let each = hidden.exact_div(&total).ok_or_else(|| invalid(format!("{hidden} does not divide into {total} heads")))?;
+    let each = hidden
+        .exact_div(&total)
+        .ok_or_else(|| invalid(format!("{hidden} does not divide into {total} heads")))?;
     let mut start = Dim::constant(0);
     let mut parts = Vec::with_capacity(3);
     for count in [heads, kv_heads, kv_heads] {
@@ -85,7 +87,9 @@ fn rotated(
     };
     let sequence = l.graph.ty(q).shape[2].clone();
     let (cos, sin) = match call.optional(9).cloned() {
-        Some(positions) => (super::rotary::rows(l, &cos, &positions)?, super::rotary::rows(l, &sin, &positions)?),
+        Some(positions) => {
+            (super::rotary::rows(l, &cos, &positions)?, super::rotary::rows(l, &sin, &positions)?)
+        }
         None => (consecutive(l, &cos, past, &sequence)?, consecutive(l, &sin, past, &sequence)?),
     };
     let cast = |l: &mut Lowering<'_>, x: ValueId| l.cast(x, l.graph.ty(q).dtype);
@@ -105,7 +109,14 @@ fn consecutive(l: &mut Lowering<'_>, cache: &Value, past: &Dim, sequence: &Dim) 
 }
 
 /// Causal, windowed and padding masks, and the bias that is given.
-fn mask(l: &mut Lowering<'_>, call: &Call<'_>, q: ValueId, k: ValueId, past: &Dim, window: i64) -> Lowered<Option<ValueId>> {
+fn mask(
+    l: &mut Lowering<'_>,
+    call: &Call<'_>,
+    q: ValueId,
+    k: ValueId,
+    past: &Dim,
+    window: i64,
+) -> Lowered<Option<ValueId>> {
     let (query, keys) = (l.graph.ty(q).clone(), l.graph.ty(k).clone());
     let (at, key) = positions(l, &query.shape[2], &keys.shape[2], past)?;
     let mut allowed = l.map(Scalar::LessEqual, &[key, at])?;

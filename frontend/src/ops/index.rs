@@ -17,7 +17,8 @@ pub(super) fn gather_elements(l: &mut Lowering<'_>, call: &Call<'_>) -> Lowered<
 }
 
 pub(super) fn gather_nd(l: &mut Lowering<'_>, call: &Call<'_>) -> Lowered<Vec<Value>> {
-    let batch_dims = usize::try_from(call.attributes.int("batch_dims", 0)?).map_err(|_| invalid("batch_dims"))?;
+    let batch_dims =
+        usize::try_from(call.attributes.int("batch_dims", 0)?).map_err(|_| invalid("batch_dims"))?;
     if let (0, Value::Grid(grid)) = (batch_dims, call.input(1)?) {
         let grid = grid.clone();
         if let Some(value) = l.gather_nd_grid(call.input(0)?, &grid)? {
@@ -77,7 +78,8 @@ pub(super) fn scatter_nd(l: &mut Lowering<'_>, call: &Call<'_>) -> Lowered<Vec<V
     let args = [l.data(call.input(0)?)?, l.data(call.input(1)?)?, l.data(call.input(2)?)?];
     let (x, indices) = (l.graph.ty(args[0]).clone(), l.graph.ty(args[1]).clone());
     let (depth, lead) = indices.shape.split_last().ok_or_else(|| invalid("indices of rank 0"))?;
-    let depth = depth.as_size().filter(|&depth| depth <= x.rank()).ok_or_else(|| invalid("the index depth"))?;
+    let depth =
+        depth.as_size().filter(|&depth| depth <= x.rank()).ok_or_else(|| invalid("the index depth"))?;
     let expected: Vec<Dim> = lead.iter().chain(&x.shape[depth..]).cloned().collect();
     let updates = l.graph.ty(args[2]).shape.clone();
     unify_shapes(l, &expected, &updates)?;

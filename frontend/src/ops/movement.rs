@@ -39,7 +39,12 @@ pub(super) fn concat(l: &mut Lowering<'_>, call: &Call<'_>) -> Lowered<Vec<Value
 }
 
 /// `append(state, new)` with the dims off the axis unified.
-pub(super) fn append(l: &mut Lowering<'_>, state: tpshard_ir::ValueId, new: &Value, axis: usize) -> Lowered<tpshard_ir::ValueId> {
+pub(super) fn append(
+    l: &mut Lowering<'_>,
+    state: tpshard_ir::ValueId,
+    new: &Value,
+    axis: usize,
+) -> Lowered<tpshard_ir::ValueId> {
     let new = l.data(new)?;
     let rank = l.graph.ty(state).rank();
     if l.graph.ty(new).rank() != rank || axis >= rank {
@@ -69,14 +74,17 @@ pub(super) fn split(l: &mut Lowering<'_>, call: &Call<'_>) -> Lowered<Vec<Value>
     let lengths = match given {
         Some(lengths) => {
             let total = lengths.iter().fold(Dim::constant(0), |sum, length| &sum + length);
-            if lengths.len() < outputs || lengths.iter().any(|length| length.as_const().is_some_and(|value| value < 0)) {
+            if lengths.len() < outputs
+                || lengths.iter().any(|length| length.as_const().is_some_and(|value| value < 0))
+            {
                 return Err(invalid(format!("{lengths:?} for {outputs} outputs")));
             }
             l.unify(&extent, &total)?;
             lengths
         }
         None => {
-            let count = usize::try_from(call.attributes.int("num_outputs", i64::try_from(outputs).unwrap_or(0))?);
+            let count =
+                usize::try_from(call.attributes.int("num_outputs", i64::try_from(outputs).unwrap_or(0))?);
             let count = count.ok().filter(|&count| count > 0 && count >= outputs);
             let count = count.ok_or_else(|| invalid("the number of outputs"))?;
             even_lengths(&extent, count, call.opset() >= 18)?
@@ -137,7 +145,14 @@ pub(super) fn slice(l: &mut Lowering<'_>, call: &Call<'_>) -> Lowered<Vec<Value>
     Ok(vec![value])
 }
 
-fn cut(l: &mut Lowering<'_>, value: &Value, axis: usize, start: &Dim, end: &Dim, step: i64) -> Lowered<Value> {
+fn cut(
+    l: &mut Lowering<'_>,
+    value: &Value,
+    axis: usize,
+    start: &Dim,
+    end: &Dim,
+    step: i64,
+) -> Lowered<Value> {
     let extent = l.shape(value)[axis].clone();
     let zero = Dim::constant(0);
     if step == 0 {
@@ -189,7 +204,8 @@ fn bound(l: &mut Lowering<'_>, at: &Dim, extent: &Dim, start: bool) -> Lowered<D
         Some(value) if value >= i64::from(i32::MAX) => return Ok(extent.clone()),
         Some(value) if value < 0 => {
             let position = extent + &at;
-            let clamped = if position.is_nonnegative() { position } else { position.maximum(&Dim::constant(0)) };
+            let clamped =
+                if position.is_nonnegative() { position } else { position.maximum(&Dim::constant(0)) };
             return Ok(clamped);
         }
         Some(_) => true,
@@ -288,7 +304,9 @@ pub(super) fn tile(l: &mut Lowering<'_>, call: &Call<'_>) -> Lowered<Vec<Value>>
     let value = call.input(0)?;
     let repeats = l.dims(call.input(1)?, "the repeats of a Tile")?;
     let shape = l.shape(value);
-    if repeats.len() != shape.len() || repeats.iter().any(|count| count.as_const().is_some_and(|count| count < 0)) {
+    if repeats.len() != shape.len()
+        || repeats.iter().any(|count| count.as_const().is_some_and(|count| count < 0))
+    {
         return Err(invalid(format!("repeats {repeats:?} of a tensor of rank {}", shape.len())));
     }
     if repeats.iter().all(Dim::is_one) {

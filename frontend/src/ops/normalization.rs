@@ -36,9 +36,7 @@ fn norm(
     for (at, parameter) in parameters.iter().enumerate() {
         let value = match parameter {
             Some(value) => value.clone(),
-            None if at == 0 && kind == NormKind::Layer => {
-                l.number_value(ty.dtype, 1.0)?
-            }
+            None if at == 0 && kind == NormKind::Layer => l.number_value(ty.dtype, 1.0)?,
             None => continue,
         };
         let shape = l.current_all(&ty.shape[axis..]);
@@ -105,7 +103,13 @@ pub(super) fn simplified(l: &mut Lowering<'_>, call: &Call<'_>) -> Lowered<Vec<V
 }
 
 /// Outputs: the normalised sum, (mean, inverse deviation: unsupported), the sum.
-fn skip(l: &mut Lowering<'_>, call: &Call<'_>, kind: NormKind, beta: Option<usize>, bias: usize) -> Lowered<Vec<Value>> {
+fn skip(
+    l: &mut Lowering<'_>,
+    call: &Call<'_>,
+    kind: NormKind,
+    beta: Option<usize>,
+    bias: usize,
+) -> Lowered<Vec<Value>> {
     let epsilon = f64::from(call.attributes.float("epsilon", 1e-12)?);
     let (x, skip) = (l.data(call.input(0)?)?, l.data(call.input(1)?)?);
     let mut sum = l.map(Scalar::Add, &[x, skip])?;
@@ -152,7 +156,12 @@ pub(super) fn batch(l: &mut Lowering<'_>, call: &Call<'_>) -> Lowered<Vec<Value>
     if call.attributes.bool("training_mode", false)? {
         return Err(unsupported("BatchNormalization in training mode"));
     }
-    if call.node.attributes.iter().any(|a| a.name == "spatial" && a.value == crate::model::AttributeValue::Int(0)) {
+    if call
+        .node
+        .attributes
+        .iter()
+        .any(|a| a.name == "spatial" && a.value == crate::model::AttributeValue::Int(0))
+    {
         return Err(unsupported("BatchNormalization with spatial = 0"));
     }
     let epsilon = f64::from(call.attributes.float("epsilon", 1e-5)?);
@@ -201,7 +210,9 @@ pub(super) fn group(l: &mut Lowering<'_>, call: &Call<'_>) -> Lowered<Vec<Value>
     if groups.as_const().is_none_or(|groups| groups < 1) {
         return Err(invalid("the number of groups"));
     }
-    let each = channels.exact_div(&groups).ok_or_else(|| invalid(format!("{channels} channels in {groups} groups")))?;
+    let each = channels
+        .exact_div(&groups)
+        .ok_or_else(|| invalid(format!("{channels} channels in {groups} groups")))?;
     let mut split = vec![ty.shape[0].clone(), groups.clone(), each];
     split.extend(ty.shape[2..].iter().cloned());
     let parted = l.reshape(x, &split)?;

@@ -49,7 +49,10 @@ fn sliced(expr: &WeightExpr, axis: usize, length: usize) -> Lowered<WeightExpr> 
 
 fn count(call: &Call<'_>, name: &str) -> Lowered<usize> {
     let value = call.attributes.required_int(name)?;
-    usize::try_from(value).ok().filter(|&value| (1..1 << 31).contains(&value)).ok_or_else(|| invalid(format!("{name} is {value}")))
+    usize::try_from(value)
+        .ok()
+        .filter(|&value| (1..1 << 31).contains(&value))
+        .ok_or_else(|| invalid(format!("{name} is {value}")))
 }
 
 /// `x · dequant(codes)ᵀ + bias` with codes `[N, K]` in blocks along K.
@@ -83,7 +86,13 @@ pub(super) fn matmul_n_bits(l: &mut Lowering<'_>, call: &Call<'_>) -> Lowered<Ve
 }
 
 /// Zero points `[rows, blocks]`: packed codes padded to whole bytes per row, numbers, or the middle of the range.
-fn zero_points(l: &mut Lowering<'_>, given: Option<&Value>, dtype: DType, rows: usize, blocks: usize) -> Lowered<ValueId> {
+fn zero_points(
+    l: &mut Lowering<'_>,
+    given: Option<&Value>,
+    dtype: DType,
+    rows: usize,
+    blocks: usize,
+) -> Lowered<ValueId> {
     let shape = [Dim::from(rows), Dim::from(blocks)];
     match given {
         None => {
@@ -227,7 +236,13 @@ pub(super) fn dequantize(l: &mut Lowering<'_>, call: &Call<'_>) -> Lowered<Vec<V
 }
 
 /// Weights whose scales fit `Op::Dequant`: blocked ones, and matrices with one scale per row or column.
-fn blocked(l: &mut Lowering<'_>, call: &Call<'_>, x: ValueId, axis: i64, block: i64) -> Lowered<Option<ValueId>> {
+fn blocked(
+    l: &mut Lowering<'_>,
+    call: &Call<'_>,
+    x: ValueId,
+    axis: i64,
+    block: i64,
+) -> Lowered<Option<ValueId>> {
     let ty = l.graph.ty(x).clone();
     if !matches!(l.graph.node(x).op, Op::Weight(_)) || ty.rank() == 0 {
         return Ok(None);

@@ -35,7 +35,8 @@ pub(super) fn reduce(l: &mut Lowering<'_>, call: &Call<'_>) -> Lowered<Vec<Value
         return Ok(vec![Value::Data(reduced)]);
     }
     let shape = l.graph.ty(reduced).shape.clone();
-    let kept: Vec<Dim> = (0..rank).filter(|axis| !axes.contains(axis)).map(|axis| shape[axis].clone()).collect();
+    let kept: Vec<Dim> =
+        (0..rank).filter(|axis| !axes.contains(axis)).map(|axis| shape[axis].clone()).collect();
     Ok(vec![Value::Data(l.reshape(reduced, &kept)?)])
 }
 
@@ -225,7 +226,11 @@ fn on_axis(
         let axis = axis_of(given, shape.len())?;
         return Ok(vec![Value::Data(function(l, x, axis)?)]);
     }
-    let at = if given == i64::try_from(shape.len()).unwrap_or(-1) { shape.len() } else { axis_of(given, shape.len())? };
+    let at = if given == i64::try_from(shape.len()).unwrap_or(-1) {
+        shape.len()
+    } else {
+        axis_of(given, shape.len())?
+    };
     if at + 1 == shape.len() {
         return Ok(vec![Value::Data(function(l, x, at)?)]);
     }

@@ -6,7 +6,13 @@ use tpshard_ir::{Dim, Op, ValueId};
 
 /// Rotates the first `2 * width(cos)` entries of the last dim of `x[b, h, s, d]`; `cos` and `sin` broadcast to
 /// `[b, h, s, width]`.
-pub(super) fn rotate(l: &mut Lowering<'_>, x: ValueId, cos: ValueId, sin: ValueId, interleaved: bool) -> Lowered<ValueId> {
+pub(super) fn rotate(
+    l: &mut Lowering<'_>,
+    x: ValueId,
+    cos: ValueId,
+    sin: ValueId,
+    interleaved: bool,
+) -> Lowered<ValueId> {
     let ty = l.graph.ty(x).clone();
     let last = ty.rank().saturating_sub(1);
     let width = l.graph.ty(cos).shape.last().cloned().ok_or_else(|| invalid("cos of rank 0"))?;
@@ -28,7 +34,9 @@ pub(super) fn split_heads(l: &mut Lowering<'_>, x: ValueId, heads: &Dim) -> Lowe
     if heads.as_const().is_none_or(|heads| heads < 1) {
         return Err(invalid("the number of heads"));
     }
-    let each = hidden.exact_div(heads).ok_or_else(|| invalid(format!("{hidden} does not divide into {heads} heads")))?;
+    let each = hidden
+        .exact_div(heads)
+        .ok_or_else(|| invalid(format!("{hidden} does not divide into {heads} heads")))?;
     let split = l.reshape(x, &[b.clone(), s.clone(), heads.clone(), each])?;
     l.transpose(split, &[0, 2, 1, 3])
 }
@@ -50,7 +58,9 @@ pub(super) fn rows(l: &mut Lowering<'_>, cache: &Value, positions: &Value) -> Lo
 
 fn add_head_dim(l: &mut Lowering<'_>, x: ValueId) -> Lowered<ValueId> {
     let ty = l.graph.ty(x).clone();
-    let [b, s, width] = ty.shape.as_slice() else { return Err(invalid(format!("{ty} is not [batch, sequence, width]"))) };
+    let [b, s, width] = ty.shape.as_slice() else {
+        return Err(invalid(format!("{ty} is not [batch, sequence, width]")));
+    };
     l.reshape(x, &[b.clone(), Dim::constant(1), s.clone(), width.clone()])
 }
 

@@ -66,7 +66,9 @@ pub(super) fn reshape(l: &mut Lowering<'_>, call: &Call<'_>) -> Lowered<Vec<Valu
     for (axis, dim) in target.iter().enumerate() {
         match dim.as_const() {
             Some(0) if !allow_zero => {
-                let copied = from.get(axis).ok_or_else(|| invalid(format!("0 at {axis} copies a dim that is not there")))?;
+                let copied = from
+                    .get(axis)
+                    .ok_or_else(|| invalid(format!("0 at {axis} copies a dim that is not there")))?;
                 shape.push(copied.clone());
             }
             Some(-1) if rest.is_some() => return Err(invalid("two dims of -1")),
@@ -150,7 +152,8 @@ pub(super) fn squeeze(l: &mut Lowering<'_>, call: &Call<'_>) -> Lowered<Vec<Valu
         l.unify(&shape[axis], &Dim::constant(1))?;
     }
     let shape = l.shape(value);
-    let kept: Vec<Dim> = (0..shape.len()).filter(|axis| !dropped.contains(axis)).map(|axis| shape[axis].clone()).collect();
+    let kept: Vec<Dim> =
+        (0..shape.len()).filter(|axis| !dropped.contains(axis)).map(|axis| shape[axis].clone()).collect();
     Ok(vec![l.reshape_value(value, &kept)?])
 }
 
