@@ -1,18 +1,18 @@
 //! The flags of every command, once: parsing and help both derive from these types.
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, CommandFactory, Parser, Subcommand};
+use std::ffi::OsString;
 use std::path::PathBuf;
 
 /// Shards an ONNX model over N ranks and runs it.
 #[derive(Debug, Parser)]
-#[command(name = "tpshard", version, args_conflicts_with_subcommands = true, max_term_width = 100)]
+#[command(name = "tpshard", version, max_term_width = 100, subcommand_required = true)]
+#[command(override_usage = "tpshard MODEL --tp N [OPTIONS]\n       tpshard COMMAND [OPTIONS]")]
 #[command(after_help = "Exit codes: 0 ok, 1 internal, 2 usage, 3 model invalid or not supported, 4 mismatch, \
                         5 resources, 6 a rank or collective failed.")]
 pub(crate) struct Arguments {
     #[command(subcommand)]
-    pub(crate) command: Option<Command>,
-    #[command(flatten)]
-    pub(crate) shard: Option<ShardArguments>,
+    pub(crate) command: Command,
     /// Print one JSON object on standard output instead of text.
     #[arg(long, global = true)]
     pub(crate) json: bool,
@@ -21,8 +21,27 @@ pub(crate) struct Arguments {
     pub(crate) quiet: bool,
 }
 
+impl Arguments {
+    /// Parses a command line. Its first word may be a model instead of a command.
+    pub(crate) fn of(words: impl Iterator<Item = OsString>) -> Arguments {
+        let mut words: Vec<OsString> = words.collect();
+        let global = |word: &OsString| word == "--json" || word == "--quiet" || word == "-q";
+        let first = words.iter().skip(1).position(|word| !global(word)).map(|i| i + 1);
+        if let Some(first) = first {
+            let command = Arguments::command();
+            let about = ["help", "--help", "-h", "--version", "-V"].iter().any(|w| words[first] == *w);
+            if !about && !command.get_subcommands().any(|c| words[first] == c.get_name()) {
+                words.insert(first, "shard".into());
+            }
+        }
+        Arguments::parse_from(words)
+    }
+}
+
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
+    /// Shard a model; the word may be left out.
+    Shard(ShardArguments),
     /// Run all ranks of a sharded model on this machine.
     Run(RunArguments),
     /// Check programs, certificates, weight files and hashes of a sharded model.

@@ -12,8 +12,7 @@ mod runner;
 mod tensors;
 
 use arguments::{Arguments, Command};
-use clap::{CommandFactory, Parser};
-use failure::{Classify, Failure, Kind, Outcome};
+use failure::{Classify, Kind, Outcome};
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
@@ -32,19 +31,15 @@ fn run() -> Outcome<()> {
         let executable = std::env::current_exe().or_fail(Kind::Resource)?;
         return runner::main(&payload, &executable);
     }
-    let Arguments { command, shard, json, quiet } = Arguments::parse();
-    match (command, shard) {
-        (Some(Command::Run(arguments)), _) => commands::run::run(&arguments, json),
-        (Some(Command::Check(arguments)), _) => commands::check::check(&arguments, json),
-        (Some(Command::Verify(arguments)), _) => commands::verify::verify(&arguments, json),
-        (Some(Command::Plan(arguments)), _) => commands::plan::plan(&arguments, json),
-        (Some(Command::Inspect(arguments)), _) => commands::inspect::inspect(&arguments, json),
-        (Some(Command::Exec(arguments)), _) => commands::exec::exec(&arguments, json),
-        (Some(Command::Compare(arguments)), _) => commands::compare::compare(&arguments, json),
-        (None, Some(arguments)) => commands::shard::shard(&arguments, json, quiet),
-        (None, None) => {
-            let help = Arguments::command().render_help();
-            Err(Failure::new(Kind::Usage, format!("nothing to do\n{help}")))
-        }
+    let Arguments { command, json, quiet } = Arguments::of(std::env::args_os());
+    match command {
+        Command::Shard(arguments) => commands::shard::shard(&arguments, json, quiet),
+        Command::Run(arguments) => commands::run::run(&arguments, json),
+        Command::Check(arguments) => commands::check::check(&arguments, json),
+        Command::Verify(arguments) => commands::verify::verify(&arguments, json),
+        Command::Plan(arguments) => commands::plan::plan(&arguments, json),
+        Command::Inspect(arguments) => commands::inspect::inspect(&arguments, json),
+        Command::Exec(arguments) => commands::exec::exec(&arguments, json),
+        Command::Compare(arguments) => commands::compare::compare(&arguments, json),
     }
 }

@@ -31,7 +31,10 @@ pub(crate) fn main(payload: &[u8], executable: &Path) -> Outcome<()> {
         return launch(&folder, ranks, &arguments);
     }
     let file = RankFile::decode(payload)?;
-    let place = place(&arguments, file.ranks())?.unwrap_or(alone(&file)?);
+    let place = match place(&arguments, file.ranks())? {
+        Some(place) => place,
+        None => alone(&file)?,
+    };
     run_rank(&folder, file, &place, &arguments.tensors, arguments.json)
 }
 
