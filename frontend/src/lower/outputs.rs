@@ -122,6 +122,15 @@ impl Lowering<'_> {
             self.site = format!("output {}", quote(name));
             self.select(name, *value, request, &mut outputs).map_err(|fault| fault.at_value(name))?;
         }
+        for (at, output) in outputs.iter().enumerate() {
+            if outputs[..at].iter().any(|other| other.name == output.name) {
+                let fault = Fault::invalid(
+                    "the output is asked for twice",
+                    "ask once, or add =topk:N to one of them",
+                );
+                return Err(fault.at_value(&output.name));
+            }
+        }
         // State goes on whether it is asked for or not.
         for output in self.state_inputs.values().cloned().collect::<Vec<_>>() {
             if let Some((name, value)) = made.iter().find(|(name, _)| *name == output)

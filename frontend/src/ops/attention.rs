@@ -189,7 +189,7 @@ fn mask_bias(l: &mut Lowering<'_>, mask: ValueId, t: &Dim, dtype: DType) -> Lowe
     let ty = l.graph.ty(mask).clone();
     let Some(last) = ty.rank().checked_sub(1) else { return Ok(mask) };
     let missing = t - &ty.shape[last];
-    if ty.shape[last].is_one() || !missing.as_const().is_some_and(|missing| missing > 0) {
+    if ty.shape[last].is_one() || missing.as_const().is_none_or(|missing| missing <= 0) {
         return Ok(mask);
     }
     let low = vec![Dim::constant(0); ty.rank()];

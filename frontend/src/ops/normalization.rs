@@ -58,6 +58,10 @@ fn norm(
 }
 
 pub(super) fn layer(l: &mut Lowering<'_>, call: &Call<'_>) -> Lowered<Vec<Value>> {
+    if call.opset() < 17 {
+        // Before ONNX had the operator, tools of ONNX Runtime wrote the attribute with this name, which had no effect.
+        call.attributes.ignore("epsion");
+    }
     call.attributes.ignore("stash_type");
     let epsilon = f64::from(call.attributes.float("epsilon", 1e-5)?);
     let x = l.data(call.input(0)?)?;

@@ -47,21 +47,14 @@ fn fold(op_type: &str, value: &Value, axes: &[usize], keep: bool) -> Option<Valu
         return None;
     }
     let dims: Option<Vec<&Dim>> = known.elements.iter().map(crate::lower::Element::dim).collect();
-    let mut dims = dims?.into_iter();
-    let first = dims.next()?.clone();
-    let result = dims.fold(Some(first), |acc, dim| {
-        let acc = acc?;
-        Some(match op_type {
-            "ReduceProd" => &acc * dim,
-            "ReduceSum" => &acc + dim,
-            "ReduceMax" => acc.maximum(dim),
-            "ReduceMin" => acc.minimum(dim),
-            _ => return None,
-        })
-    })?;
-    if !matches!(op_type, "ReduceProd" | "ReduceSum" | "ReduceMax" | "ReduceMin") {
-        return None;
-    }
+    let combine: fn(&Dim, &Dim) -> Dim = match op_type {
+        "ReduceProd" => |a, b| a * b,
+        "ReduceSum" => |a, b| a + b,
+        "ReduceMax" => Dim::maximum,
+        "ReduceMin" => Dim::minimum,
+        _ => return None,
+    };
+    let result = dims?.into_iter().cloned().reduce(|a, b| combine(&a, &b))?;
     let shape = if keep { vec![1] } else { Vec::new() };
     let element = crate::lower::Element::Int(result);
     Some(Value::Known(std::sync::Arc::new(crate::lower::Known::new(known.dtype, shape, vec![element]))))
