@@ -8,8 +8,10 @@ use std::path::PathBuf;
 #[derive(Debug, Parser)]
 #[command(name = "tpshard", version, max_term_width = 100, subcommand_required = true)]
 #[command(override_usage = "tpshard MODEL --tp N [OPTIONS]\n       tpshard COMMAND [OPTIONS]")]
-#[command(after_help = "Exit codes: 0 ok, 1 internal, 2 usage, 3 model invalid or not supported, 4 mismatch, \
-                        5 resources, 6 a rank or collective failed.")]
+#[command(
+    after_help = "Exit codes: 0 ok, 1 internal, 2 usage, 3 model invalid or not supported, 4 mismatch, \
+                        5 resources, 6 a rank or collective failed."
+)]
 pub(crate) struct Arguments {
     #[command(subcommand)]
     pub(crate) command: Command,

@@ -26,7 +26,12 @@ pub(crate) fn observe(folder: &Folder, inputs: &NamedTensors, taps: &[StepId]) -
         let handles: Vec<_> = communicators
             .into_iter()
             .enumerate()
-            .map(|(rank, communicator)| scope.spawn({ let inputs = &inputs; move || run_rank(folder, rank, communicator, inputs, taps) }))
+            .map(|(rank, communicator)| {
+                scope.spawn({
+                    let inputs = &inputs;
+                    move || run_rank(folder, rank, communicator, inputs, taps)
+                })
+            })
             .collect();
         let joined = handles.into_iter().map(|h| {
             h.join().unwrap_or_else(|_| Err(Failure::new(Kind::Internal, "a rank's thread panicked")))

@@ -27,7 +27,8 @@ pub(crate) fn main(payload: &[u8], executable: &Path) -> Outcome<()> {
     let parts = container::decode(payload).or_fail(Kind::Mismatch)?;
     if let Some(ranks) = parts.part(PART_LAUNCHER) {
         let ranks = std::str::from_utf8(ranks).ok().and_then(|t| t.parse::<usize>().ok());
-        let ranks = ranks.ok_or_else(|| Failure::new(Kind::Mismatch, "the launcher does not know its ranks"))?;
+        let ranks =
+            ranks.ok_or_else(|| Failure::new(Kind::Mismatch, "the launcher does not know its ranks"))?;
         return launch(&folder, ranks, &arguments);
     }
     let file = RankFile::decode(payload)?;
@@ -213,7 +214,9 @@ pub(crate) fn session_failure(error: &SessionError) -> Failure {
         | SessionError::UnknownInput { .. }
         | SessionError::NoEntry { .. }
         | SessionError::Usage { .. } => Kind::Usage,
-        SessionError::Program { .. } | SessionError::Lowering { .. } | SessionError::Weights { .. } => Kind::Mismatch,
+        SessionError::Program { .. } | SessionError::Lowering { .. } | SessionError::Weights { .. } => {
+            Kind::Mismatch
+        }
         SessionError::Plan(_)
         | SessionError::Memory { .. }
         | SessionError::Resources { .. }

@@ -33,7 +33,9 @@ fn read_numbered(folder: &Path, prefix: &str, names: &[String]) -> Outcome<Named
                 tensors.extend(read_tensors(&file, DEFAULT_LIMIT).or_fail(Kind::Resource)?);
             }
             Some("pb") => {
-                let Some(index) = stem.strip_prefix(prefix).and_then(|i| i.parse::<usize>().ok()) else { continue };
+                let Some(index) = stem.strip_prefix(prefix).and_then(|i| i.parse::<usize>().ok()) else {
+                    continue;
+                };
                 let bytes = std::fs::read(&file).map_err(|e| unreadable(&file, &e))?;
                 let (name, tensor) = tpshard_frontend::read_tensor(&bytes)
                     .map_err(|fault| Failure::new(Kind::Resource, format!("{}: {fault}", file.display())))?;

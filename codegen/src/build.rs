@@ -108,7 +108,11 @@ pub fn build(
     for (rank, plan) in plans.iter().enumerate() {
         let program = rank_program(build, rank, plan, &written.weights_hash, &program_hash)?;
         let payload = payload(&program, &certificates)?;
-        write(folder.executable(&format!("rank{rank}"))?, &format!("rank{rank}"), &elf::with_program(build.runner, &payload)?)?;
+        write(
+            folder.executable(&format!("rank{rank}"))?,
+            &format!("rank{rank}"),
+            &elf::with_program(build.runner, &payload)?,
+        )?;
         programs.push(sha256(&payload));
     }
     let launcher = container::encode(&[(PART_LAUNCHER, ranks.to_string().as_bytes())])?;
@@ -255,7 +259,8 @@ fn config(
     program_hash: &str,
     programs: &[String],
 ) -> Value {
-    let entries: Vec<Value> = build.entries.iter().map(|(name, program)| entry_config(name, program)).collect();
+    let entries: Vec<Value> =
+        build.entries.iter().map(|(name, program)| entry_config(name, program)).collect();
     let ranks: Vec<Value> = weights
         .iter()
         .zip(programs)

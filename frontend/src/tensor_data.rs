@@ -155,7 +155,10 @@ pub fn read_tensor(bytes: &[u8]) -> Result<(String, Tensor), Fault> {
     let mut proto = <TensorProto as prost::Message>::decode(bytes)
         .map_err(|error| Fault::invalid(format!("not an ONNX tensor: {error}"), AGAIN))?;
     if proto.data_location != 0 {
-        return Err(Fault::unsupported("the tensor's data lies in another file", "save the tensor with its data"));
+        return Err(Fault::unsupported(
+            "the tensor's data lies in another file",
+            "save the tensor with its data",
+        ));
     }
     let (dtype, dims, needed) = describe(&proto, &crate::limits::Limits::default())?;
     let content = inline_bytes(&mut proto, dtype, needed)?;

@@ -148,7 +148,8 @@ fn candidate(
     let graph = &found.extended.graph;
     let outputs: Vec<ValueId> = found.extended.outputs.iter().map(|o| o.value).collect();
     let classes = Classes::new(graph, &outputs, &found.equal, pricer, mesh);
-    let live: Vec<ValueId> = graph.values().map(|(v, _)| v).filter(|v| classes.of[v.index()].is_some()).collect();
+    let live: Vec<ValueId> =
+        graph.values().map(|(v, _)| v).filter(|v| classes.of[v.index()].is_some()).collect();
     let units = candidate_units(graph, &live);
     let model =
         Model { graph, outputs: &found.extended.outputs, classes: &classes, units: &units, pricer, mesh };

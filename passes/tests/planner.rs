@@ -47,12 +47,20 @@ fn timing() {
     for (seq, ranks) in [(1, 8), (2048, 2), (2048, 4), (2048, 8)] {
         let graph = llama(Sizes { layers: 32, ..LLAMA_8B }, DType::BF16);
         let mut o = options(ranks, "h100-sxm");
-        o.entries = vec![common::entry("p", &[("batch", 1), ("seq", seq), ("past", if seq == 1 { 2048 } else { 1 })])];
+        o.entries = vec![common::entry(
+            "p",
+            &[("batch", 1), ("seq", seq), ("past", if seq == 1 { 2048 } else { 1 })],
+        )];
         for memory in [MemoryGoal::Least, MemoryGoal::Free] {
             o.memory = memory;
             let start = Instant::now();
             let plan = plan(Extended::new(graph.clone()), &o).unwrap();
-            println!("seq {seq} ranks {ranks} {memory:?}: {:?} gap {} {:?}", start.elapsed(), plan.report.gap, plan.report.collective_counts());
+            println!(
+                "seq {seq} ranks {ranks} {memory:?}: {:?} gap {} {:?}",
+                start.elapsed(),
+                plan.report.gap,
+                plan.report.collective_counts()
+            );
         }
     }
 }

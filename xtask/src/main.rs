@@ -51,6 +51,7 @@ fn root() -> Result<PathBuf> {
 fn cargo(root: &Path, arguments: &[&str]) -> Result<()> {
     let cargo = std::env::var("CARGO").unwrap_or_else(|_| "cargo".into());
     println!("xtask: cargo {}", arguments.join(" "));
-    let status = Command::new(cargo).current_dir(root).args(arguments).status().context("cannot start cargo")?;
+    let status =
+        Command::new(cargo).current_dir(root).args(arguments).status().context("cannot start cargo")?;
     if status.success() { Ok(()) } else { bail!("cargo {} failed", arguments.join(" ")) }
 }

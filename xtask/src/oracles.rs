@@ -139,12 +139,7 @@ fn launched(root: &Path, work: &Path, tpshard: &Path, launcher: &mut Command, na
     shard(tpshard, &model(root), 4, &out)?;
     let launched = launcher.arg(out.join("run")).arg("--inputs").arg(golden.join("inputs.npz"));
     run_checked(launched.arg("--outputs").arg(&got))?;
-    run_checked(
-        Command::new(tpshard)
-            .arg("compare")
-            .arg(&got)
-            .arg(golden.join("outputs.npz")),
-    )
+    run_checked(Command::new(tpshard).arg("compare").arg(&got).arg(golden.join("outputs.npz")))
 }
 
 fn mpirun_ranks(root: &Path, work: &Path, tpshard: &Path, mpirun: &Path) -> Result<()> {

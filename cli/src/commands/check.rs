@@ -32,7 +32,8 @@ pub(crate) fn check(arguments: &CheckArguments, json: bool) -> Outcome<()> {
     let mut summary = Vec::new();
     examine(&folder, arguments, &mut findings, &mut summary)?;
     if json {
-        let value = serde_json::json!({ "passed": findings.is_empty(), "findings": findings, "checked": summary });
+        let value =
+            serde_json::json!({ "passed": findings.is_empty(), "findings": findings, "checked": summary });
         println!("{value}");
     }
     if findings.is_empty() {
@@ -45,7 +46,10 @@ pub(crate) fn check(arguments: &CheckArguments, json: bool) -> Outcome<()> {
     let listed: Vec<String> = findings.iter().take(LISTED).map(|f| format!("  {f}")).collect();
     let more = findings.len().saturating_sub(LISTED);
     let more = if more > 0 { format!("\n  and {more} more") } else { String::new() };
-    Err(Failure::new(Kind::Mismatch, format!("{} does not hold\n{}{more}", folder.path.display(), listed.join("\n"))))
+    Err(Failure::new(
+        Kind::Mismatch,
+        format!("{} does not hold\n{}{more}", folder.path.display(), listed.join("\n")),
+    ))
 }
 
 fn examine(
@@ -69,11 +73,17 @@ fn examine(
         match rank_payload(folder, rank) {
             Ok((program, text)) => {
                 if program.rank != rank || program.mesh.ranks() != folder.ranks {
-                    findings.push(format!("{name}: holds the program of rank {} of {}", program.rank, program.mesh.ranks()));
+                    findings.push(format!(
+                        "{name}: holds the program of rank {} of {}",
+                        program.rank,
+                        program.mesh.ranks()
+                    ));
                 }
                 match &certificate {
                     None => certificate = Some(text),
-                    Some(first) if *first != text => findings.push(format!("{name}: its certificate is not that of rank0")),
+                    Some(first) if *first != text => {
+                        findings.push(format!("{name}: its certificate is not that of rank0"))
+                    }
                     Some(_) => {}
                 }
                 programs.push(program);
@@ -143,7 +153,10 @@ fn check_certificate(
     let graphs: Vec<Graph> =
         programs.iter().filter_map(|p| p.entries.first()).map(|e| e.graph.clone()).collect();
     match tpshard_checker::check_ranks(program, &graphs) {
-        Ok(report) => summary.push(format!("programs: {} ranks, {} collectives in one order", report.ranks, report.collectives)),
+        Ok(report) => summary.push(format!(
+            "programs: {} ranks, {} collectives in one order",
+            report.ranks, report.collectives
+        )),
         Err(found) => findings.extend(found.iter().map(|f| format!("the programs: {f}"))),
     }
 }
@@ -190,7 +203,13 @@ fn check_weights(
                 }
             };
             if view.dtype != shard.dtype() || view.shape != shard.shape() {
-                findings.push(format!("{place}: is {}{:?}, the certificate says {}{:?}", view.dtype, view.shape, shard.dtype(), shard.shape()));
+                findings.push(format!(
+                    "{place}: is {}{:?}, the certificate says {}{:?}",
+                    view.dtype,
+                    view.shape,
+                    shard.dtype(),
+                    shard.shape()
+                ));
                 continue;
             }
             let sha256 = hex(&Sha256::digest(view.bytes));
@@ -258,7 +277,11 @@ fn compare_with_model(
             compared += 1;
             match expected {
                 Ok(expected) if expected == *found => drop(known.insert(key, expected)),
-                Ok(_) => findings.push(format!("{}, weight `{}`: its bytes are not the model's", weight_file(*rank), shard.name)),
+                Ok(_) => findings.push(format!(
+                    "{}, weight `{}`: its bytes are not the model's",
+                    weight_file(*rank),
+                    shard.name
+                )),
                 Err(error) => findings.push(format!("weight `{}`: {error}", shard.name)),
             }
         }

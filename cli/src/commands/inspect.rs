@@ -104,7 +104,12 @@ fn model(path: &Path, tir: bool, json: bool) -> Outcome<()> {
         return Ok(());
     }
     let graph = &imported.graph;
-    println!("{} ONNX nodes, {} values, {} weights", imported.report.nodes, graph.len(), imported.tensors.len());
+    println!(
+        "{} ONNX nodes, {} values, {} weights",
+        imported.report.nodes,
+        graph.len(),
+        imported.tensors.len()
+    );
     for (_, name, ty) in graph.inputs() {
         println!("input  {name}: {ty}");
     }

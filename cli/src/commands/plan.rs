@@ -1,7 +1,7 @@
 //! `tpshard plan`: what more ranks would bring, without writing anything.
 
-use super::reporting::{report_json, table};
 use super::planning::{check_ranks, import_model, plan_model};
+use super::reporting::{report_json, table};
 use crate::arguments::PlanArguments;
 use crate::failure::{Failure, Kind, Outcome};
 use serde_json::{Value, json};
@@ -32,7 +32,9 @@ pub(crate) fn plan(arguments: &PlanArguments, json: bool) -> Outcome<()> {
 
 /// `1,2,4,8` or `1-8` or a mixture.
 fn rank_list(text: &str) -> Outcome<Vec<usize>> {
-    let wrong = || Failure::new(Kind::Usage, format!("--ranks {text}: not a list of numbers\nhelp: e.g. 1,2,4,8 or 1-8"));
+    let wrong = || {
+        Failure::new(Kind::Usage, format!("--ranks {text}: not a list of numbers\nhelp: e.g. 1,2,4,8 or 1-8"))
+    };
     let mut ranks = Vec::new();
     for part in text.split(',') {
         let (low, high) = part.split_once('-').unwrap_or((part, part));

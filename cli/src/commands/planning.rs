@@ -41,7 +41,10 @@ pub(crate) fn import_model(path: &Path, arguments: &ModelArguments, need_data: b
 
 fn pair<'a>(text: &'a str, flag: &str, example: &str) -> Outcome<(&'a str, &'a str)> {
     text.split_once('=').filter(|(name, value)| !name.is_empty() && !value.is_empty()).ok_or_else(|| {
-        Failure::new(Kind::Usage, format!("{flag} {text}: not of the form NAME=VALUE\nhelp: e.g. {flag} {example}"))
+        Failure::new(
+            Kind::Usage,
+            format!("{flag} {text}: not of the form NAME=VALUE\nhelp: e.g. {flag} {example}"),
+        )
     })
 }
 
@@ -80,7 +83,8 @@ pub(crate) fn profile(name: &str) -> Outcome<Profile> {
     let path = Path::new(name);
     if !path.exists() {
         let known = Profile::names().join(", ");
-        let message = format!("--profile {name}: no such profile or file\nhelp: built-in profiles are {known}");
+        let message =
+            format!("--profile {name}: no such profile or file\nhelp: built-in profiles are {known}");
         return Err(Failure::new(Kind::Usage, message));
     }
     let text = std::fs::read_to_string(path)
@@ -112,7 +116,10 @@ fn memory(text: &Option<String>) -> Outcome<MemoryGoal> {
     };
     match number.parse::<f64>() {
         Ok(number) if scale > 0.0 && number > 0.0 => Ok(MemoryGoal::Bytes((number * scale) as u64)),
-        _ => Err(Failure::new(Kind::Usage, format!("--memory {text}: not a size\nhelp: e.g. 80GiB, min or free"))),
+        _ => Err(Failure::new(
+            Kind::Usage,
+            format!("--memory {text}: not a size\nhelp: e.g. 80GiB, min or free"),
+        )),
     }
 }
 
@@ -136,7 +143,10 @@ fn bindings(imported: &Imported, arguments: &PricingArguments) -> Outcome<Bindin
             given.contains_key(&key).then_some(key)
         });
         let by_role = role.map(|r| r.name().to_owned());
-        let key = [Some(symbol.to_string()), by_input, by_role].into_iter().flatten().find(|k| given.contains_key(k));
+        let key = [Some(symbol.to_string()), by_input, by_role]
+            .into_iter()
+            .flatten()
+            .find(|k| given.contains_key(k));
         let value = match key {
             Some(key) => {
                 let value = given[&key];

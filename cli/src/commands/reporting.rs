@@ -54,7 +54,18 @@ pub(crate) fn table(reports: &[&PlanReport]) -> String {
         let dims: Vec<String> = bindings.into_iter().flatten().map(|(k, v)| format!("{k}={v}")).collect();
         let _ = writeln!(text, "{} at {}", first.profile, dims.join(", "));
     }
-    let header = ["ranks", "time", "compute", "memory", "launch", "comm", "weights/rank", "state/rank", "collectives", "verdict"];
+    let header = [
+        "ranks",
+        "time",
+        "compute",
+        "memory",
+        "launch",
+        "comm",
+        "weights/rank",
+        "state/rank",
+        "collectives",
+        "verdict",
+    ];
     let mut rows = vec![header.map(str::to_owned).to_vec()];
     for report in reports {
         let part = |get: fn(&tpshard_passes::cost::Parts) -> f64| {
@@ -97,7 +108,8 @@ pub(crate) fn report_json(report: &PlanReport) -> Value {
         .times
         .iter()
         .map(|t| {
-            let dims: Value = t.entry.bindings.iter().map(|(k, v)| (k.to_string(), Value::from(*v))).collect();
+            let dims: Value =
+                t.entry.bindings.iter().map(|(k, v)| (k.to_string(), Value::from(*v))).collect();
             json!({
                 "entry": t.entry.name,
                 "dims": dims,
@@ -128,7 +140,8 @@ pub(crate) fn report_json(report: &PlanReport) -> Value {
             })
         })
         .collect();
-    let outputs: Value = report.outputs.iter().map(|(k, l)| (k.clone(), Value::from(l.to_string()))).collect();
+    let outputs: Value =
+        report.outputs.iter().map(|(k, l)| (k.clone(), Value::from(l.to_string()))).collect();
     json!({
         "profile": report.profile,
         "mesh": report.mesh.0,

@@ -1,8 +1,8 @@
 //! `tpshard run`: all ranks of a folder on this machine, one process each.
 
+use super::verify::tapped;
 use crate::arguments::{RunArguments, TensorArguments};
 use crate::failure::{Failure, Kind, Outcome};
-use super::verify::tapped;
 use crate::folder::Folder;
 use crate::runner::write_outputs;
 use crate::tensors;
@@ -38,7 +38,9 @@ pub(crate) fn spawn(commands: Vec<Command>) -> Outcome<()> {
             SpawnError::Failed { code: None, .. } | SpawnError::Interrupted { .. } => Kind::Rank,
         };
         let help = match &error {
-            SpawnError::Start { .. } => "\nhelp: `tpshard exec DIR` runs folders whose files cannot be executed",
+            SpawnError::Start { .. } => {
+                "\nhelp: `tpshard exec DIR` runs folders whose files cannot be executed"
+            }
             _ => "",
         };
         Failure::new(kind, format!("{error}{help}"))

@@ -23,7 +23,8 @@ pub(crate) fn shard(arguments: &ShardArguments, json: bool, quiet: bool) -> Outc
         None => default_folder(&arguments.model, arguments.tp),
     };
     let runner = read_runner(arguments.runner.as_deref())?;
-    let model_folder = arguments.model.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let model_folder =
+        arguments.model.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
     // Everything that can be refused is refused before any work; the space is checked again with the real sizes.
     let overhead = (runner.len() as u64 + OVERHEAD_PER_RANK).saturating_mul(arguments.tp as u64 + 1);
     let folder = OutputFolder::create(&target, arguments.overwrite, overhead, &[model_folder]);
@@ -43,7 +44,11 @@ pub(crate) fn shard(arguments: &ShardArguments, json: bool, quiet: bool) -> Outc
         source: &source,
         inputs,
     };
-    let bar = progress::bytes(plan.report.weight_bytes.saturating_mul(arguments.tp as u64), "writing weights", quiet || json);
+    let bar = progress::bytes(
+        plan.report.weight_bytes.saturating_mul(arguments.tp as u64),
+        "writing weights",
+        quiet || json,
+    );
     let built = build(folder, &request, &mut |bytes| bar.inc(bytes)).or_fail(Kind::Resource)?;
     bar.finish_and_clear();
     if json {

@@ -41,7 +41,8 @@ pub(crate) fn verify(arguments: &VerifyArguments, json: bool) -> Outcome<()> {
             results.push((label, compare(&got, &expected, &tolerances)));
         }
         (None, None) => {
-            let message = "nothing to compare with\nhelp: --golden FOLDER, or --model FILE with --inputs FILE";
+            let message =
+                "nothing to compare with\nhelp: --golden FOLDER, or --model FILE with --inputs FILE";
             return Err(Failure::new(Kind::Usage, message));
         }
     }
@@ -162,7 +163,8 @@ fn bisect(arguments: &VerifyArguments, folder: &Folder, tolerances: &Tolerances,
         (Some(model), _) => model.clone(),
         (None, Some(golden)) if golden.join("model.onnx").is_file() => golden.join("model.onnx"),
         _ => {
-            let message = "--bisect needs the model\nhelp: --model FILE, or --golden FOLDER with model.onnx in it";
+            let message =
+                "--bisect needs the model\nhelp: --model FILE, or --golden FOLDER with model.onnx in it";
             return Err(Failure::new(Kind::Usage, message));
         }
     };
@@ -199,7 +201,10 @@ fn bisect(arguments: &VerifyArguments, folder: &Folder, tolerances: &Tolerances,
         }
         return Err(Failure::new(
             Kind::Mismatch,
-            format!("the first value that differs from one rank's: node {origin}, {name} ({}) in {layout}\n{what}", node.op.name()),
+            format!(
+                "the first value that differs from one rank's: node {origin}, {name} ({}) in {layout}\n{what}",
+                node.op.name()
+            ),
         ));
     }
     if json {
@@ -231,8 +236,7 @@ fn reference_values(
     inputs: &NamedTensors,
 ) -> Outcome<BTreeMap<String, Tensor>> {
     let mut graph = program.logical.clone();
-    graph.outputs =
-        steps.iter().map(|(_, v)| Output { name: v.to_string().into(), value: *v }).collect();
+    graph.outputs = steps.iter().map(|(_, v)| Output { name: v.to_string().into(), value: *v }).collect();
     Ok(evaluate(imported, &graph, inputs)?.into_iter().collect())
 }
 
@@ -244,7 +248,8 @@ pub(crate) fn tapped(folder: &Folder, inputs: &NamedTensors, nodes: &[String]) -
         // The last value that a node became is the node's result.
         let found = program.steps.iter().enumerate().rev().find(|(_, step)| {
             let node = program.logical.node(step.value);
-            step.kind == StepKind::Compute && (node.origin.as_ref() == name || step.value.to_string() == *name)
+            step.kind == StepKind::Compute
+                && (node.origin.as_ref() == name || step.value.to_string() == *name)
         });
         let (index, _) = found.ok_or_else(|| {
             let help = "help: `tpshard inspect DIR --tir` lists the nodes; nodes that were merged into others have no value";

@@ -6,9 +6,10 @@ use super::simplify::scalar_literal;
 use tpshard_ir::op::{EinsumSpec, Real};
 use tpshard_ir::{Op, Scalar, Type, ValueId};
 
-pub(super) const RULES: [Rule; 3] = [
+pub(super) const RULES: [Rule; 4] = [
     Rule { name: "real:divide-scores", apply: divide_scores },
-    Rule { name: "attention", apply: attention },
+    Rule { name: "attention", apply: plain_attention },
+    Rule { name: "real:attention-guarded", apply: guarded_attention },
     Rule { name: "attention-repeat", apply: unrepeat },
 ];
 
@@ -62,7 +63,16 @@ struct Scores {
 }
 
 /// einsum(softmax(scores), v) = attention(q, k, v, bias)
-fn attention(r: &mut Rewriter<'_>, v: ValueId) -> Option<ValueId> {
+fn plain_attention(r: &mut Rewriter<'_>, v: ValueId) -> Option<ValueId> {
+    attention(r, v, false)
+}
+
+/// The same where rows that are NaN because nothing may be attended to are replaced by zeros.
+fn guarded_attention(r: &mut Rewriter<'_>, v: ValueId) -> Option<ValueId> {
+    attention(r, v, true)
+}
+
+fn attention(r: &mut Rewriter<'_>, v: ValueId, guarded: bool) -> Option<ValueId> {
     let outer = contraction(r, v)?;
     // softmax[b,h,s,t] · v[b,h,t,e] in any order of dims; bring both into standard order with transposes.
     let (weights, weights_letters, values, value_letters) = if probabilities(r, outer.first).is_some() {
@@ -71,6 +81,9 @@ fn attention(r: &mut Rewriter<'_>, v: ValueId) -> Option<ValueId> {
         (outer.second, &outer.spec.inputs[1], outer.first, &outer.spec.inputs[0])
     };
     let (softmax, empty_rows_zero) = probabilities(r, weights)?;
+    if empty_rows_zero != guarded {
+        return None;
+    }
     let [b, h, s, t] = weights_letters.as_slice() else { return None };
     let e = *value_letters.iter().find(|l| !weights_letters.contains(l))?;
     let out: Vec<u8> = vec![*b, *h, *s, e];

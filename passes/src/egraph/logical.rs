@@ -126,8 +126,11 @@ fn scaled(logic: &Logic, node: &Node) -> Option<(Form, Vec<Id>)> {
 /// A graph whose inputs stand for classes.
 fn operands(logic: &Logic, classes: &[Id]) -> (Graph, Vec<ValueId>) {
     let mut graph = Graph::new("form");
-    let inputs =
-        classes.iter().enumerate().map(|(i, &c)| graph.input(&i.to_string(), logic[c].data.clone())).collect();
+    let inputs = classes
+        .iter()
+        .enumerate()
+        .map(|(i, &c)| graph.input(&i.to_string(), logic[c].data.clone()))
+        .collect();
     (graph, inputs)
 }
 
@@ -135,7 +138,12 @@ struct Finder(&'static Rule);
 struct Adder(&'static Rule);
 
 impl Searcher<Node, Types> for Finder {
-    fn search_eclass_with_limit(&self, logic: &Logic, class: Id, _: usize) -> Option<SearchMatches<'_, Node>> {
+    fn search_eclass_with_limit(
+        &self,
+        logic: &Logic,
+        class: Id,
+        _: usize,
+    ) -> Option<SearchMatches<'_, Node>> {
         let found = logic[class].nodes.iter().any(|node| (self.0.form)(logic, node).is_some());
         found.then(|| SearchMatches { eclass: class, substs: vec![Subst::default()], ast: None })
     }
@@ -237,13 +245,15 @@ pub fn saturate(outside: &[Type], lines: &[Line]) -> Found {
     }
     for line in lines {
         let children = line.operands.iter().filter_map(|&o| ids.get(o as usize).copied()).collect();
-        ids.push(logic.add(Node { head: Arc::new(Head::Op(line.op.clone())), ty: line.ty.clone(), children }));
+        ids.push(logic.add(Node {
+            head: Arc::new(Head::Op(line.op.clone())),
+            ty: line.ty.clone(),
+            children,
+        }));
     }
     logic.rebuild();
-    let rewrites: Vec<Rewrite<Node, Types>> = RULES
-        .iter()
-        .filter_map(|rule| Rewrite::new(rule.name, Finder(rule), Adder(rule)).ok())
-        .collect();
+    let rewrites: Vec<Rewrite<Node, Types>> =
+        RULES.iter().filter_map(|rule| Rewrite::new(rule.name, Finder(rule), Adder(rule)).ok()).collect();
     let runner = Runner::default()
         .with_egraph(logic)
         .with_scheduler(SimpleScheduler)

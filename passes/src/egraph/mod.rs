@@ -7,5 +7,4 @@
 //!
 //! Work is limited by nodes and iterations, never by time, so equal graphs give equal results.
 
-
 pub mod logical;

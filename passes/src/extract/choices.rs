@@ -165,7 +165,8 @@ fn forest(group: &Group, present: Slots, wanted: Slots) -> Forest {
     // Intermediate slots beyond one per wanted slot never pay.
     let most = wanted.count_ones() + 1;
     let mut queue = BTreeSet::from([(Cost::ZERO, present)]);
-    let mut best: BTreeMap<Slots, (Cost, Option<(Slots, u16)>)> = BTreeMap::from([(present, (Cost::ZERO, None))]);
+    let mut best: BTreeMap<Slots, (Cost, Option<(Slots, u16)>)> =
+        BTreeMap::from([(present, (Cost::ZERO, None))]);
     while let Some((cost, have)) = queue.pop_first() {
         if wanted & !have == 0 {
             return Some((cost, trace(&best, have)));

@@ -48,7 +48,11 @@ impl Extraction {
     /// How far above the lower bound the plan is, as a share of the bound.
     pub fn gap(&self) -> f64 {
         let (cost, bound) = (self.cost.picoseconds(), self.bound.picoseconds());
-        if bound == 0 { f64::from(u8::from(cost > 0)) } else { cost.saturating_sub(bound) as f64 / bound as f64 }
+        if bound == 0 {
+            f64::from(u8::from(cost > 0))
+        } else {
+            cost.saturating_sub(bound) as f64 / bound as f64
+        }
     }
 }
 

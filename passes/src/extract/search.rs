@@ -51,9 +51,15 @@ const START: u32 = u32::MAX;
 enum Deed {
     Nothing,
     /// A choice for a group.
-    Chose { group: u32, choice: u32 },
+    Chose {
+        group: u32,
+        choice: u32,
+    },
     /// What a trail through an alike segment did, groups moved down by `shift`.
-    Repeated { trail: u32, shift: u32 },
+    Repeated {
+        trail: u32,
+        shift: u32,
+    },
 }
 
 #[derive(Clone, Copy, Debug)]
