@@ -104,6 +104,12 @@ fn describe(graph: &Graph, segment: &[ValueId]) -> (Vec<ValueId>, Vec<Line>) {
 }
 
 impl Alternatives {
+    /// What the outputs depend on, and all alternatives; ascending.
+    pub fn live(&self) -> Vec<ValueId> {
+        let appended = (self.base..self.extended.graph.len()).map(|i| ValueId(i as u32));
+        self.extended.live().into_iter().chain(appended).collect()
+    }
+
     /// The program of the chosen steps, with the alternatives they use and nothing else appended.
     pub fn into_program(self, mesh: Mesh, mut steps: Vec<Step>, outputs: Vec<SpmdOutput>) -> Spmd {
         let Alternatives { mut extended, base, rules, .. } = self;

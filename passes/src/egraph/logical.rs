@@ -87,7 +87,8 @@ const RULES: [Rule; 2] =
 /// The primitives of a composite.
 fn opened(logic: &Logic, node: &Node) -> Option<(Form, Vec<Id>)> {
     let Head::Op(op) = &*node.head else { return None };
-    if !op.is_composite() {
+    // A rotation opened gives no layout that it does not have whole: its pairs cannot be parted.
+    if !op.is_composite() || matches!(op, Op::Rotary { .. }) {
         return None;
     }
     let (mut graph, inputs) = operands(logic, &node.children);
