@@ -12,7 +12,9 @@ use tpshard_ir::{Graph, Layout, Op, SpmdOutput, Step, StepId, StepKind, ValueId}
 
 /// The choices do not make a program: a fault of the planner.
 #[derive(Debug, Clone, thiserror::Error, PartialEq, Eq)]
-#[error("the plan lacks {value} in {layout}\nhelp: this is a fault of the planner, please report it with the model")]
+#[error(
+    "the plan lacks {value} in {layout}\nhelp: this is a fault of the planner, please report it with the model"
+)]
 pub struct EmitError {
     pub value: String,
     pub layout: String,

@@ -113,7 +113,8 @@ impl Alternatives {
     /// The program of the chosen steps, with the alternatives they use and nothing else appended.
     pub fn into_program(self, mesh: Mesh, mut steps: Vec<Step>, outputs: Vec<SpmdOutput>) -> Spmd {
         let Alternatives { mut extended, base, rules, .. } = self;
-        let mut used: BTreeSet<ValueId> = steps.iter().map(|s| s.value).filter(|v| v.index() >= base).collect();
+        let mut used: BTreeSet<ValueId> =
+            steps.iter().map(|s| s.value).filter(|v| v.index() >= base).collect();
         let needed: Vec<_> = rules.into_iter().filter(|(_, _, right)| used.contains(right)).collect();
         for index in (base..extended.graph.len()).rev() {
             let value = ValueId(index as u32);
@@ -144,6 +145,13 @@ impl Alternatives {
         for (rule, left, right) in needed {
             extended.equate(rule, names[left.index()], names[right.index()]);
         }
-        Spmd { mesh, logical: graph, imported: extended.imported, equations: extended.equations, steps, outputs }
+        Spmd {
+            mesh,
+            logical: graph,
+            imported: extended.imported,
+            equations: extended.equations,
+            steps,
+            outputs,
+        }
     }
 }

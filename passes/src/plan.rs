@@ -151,8 +151,7 @@ fn candidate(
     let graph = &found.extended.graph;
     let outputs: Vec<ValueId> = found.extended.outputs.iter().map(|o| o.value).collect();
     let classes = Classes::new(graph, &outputs, &found.equal, pricer, mesh);
-    let model =
-        Model { graph, outputs: &found.extended.outputs, classes: &classes, units, pricer, mesh };
+    let model = Model { graph, outputs: &found.extended.outputs, classes: &classes, units, pricer, mesh };
     let layouts = build(&model)?;
     let set_aside = classes.reserved.saturating_add(options.reserve);
     let budget = match options.memory {

@@ -350,7 +350,12 @@ impl PlanReport {
 
     fn write_collectives(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let entries: Vec<&str> = self.times.iter().map(|t| t.entry.name.as_str()).collect();
-        writeln!(f, "\ncollectives: {} (bytes per rank under {})", self.collectives.len(), entries.join(", "))?;
+        writeln!(
+            f,
+            "\ncollectives: {} (bytes per rank under {})",
+            self.collectives.len(),
+            entries.join(", ")
+        )?;
         let mut kinds: BTreeMap<(&str, String, usize, &[u64]), usize> = BTreeMap::new();
         for c in &self.collectives {
             *kinds.entry((c.kind, without_numbers(&c.origin), c.ranks, &c.payload)).or_default() += 1;

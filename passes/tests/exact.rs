@@ -67,7 +67,8 @@ fn check_everywhere(graph: &Graph, plan_for: &[(&str, i64)], run_with: &[(&str, 
                 let mut options = PlanOptions::new(ranks, profile.clone());
                 options.entries = vec![entry("e", plan_for)];
                 options.memory = memory;
-                check(graph, &options, &bindings);
+                let plan = check(graph, &options, &bindings);
+                assert!(plan.report.gap < 2.0, "{}", plan.report);
             }
         }
     }

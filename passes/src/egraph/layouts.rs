@@ -120,7 +120,12 @@ struct Rule {
 }
 
 impl Searcher<Node, Facts> for Rule {
-    fn search_eclass_with_limit(&self, graph: &Families, class: Id, _: usize) -> Option<SearchMatches<'_, Node>> {
+    fn search_eclass_with_limit(
+        &self,
+        graph: &Families,
+        class: Id,
+        _: usize,
+    ) -> Option<SearchMatches<'_, Node>> {
         let group = graph[class].data.group?;
         let planned = self.table.kinds.get(group as usize) != Some(&GroupKind::Free);
         planned.then(|| SearchMatches { eclass: class, substs: vec![Subst::default()], ast: None })
@@ -244,7 +249,8 @@ pub fn constructed(layouts: &LayoutGraph) -> Fixpoint {
         fixpoint.classes.extend(group.layouts.iter().map(|l| (index, l.clone())));
         for production in group.productions.iter().filter(|_| group.kind == GroupKind::Computed) {
             let operands = production.operands.iter();
-            let operands = operands.map(|o| layouts.groups[o.group as usize].layout(o.slot).clone()).collect();
+            let operands =
+                operands.map(|o| layouts.groups[o.group as usize].layout(o.slot).clone()).collect();
             let out = group.layout(production.out).clone();
             fixpoint.productions.insert((index, out, production.value, operands));
         }

@@ -76,9 +76,12 @@ type Logic = EGraph<Node, Types>;
 /// What a rule says about one operation of a class: the other form, over the classes of its operands.
 type Form = (Graph, Vec<ValueId>, ValueId);
 
+/// Finds another form of an operation, and the classes its inputs stand for.
+type Finding = fn(&Logic, &Node) -> Option<(Form, Vec<Id>)>;
+
 struct Rule {
     name: &'static str,
-    form: fn(&Logic, &Node) -> Option<(Form, Vec<Id>)>,
+    form: Finding,
 }
 
 const RULES: [Rule; 2] =
@@ -127,8 +130,11 @@ fn scaled(logic: &Logic, node: &Node) -> Option<(Form, Vec<Id>)> {
 /// A graph whose inputs stand for classes.
 fn operands(logic: &Logic, classes: &[Id]) -> (Graph, Vec<ValueId>) {
     let mut graph = Graph::new("form");
-    let inputs =
-        classes.iter().enumerate().map(|(i, &c)| graph.input(&i.to_string(), logic[c].data.clone())).collect();
+    let inputs = classes
+        .iter()
+        .enumerate()
+        .map(|(i, &c)| graph.input(&i.to_string(), logic[c].data.clone()))
+        .collect();
     (graph, inputs)
 }
 
@@ -136,7 +142,12 @@ struct Finder(&'static Rule);
 struct Adder(&'static Rule);
 
 impl Searcher<Node, Types> for Finder {
-    fn search_eclass_with_limit(&self, logic: &Logic, class: Id, _: usize) -> Option<SearchMatches<'_, Node>> {
+    fn search_eclass_with_limit(
+        &self,
+        logic: &Logic,
+        class: Id,
+        _: usize,
+    ) -> Option<SearchMatches<'_, Node>> {
         let found = logic[class].nodes.iter().any(|node| (self.0.form)(logic, node).is_some());
         found.then(|| SearchMatches { eclass: class, substs: vec![Subst::default()], ast: None })
     }
@@ -238,13 +249,15 @@ pub fn saturate(outside: &[Type], lines: &[Line]) -> Found {
     }
     for line in lines {
         let children = line.operands.iter().filter_map(|&o| ids.get(o as usize).copied()).collect();
-        ids.push(logic.add(Node { head: Arc::new(Head::Op(line.op.clone())), ty: line.ty.clone(), children }));
+        ids.push(logic.add(Node {
+            head: Arc::new(Head::Op(line.op.clone())),
+            ty: line.ty.clone(),
+            children,
+        }));
     }
     logic.rebuild();
-    let rewrites: Vec<Rewrite<Node, Types>> = RULES
-        .iter()
-        .filter_map(|rule| Rewrite::new(rule.name, Finder(rule), Adder(rule)).ok())
-        .collect();
+    let rewrites: Vec<Rewrite<Node, Types>> =
+        RULES.iter().filter_map(|rule| Rewrite::new(rule.name, Finder(rule), Adder(rule)).ok()).collect();
     let runner = Runner::default()
         .with_egraph(logic)
         .with_scheduler(SimpleScheduler)

@@ -34,12 +34,18 @@ pub enum BuildError {
 
 type Conversions = Rc<Vec<(u8, u8, Conversion)>>;
 
+/// Per dim of a value, the units it may be dealt out in.
+type DimUnits = Vec<BTreeSet<Dim>>;
+
+/// All that squares depend on: operation, types of operands and result, units of both.
+type Shape = (Op, Vec<Type>, Type, Vec<DimUnits>);
+
 /// Answers that alike layers ask for again.
 #[derive(Default)]
 struct Memory {
-    squares: HashMap<(Op, Vec<Type>, Type, Vec<Vec<BTreeSet<Dim>>>), Rc<Vec<MeshSquare>>>,
+    squares: HashMap<Shape, Rc<Vec<MeshSquare>>>,
     conversions: HashMap<(Type, Vec<Layout>), Conversions>,
-    shards: HashMap<(Type, Vec<BTreeSet<Dim>>), Rc<Vec<Layout>>>,
+    shards: HashMap<(Type, DimUnits), Rc<Vec<Layout>>>,
 }
 
 struct Builder<'a> {
@@ -57,8 +63,13 @@ struct Builder<'a> {
 /// # Errors
 /// A state pair names an input or output that does not exist.
 pub fn build(model: &Model<'_>) -> Result<LayoutGraph, BuildError> {
-    let mut builder =
-        Builder { model, memory: Memory::default(), groups: Vec::new(), native: Vec::new(), mixed: Vec::new() };
+    let mut builder = Builder {
+        model,
+        memory: Memory::default(),
+        groups: Vec::new(),
+        native: Vec::new(),
+        mixed: Vec::new(),
+    };
     builder.mixed = builder.mixed_layouts();
     for index in 0..model.classes.all.len() {
         builder.add(index);
@@ -67,11 +78,7 @@ pub fn build(model: &Model<'_>) -> Result<LayoutGraph, BuildError> {
         builder.convert(index);
     }
     builder.exits()?;
-    Ok(LayoutGraph {
-        mesh: model.mesh.clone(),
-        groups: builder.groups,
-        group_of: model.classes.of.clone(),
-    })
+    Ok(LayoutGraph { mesh: model.mesh.clone(), groups: builder.groups, group_of: model.classes.of.clone() })
 }
 
 impl Builder<'_> {
@@ -97,9 +104,7 @@ impl Builder<'_> {
         if let Some(state) = class.state.and_then(|s| self.model.graph.states.get(s)) {
             let stays = |layout: &Layout| {
                 layout.0.iter().all(|part| match part {
-                    AxisLayout::Shard { dim, unit } => {
-                        !grows(self.model.graph, state, value, *dim, unit)
-                    }
+                    AxisLayout::Shard { dim, unit } => !grows(self.model.graph, state, value, *dim, unit),
                     AxisLayout::Replicated => true,
                     AxisLayout::Partial(_) => false,
                 })
@@ -260,14 +265,18 @@ impl Builder<'_> {
         // All must be there before any slot is added.
         let there = |(&group, layout): (&usize, &Layout)| {
             let group = &self.groups[group];
-            let may_add = group.kind == GroupKind::Free
-                || (layout.has_partial() && is_uniform(layout) && !group.homes);
+            let may_add =
+                group.kind == GroupKind::Free || (layout.has_partial() && is_uniform(layout) && !group.homes);
             group.slot(layout).is_some() || (group.layouts.len() < MAX_SLOTS && may_add)
         };
         if !operands.iter().zip(&square.operands).all(there) {
             return None;
         }
-        operands.iter().zip(&square.operands).map(|(&group, layout)| self.slot_or_add(group, layout)).collect()
+        operands
+            .iter()
+            .zip(&square.operands)
+            .map(|(&group, layout)| self.slot_or_add(group, layout))
+            .collect()
     }
 
     fn result_slot(&mut self, index: usize, layout: &Layout) -> Option<u8> {

@@ -46,8 +46,7 @@ impl Classes {
         for (value, _) in graph.values() {
             members.entry(leader[value.index()]).or_default().push(value);
         }
-        let mut classes =
-            Classes { all: Vec::new(), of: vec![None; graph.len()], reserved: 0 };
+        let mut classes = Classes { all: Vec::new(), of: vec![None; graph.len()], reserved: 0 };
         for value in order(graph, outputs, &leader, &members) {
             let group = u32::try_from(classes.all.len()).unwrap_or(u32::MAX);
             let found = members.get(&value).cloned().unwrap_or_default();
@@ -71,9 +70,9 @@ impl Classes {
             let value = first(&self.all[index]);
             let node = graph.node(value);
             let free_operands = || {
-                node.args.iter().all(|a| {
-                    self.of[a.index()].is_some_and(|c| self.all[c as usize].kind == GroupKind::Free)
-                })
+                node.args
+                    .iter()
+                    .all(|a| self.of[a.index()].is_some_and(|c| self.all[c as usize].kind == GroupKind::Free))
             };
             let (kind, state) = match &node.op {
                 Op::Input { name } => match graph.states.iter().position(|s| s.input == *name) {
@@ -212,9 +211,11 @@ pub(super) fn shards(
     let mut found = Vec::new();
     for (dim, names) in units.canonical(graph, value, ranks).into_iter().enumerate() {
         let several = |unit: &Dim| {
-            pricer.extents_of(value).iter().zip(pricer.entries()).any(|(extents, entry)| {
-                units_in(extents.get(dim).copied().unwrap_or(0), unit, entry) > 1
-            })
+            pricer
+                .extents_of(value)
+                .iter()
+                .zip(pricer.entries())
+                .any(|(extents, entry)| units_in(extents.get(dim).copied().unwrap_or(0), unit, entry) > 1)
         };
         found.extend(names.into_iter().filter(several).map(|unit| (dim, unit)));
     }

@@ -105,15 +105,8 @@ pub struct Sizes {
     pub vocabulary: usize,
 }
 
-pub const LLAMA_8B: Sizes = Sizes {
-    layers: 32,
-    width: 4096,
-    heads: 32,
-    kv_heads: 8,
-    head: 128,
-    hidden: 14336,
-    vocabulary: 128_256,
-};
+pub const LLAMA_8B: Sizes =
+    Sizes { layers: 32, width: 4096, heads: 32, kv_heads: 8, head: 128, hidden: 14336, vocabulary: 128_256 };
 
 /// A Llama: grouped-query attention, RMS norms, gated feed-forward, state in `past_key_values`.
 pub fn llama(sizes: Sizes, dtype: DType) -> Graph {
@@ -199,8 +192,10 @@ pub fn gpt2(sizes: Sizes, dtype: DType) -> Graph {
     for layer in 0..sizes.layers {
         let name = |part: &str| format!("h.{layer}.{part}");
         let normed = net.norm(NormKind::Layer, x, &name("ln_1"), width);
-        let all = WeightExpr::initializer(name("attn.c_attn.weight"), dtype, vec![width, 3 * heads * head]).unwrap();
-        let biases = WeightExpr::initializer(name("attn.c_attn.bias"), dtype, vec![3 * heads * head]).unwrap();
+        let all = WeightExpr::initializer(name("attn.c_attn.weight"), dtype, vec![width, 3 * heads * head])
+            .unwrap();
+        let biases =
+            WeightExpr::initializer(name("attn.c_attn.bias"), dtype, vec![3 * heads * head]).unwrap();
         let part = |net: &mut Net, index: usize| {
             let (start, length) = (index * heads * head, heads * head);
             let w = net.add(Op::Weight(all.slice(1, start, length).unwrap()), &[], &name("attn.c_attn"));
