@@ -341,7 +341,7 @@ mod tests {
         let mut bytes = sample();
         change(&mut bytes);
         let length = u64::from_le_bytes(bytes[24..32].try_into().unwrap()) as usize;
-        let table = bytes.get(HEADER..HEADER + length).unwrap_or_default();
+        let table = bytes.get(HEADER..HEADER.saturating_add(length)).unwrap_or_default();
         let hash = table_hash(&bytes[..HASHED_HEADER], table);
         bytes[32..64].copy_from_slice(&hash);
         bytes
@@ -349,7 +349,8 @@ mod tests {
 
     #[test]
     fn a_lying_table_is_refused_although_its_hash_fits() {
-        let lies: [&dyn Fn(&mut Vec<u8>); 7] = [
+        type Lie<'a> = &'a dyn Fn(&mut Vec<u8>);
+        let lies: [Lie<'_>; 7] = [
             &|b| b[HEADER..HEADER + 8].copy_from_slice(&0u64.to_le_bytes()),
             &|b| b[HEADER..HEADER + 8].copy_from_slice(&u64::MAX.to_le_bytes()),
             &|b| b[HEADER + 8..HEADER + 16].copy_from_slice(&u64::MAX.to_le_bytes()),

@@ -6,6 +6,7 @@
 //! needs an atom of its own. Symbols are sizes and therefore at least zero; divisors are assumed positive, and
 //! evaluation checks it. Arithmetic saturates: an absurd size stays absurd and is refused where sizes are limited.
 
+use crate::text::quote_with;
 use std::cmp::Ordering;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -445,7 +446,7 @@ impl fmt::Display for Atom {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Atom::Symbol(name) if is_plain_symbol(name) => f.write_str(name),
-            Atom::Symbol(name) => write!(f, "`{}`", name.replace(['`', '\n', '\r'], "_")),
+            Atom::Symbol(name) => f.write_str(&quote_with('`', name)),
             Atom::FloorDiv(a, b) => write!(f, "floordiv({a}, {b})"),
             Atom::Min(a, b) => write!(f, "min({a}, {b})"),
             Atom::Max(a, b) => write!(f, "max({a}, {b})"),

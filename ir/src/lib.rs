@@ -5,6 +5,7 @@
 //!
 //! What must not live here: files, protobuf, e-graphs, devices.
 
+pub mod algorithms;
 pub mod container;
 pub mod decompose;
 pub mod dim;
@@ -14,8 +15,11 @@ pub mod infer;
 pub mod interp;
 pub mod layout;
 pub mod op;
+pub mod program;
 pub mod spmd;
 pub mod tensor;
+pub mod text;
+pub mod verify;
 pub mod weight;
 
 pub use decompose::decompose;
@@ -27,3 +31,4 @@ pub use layout::{AxisLayout, Layout, Mesh, Monoid};
 pub use op::{Conversion, Op, Scalar};
 pub use spmd::{Equation, Spmd, SpmdOutput, Step, StepId, StepKind};
 pub use tensor::{Data, Tensor, TensorError};
+pub use verify::{Verified, VerifyErrors, verify, verify_program};

@@ -22,8 +22,20 @@ pub use text::ParseWeightError;
 
 /// Most operations between a result and an initializer. Evaluation, printing and dropping recurse this deep.
 pub const MAX_DEPTH: usize = 128;
+/// Most operations in one expression, shared ones counted as often as they are reached.
+pub const MAX_NODES: usize = 1 << 16;
 /// Most dimensions a weight may have.
 pub const MAX_RANK: usize = 32;
+
+/// Key in a weight file's metadata for the logical type of a tensor that the file stores as raw bytes, e.g. `u4`.
+pub fn logical_dtype_key(tensor: &str) -> String {
+    format!("dtype:{tensor}")
+}
+
+/// Key in a weight file's metadata for the logical shape of such a tensor, e.g. `4096,11008`.
+pub fn logical_shape_key(tensor: &str) -> String {
+    format!("shape:{tensor}")
+}
 
 /// A checked weight expression; copies share their nodes.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -35,6 +47,7 @@ struct Node {
     dtype: DType,
     shape: Vec<usize>,
     depth: usize,
+    nodes: usize,
 }
 
 /// The outermost operation of a weight expression.
@@ -52,6 +65,20 @@ pub enum WeightKind {
     Reshape { source: WeightExpr },
     /// Each element converted to the expression's own dtype, as ONNX `Cast` does.
     Cast { source: WeightExpr },
+}
+
+impl WeightKind {
+    /// The expressions it is made of.
+    pub fn sources(&self) -> &[WeightExpr] {
+        match self {
+            WeightKind::Initializer { .. } => &[],
+            WeightKind::Concat { sources, .. } => sources,
+            WeightKind::Slice { source, .. }
+            | WeightKind::Transpose { source, .. }
+            | WeightKind::Reshape { source }
+            | WeightKind::Cast { source } => std::slice::from_ref(source),
+        }
+    }
 }
 
 /// Why a weight expression cannot be built.
@@ -80,15 +107,23 @@ pub enum WeightExprError {
     Cast { from: DType, to: DType, storage: DType },
     #[error("a weight more than {MAX_DEPTH} operations away from its initializer")]
     TooDeep,
+    #[error("a weight made by more than {MAX_NODES} operations")]
+    TooComplex,
 }
 
 impl WeightExpr {
-    fn new(kind: WeightKind, dtype: DType, shape: Vec<usize>, depth: usize) -> Result<Self, WeightExprError> {
+    fn new(kind: WeightKind, dtype: DType, shape: Vec<usize>) -> Result<Self, WeightExprError> {
+        let sources = kind.sources();
+        let depth = sources.iter().map(|source| source.0.depth + 1).max().unwrap_or(0);
+        let nodes = sources.iter().fold(1usize, |n, source| n.saturating_add(source.0.nodes));
         if shape.len() > MAX_RANK {
             return Err(WeightExprError::Rank { rank: shape.len() });
         }
         if depth > MAX_DEPTH {
             return Err(WeightExprError::TooDeep);
+        }
+        if nodes > MAX_NODES {
+            return Err(WeightExprError::TooComplex);
         }
         // Zero dims are set aside, so that strides of empty weights do not overflow either.
         let count = shape.iter().filter(|&&dim| dim != 0).try_fold(1u64, |n, &dim| n.checked_mul(dim as u64));
@@ -96,7 +131,7 @@ impl WeightExpr {
         if bytes.is_none_or(|bits| bits > isize::MAX as u64) {
             return Err(WeightExprError::TooLarge { dtype, shape });
         }
-        Ok(WeightExpr(Arc::new(Node { kind, dtype, shape, depth })))
+        Ok(WeightExpr(Arc::new(Node { kind, dtype, shape, depth, nodes })))
     }
 
     /// All of the initializer `name`.
@@ -108,7 +143,7 @@ impl WeightExpr {
         dtype: DType,
         shape: Vec<usize>,
     ) -> Result<Self, WeightExprError> {
-        WeightExpr::new(WeightKind::Initializer { name: name.into() }, dtype, shape, 0)
+        WeightExpr::new(WeightKind::Initializer { name: name.into() }, dtype, shape)
     }
 
     /// `length` entries of `axis`, from `start`.
@@ -123,7 +158,7 @@ impl WeightExpr {
         }
         *dim = length;
         let kind = WeightKind::Slice { source: self.clone(), axis, start, length };
-        WeightExpr::new(kind, self.dtype(), shape, self.0.depth + 1)
+        WeightExpr::new(kind, self.dtype(), shape)
     }
 
     /// `sources` one after another along `axis`.
@@ -156,8 +191,7 @@ impl WeightExpr {
             };
             shape[axis] = total;
         }
-        let depth = 1 + sources.iter().map(|source| source.0.depth).max().unwrap_or(0);
-        WeightExpr::new(WeightKind::Concat { sources, axis }, dtype, shape, depth)
+        WeightExpr::new(WeightKind::Concat { sources, axis }, dtype, shape)
     }
 
     /// Dimension `i` of the result is dimension `perm[i]` of this weight.
@@ -172,7 +206,7 @@ impl WeightExpr {
         }
         let permuted = perm.iter().map(|&axis| shape[axis]).collect();
         let kind = WeightKind::Transpose { source: self.clone(), perm };
-        WeightExpr::new(kind, self.dtype(), permuted, self.0.depth + 1)
+        WeightExpr::new(kind, self.dtype(), permuted)
     }
 
     /// The same elements under another shape.
@@ -185,7 +219,7 @@ impl WeightExpr {
             return Err(WeightExprError::Reshape { from: self.shape().to_vec(), to: shape });
         }
         let kind = WeightKind::Reshape { source: self.clone() };
-        WeightExpr::new(kind, self.dtype(), shape, self.0.depth + 1)
+        WeightExpr::new(kind, self.dtype(), shape)
     }
 
     /// Each element converted to `to`.
@@ -198,7 +232,7 @@ impl WeightExpr {
             return Err(WeightExprError::Cast { from, to, storage });
         }
         let kind = WeightKind::Cast { source: self.clone() };
-        WeightExpr::new(kind, to, self.shape().to_vec(), self.0.depth + 1)
+        WeightExpr::new(kind, to, self.shape().to_vec())
     }
 
     /// The outermost operation.
@@ -224,18 +258,10 @@ impl WeightExpr {
     }
 
     fn collect_initializers<'a>(&'a self, names: &mut BTreeSet<&'a str>) {
-        match self.kind() {
-            WeightKind::Initializer { name } => {
-                names.insert(name);
-            }
-            WeightKind::Concat { sources, .. } => {
-                sources.iter().for_each(|source| source.collect_initializers(names));
-            }
-            WeightKind::Slice { source, .. }
-            | WeightKind::Transpose { source, .. }
-            | WeightKind::Reshape { source }
-            | WeightKind::Cast { source } => source.collect_initializers(names),
+        if let WeightKind::Initializer { name } = self.kind() {
+            names.insert(name);
         }
+        self.kind().sources().iter().for_each(|source| source.collect_initializers(names));
     }
 }
 
@@ -297,5 +323,18 @@ mod tests {
             deep = deep.transpose(vec![1, 0]).unwrap();
         }
         assert_eq!(deep.transpose(vec![1, 0]), Err(WeightExprError::TooDeep));
+    }
+
+    #[test]
+    fn shared_nodes_cannot_multiply_without_bound() {
+        let double = |x: &WeightExpr| WeightExpr::concat(vec![x.clone(), x.clone()], 0)?.slice(0, 0, 64);
+        let mut x = w();
+        let error = loop {
+            match double(&x) {
+                Ok(next) => x = next,
+                Err(error) => break error,
+            }
+        };
+        assert_eq!(error, WeightExprError::TooComplex);
     }
 }

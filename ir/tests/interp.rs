@@ -75,6 +75,7 @@ fn sum_axes() -> Vec<usize> {
 /// A Megatron MLP over `hidden` units, with `seq` symbolic.
 fn mlp(hidden: usize) -> (Graph, [ValueId; 6]) {
     let mut graph = Graph::new("mlp");
+    graph.symbols.insert("seq".into(), SymbolRange { low: 0, high: 64 });
     let x = graph.input("x", ty(DType::F32, &[Dim::symbol("seq"), 3usize.into()]));
     let weight = |name: &str, shape: &[usize]| {
         Op::Weight(WeightExpr::initializer(name, DType::F32, shape.to_vec()).unwrap())

@@ -2,6 +2,7 @@
 //!
 //! What must not live here: protobuf, files, processes, devices.
 
+pub mod canonical;
 pub mod cost;
 pub mod egraph;
 mod emit;

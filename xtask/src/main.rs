@@ -1,1 +1,57 @@
-fn main() {}
+//! `cargo xtask test-all`: everything that CI runs, on any machine.
+//!
+//! Formatting, lints and `cargo test` need cargo and gcc only. The oracles need more: they are fetched into the target
+//! folder where that is possible, and skipped aloud where it is not. `TPSHARD_REQUIRE=name,name` turns a skip into a
+//! failure.
+
+mod oracles;
+
+use anyhow::{Context, Result, bail};
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
+
+const USAGE: &str = "usage: cargo xtask test-all\n\
+                     \n\
+                     test-all   formatting, lints, all tests, and comparisons with tools nobody here wrote";
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let result = match arguments.iter().map(String::as_str).collect::<Vec<_>>().as_slice() {
+        ["test-all"] => test_all(),
+        _ => {
+            eprintln!("{USAGE}");
+            return ExitCode::from(2);
+        }
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("xtask: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn test_all() -> Result<()> {
+    let root = root()?;
+    cargo(&root, &["fmt", "--all", "--check"])?;
+    cargo(&root, &["clippy", "--quiet", "--workspace", "--all-targets", "--", "-D", "warnings"])?;
+    cargo(&root, &["test", "--quiet", "--workspace", "--release"])?;
+    let outcome = oracles::run(&root)?;
+    println!("{outcome}");
+    if outcome.failed > 0 { bail!("{} oracle checks failed", outcome.failed) } else { Ok(()) }
+}
+
+/// The root of the workspace.
+fn root() -> Result<PathBuf> {
+    let here = Path::new(env!("CARGO_MANIFEST_DIR"));
+    here.parent().map(Path::to_path_buf).context("the xtask crate has no parent folder")
+}
+
+fn cargo(root: &Path, arguments: &[&str]) -> Result<()> {
+    let cargo = std::env::var("CARGO").unwrap_or_else(|_| "cargo".into());
+    println!("xtask: cargo {}", arguments.join(" "));
+    let status =
+        Command::new(cargo).current_dir(root).args(arguments).status().context("cannot start cargo")?;
+    if status.success() { Ok(()) } else { bail!("cargo {} failed", arguments.join(" ")) }
+}

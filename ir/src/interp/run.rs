@@ -10,6 +10,7 @@ use crate::layout::Mesh;
 use crate::op::Op;
 use crate::spmd::{InstantiateError, Spmd, StepKind, instantiate};
 use crate::tensor::Tensor;
+use crate::verify::VerifyErrors;
 use crate::weight::WeightExpr;
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -46,6 +47,8 @@ pub enum InterpError {
     MissingOutput { name: String, value: ValueId },
     #[error("the ranks' graphs do not run together: {0}")]
     Ranks(String),
+    #[error("the program is not well formed:\n{0}")]
+    Verify(#[from] VerifyErrors),
     #[error(transparent)]
     Instantiate(#[from] InstantiateError),
     #[error("input `{name}`: {error}")]
@@ -216,13 +219,14 @@ impl<D: Domain> Interpreter<'_, D> {
     /// Runs all ranks of a program on logical inputs and decodes its outputs.
     ///
     /// # Errors
-    /// As [`Interpreter::run_ranks`], or outputs that do not decode.
+    /// The program is not well formed, as [`Interpreter::run_ranks`], or outputs that do not decode.
     pub fn run_program(
         &self,
         program: &Spmd,
         inputs: &Inputs<D::Element>,
         split: Split,
     ) -> Result<Outputs<D::Element>, InterpError> {
+        crate::verify::check(program)?;
         let bindings = bind_symbols(&program.logical, &|name| inputs.get(name).map(Array::ty))?;
         let ranks = program.mesh.ranks();
         let graphs = (0..ranks).map(|rank| instantiate(program, rank)).collect::<Result<Vec<_>, _>>()?;

@@ -68,6 +68,25 @@ impl FromStr for WeightExpr {
     }
 }
 
+impl WeightExpr {
+    /// The expression that `text` starts with, and how many bytes it takes.
+    pub(crate) fn parse_prefix(text: &str) -> Result<(WeightExpr, usize), ParseWeightError> {
+        let mut parser = Parser { text, at: 0 };
+        let expr = parser.expression(0)?;
+        Ok((expr, parser.at))
+    }
+}
+
+impl ParseWeightError {
+    /// The message without the place.
+    pub(crate) fn reason(&self) -> String {
+        match self {
+            ParseWeightError::Expected { expected, .. } => format!("expected {expected}"),
+            ParseWeightError::Invalid { error, .. } => error.to_string(),
+        }
+    }
+}
+
 struct Parser<'a> {
     text: &'a str,
     at: usize,

@@ -1,0 +1,236 @@
+//! The flags of every command, once: parsing and help both derive from these types.
+
+use clap::{Args, CommandFactory, Parser, Subcommand};
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+/// Shards an ONNX model over N ranks and runs it.
+#[derive(Debug, Parser)]
+#[command(name = "tpshard", version, max_term_width = 100, subcommand_required = true)]
+#[command(override_usage = "tpshard MODEL --tp N [OPTIONS]\n       tpshard COMMAND [OPTIONS]")]
+#[command(
+    after_help = "Exit codes: 0 ok, 1 internal, 2 usage, 3 model invalid or not supported, 4 mismatch, \
+                        5 resources, 6 a rank or collective failed."
+)]
+pub(crate) struct Arguments {
+    #[command(subcommand)]
+    pub(crate) command: Command,
+    /// Print one JSON object on standard output instead of text.
+    #[arg(long, global = true)]
+    pub(crate) json: bool,
+    /// No progress bars.
+    #[arg(long, short, global = true)]
+    pub(crate) quiet: bool,
+}
+
+impl Arguments {
+    /// Parses a command line. Its first word may be a model instead of a command.
+    pub(crate) fn of(words: impl Iterator<Item = OsString>) -> Arguments {
+        let mut words: Vec<OsString> = words.collect();
+        let global = |word: &OsString| word == "--json" || word == "--quiet" || word == "-q";
+        let first = words.iter().skip(1).position(|word| !global(word)).map(|i| i + 1);
+        if let Some(first) = first {
+            let command = Arguments::command();
+            let about = ["help", "--help", "-h", "--version", "-V"].iter().any(|w| words[first] == *w);
+            if !about && !command.get_subcommands().any(|c| words[first] == c.get_name()) {
+                words.insert(first, "shard".into());
+            }
+        }
+        Arguments::parse_from(words)
+    }
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Shard a model; the word may be left out.
+    Shard(ShardArguments),
+    /// Run all ranks of a sharded model on this machine.
+    Run(RunArguments),
+    /// Check programs, certificates, weight files and hashes of a sharded model.
+    Check(CheckArguments),
+    /// Run a sharded model and compare with golden outputs, or with one rank.
+    Verify(VerifyArguments),
+    /// Predict time and memory for 1, 2, 4 and 8 ranks without writing anything.
+    Plan(PlanArguments),
+    /// Show what a model or a sharded model consists of.
+    Inspect(InspectArguments),
+    /// Run one rank's program with this executable, for folders whose own executables cannot be started.
+    Exec(ExecArguments),
+    /// Compare two files of tensors.
+    Compare(CompareArguments),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ModelArguments {
+    /// Fix an input to a value before anything else, e.g. `use_cache=0`.
+    #[arg(long, value_name = "INPUT=VALUE")]
+    pub(crate) bind: Vec<String>,
+    /// Outputs to compute: `NAME`, `NAME[:, -1]`, `NAME=argmax`, `NAME=topk:K`. Default: all of the model's.
+    #[arg(long, value_name = "SELECTION")]
+    pub(crate) output: Vec<String>,
+    /// What a dim means: `SYMBOL=batch|seq|past|total`.
+    #[arg(long, value_name = "SYMBOL=ROLE")]
+    pub(crate) role: Vec<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct PricingArguments {
+    /// The dims to plan for: `batch=1,seq=128`, by role, symbol or `input[axis]`. Results are right for all dims.
+    #[arg(long, value_name = "DIM=N,…")]
+    pub(crate) dim: Vec<String>,
+    /// Hardware to plan for: a built-in profile or a file.
+    #[arg(long, value_name = "NAME|FILE", default_value = "h100-sxm")]
+    pub(crate) profile: String,
+    /// Bytes per rank for weights and state: a size such as 80GiB, `min`, or `free`.
+    #[arg(long, value_name = "SIZE|min|free")]
+    pub(crate) memory: Option<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ShardArguments {
+    /// The ONNX model.
+    pub(crate) model: PathBuf,
+    /// Number of ranks, 1 to 1024.
+    #[arg(long, value_name = "N")]
+    pub(crate) tp: usize,
+    /// Folder to write. Default: the model's name with `-tpN`.
+    #[arg(long, short, value_name = "DIR")]
+    pub(crate) out: Option<PathBuf>,
+    /// Replace an existing folder.
+    #[arg(long)]
+    pub(crate) overwrite: bool,
+    /// What the programs run on.
+    #[arg(long, value_name = "TARGET", default_value = "auto", value_parser = ["auto", "cpu"])]
+    pub(crate) target: String,
+    /// An executable of another machine type to put the programs into. Default: this one.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) runner: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) from: ModelArguments,
+    #[command(flatten)]
+    pub(crate) pricing: PricingArguments,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ToleranceArguments {
+    /// Absolute tolerance: `1e-4`, or `OUTPUT:1e-3` for one output.
+    #[arg(long, value_name = "[OUTPUT:]X")]
+    pub(crate) atol: Vec<String>,
+    /// Relative tolerance, likewise.
+    #[arg(long, value_name = "[OUTPUT:]X")]
+    pub(crate) rtol: Vec<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct RunArguments {
+    /// The folder that `tpshard MODEL --tp N` wrote.
+    pub(crate) folder: PathBuf,
+    /// Also write this value, by ONNX node name, decoded from the ranks (all in this process). May be repeated.
+    #[arg(long, value_name = "NODE")]
+    pub(crate) tap: Vec<String>,
+    #[command(flatten)]
+    pub(crate) tensors: TensorArguments,
+}
+
+/// What a rank's executable takes as well.
+#[derive(Debug, Args)]
+pub(crate) struct TensorArguments {
+    /// Inputs: an `.npz`, a folder of `.npy`, or an ONNX `test_data_set_*` folder.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) inputs: Option<PathBuf>,
+    /// Where to write the outputs, as `.npz`.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) outputs: Option<PathBuf>,
+    /// Seconds without progress after which the ranks give up.
+    #[arg(long, value_name = "SECONDS")]
+    pub(crate) timeout: Option<u64>,
+    /// Threads per rank. Default: the cores shared out among the ranks.
+    #[arg(long, value_name = "N")]
+    pub(crate) threads: Option<usize>,
+    /// Where to run.
+    #[arg(long, value_name = "DEVICE", default_value = "cpu", value_parser = ["cpu"])]
+    pub(crate) device: String,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct CheckArguments {
+    pub(crate) folder: PathBuf,
+    /// Compare every shard with the original model's bytes.
+    #[arg(long)]
+    pub(crate) model: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct VerifyArguments {
+    pub(crate) folder: PathBuf,
+    /// A folder with `inputs*.npz` and `outputs*.npz`, or with ONNX `test_data_set_*` folders.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) golden: Option<PathBuf>,
+    /// Compare with one rank running this model. Needs --inputs, or --golden for the inputs.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) model: Option<PathBuf>,
+    #[arg(long, value_name = "FILE")]
+    pub(crate) inputs: Option<PathBuf>,
+    /// Name the first ONNX node whose value differs from one rank's.
+    #[arg(long)]
+    pub(crate) bisect: bool,
+    #[command(flatten)]
+    pub(crate) tolerance: ToleranceArguments,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct PlanArguments {
+    pub(crate) model: PathBuf,
+    /// Numbers of ranks: `1,2,4,8` or `1-8`.
+    #[arg(long, value_name = "LIST", default_value = "1,2,4,8")]
+    pub(crate) ranks: String,
+    #[command(flatten)]
+    pub(crate) from: ModelArguments,
+    #[command(flatten)]
+    pub(crate) pricing: PricingArguments,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct InspectArguments {
+    /// A model, a folder that tpshard wrote, or one of its executables.
+    pub(crate) path: PathBuf,
+    /// Print the logical graph, or a rank's graph, as text.
+    #[arg(long)]
+    pub(crate) tir: bool,
+    /// The rank whose program to show.
+    #[arg(long, default_value_t = 0)]
+    pub(crate) rank: usize,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ExecArguments {
+    pub(crate) folder: PathBuf,
+    #[command(flatten)]
+    pub(crate) tensors: TensorArguments,
+}
+
+/// The flags of a rank's executable.
+#[derive(Debug, Parser)]
+#[command(version, max_term_width = 100)]
+pub(crate) struct RunnerArguments {
+    /// This process's rank. Default: from the launcher's variables.
+    #[arg(long)]
+    pub(crate) rank: Option<usize>,
+    /// Number of ranks. Default: from the launcher's variables.
+    #[arg(long)]
+    pub(crate) world_size: Option<usize>,
+    #[command(flatten)]
+    pub(crate) tensors: TensorArguments,
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct CompareArguments {
+    /// What was computed.
+    pub(crate) got: PathBuf,
+    /// What was expected.
+    pub(crate) expected: PathBuf,
+    #[command(flatten)]
+    pub(crate) tolerance: ToleranceArguments,
+}

@@ -1,0 +1,80 @@
+//! `tpshard run`: all ranks of a folder on this machine, one process each.
+
+use super::verify::tapped;
+use crate::arguments::{RunArguments, TensorArguments};
+use crate::failure::{Failure, Kind, Outcome};
+use crate::folder::Folder;
+use crate::runner::write_outputs;
+use crate::tensors;
+use std::path::Path;
+use std::process::Command;
+use tpshard_runtime::launch::{SpawnError, spawn_ranks};
+
+pub(crate) fn run(arguments: &RunArguments, json: bool) -> Outcome<()> {
+    let folder = Folder::open(&arguments.folder)?;
+    if !arguments.tap.is_empty() {
+        let path = arguments.tensors.inputs.as_deref();
+        let path = path.ok_or_else(|| Failure::new(Kind::Usage, "--tap needs --inputs FILE"))?;
+        let inputs = tensors::read(path, &folder.names("inputs"))?;
+        let outputs = tapped(&folder, &inputs, &arguments.tap)?;
+        return write_outputs(&outputs, &arguments.tensors, json);
+    }
+    let commands = (0..folder.ranks)
+        .map(|rank| {
+            let mut command = Command::new(folder.executable(rank));
+            add_flags(&mut command, &arguments.tensors, json);
+            command
+        })
+        .collect();
+    spawn(commands)
+}
+
+/// Starts the ranks and waits for them. A failed rank has said why on standard error; its exit code is ours.
+pub(crate) fn spawn(commands: Vec<Command>) -> Outcome<()> {
+    spawn_ranks(commands).map_err(|error| {
+        let kind = match &error {
+            SpawnError::Failed { code: Some(code), .. } => kind_of(*code),
+            SpawnError::Start { .. } | SpawnError::System(_) => Kind::Resource,
+            SpawnError::Failed { code: None, .. } | SpawnError::Interrupted { .. } => Kind::Rank,
+        };
+        let help = match &error {
+            SpawnError::Start { .. } => {
+                "\nhelp: `tpshard exec DIR` runs folders whose files cannot be executed"
+            }
+            _ => "",
+        };
+        Failure::new(kind, format!("{error}{help}"))
+    })
+}
+
+fn kind_of(code: i32) -> Kind {
+    [Kind::Internal, Kind::Usage, Kind::Model, Kind::Mismatch, Kind::Resource]
+        .into_iter()
+        .find(|&kind| kind as i32 == code)
+        .unwrap_or(Kind::Rank)
+}
+
+/// Passes the flags of one command line on to the ranks.
+pub(crate) fn add_flags(command: &mut Command, tensors: &TensorArguments, json: bool) {
+    let mut path = |flag: &str, value: &Option<std::path::PathBuf>| {
+        if let Some(value) = value {
+            command.arg(flag).arg(absolute(value));
+        }
+    };
+    path("--inputs", &tensors.inputs);
+    path("--outputs", &tensors.outputs);
+    if let Some(timeout) = tensors.timeout {
+        command.args(["--timeout", &timeout.to_string()]);
+    }
+    if let Some(threads) = tensors.threads {
+        command.args(["--threads", &threads.to_string()]);
+    }
+    command.args(["--device", &tensors.device]);
+    if json {
+        command.arg("--json");
+    }
+}
+
+fn absolute(path: &Path) -> std::path::PathBuf {
+    std::path::absolute(path).unwrap_or_else(|_| path.to_path_buf())
+}

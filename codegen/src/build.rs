@@ -1,0 +1,315 @@
+//! From typed programs to the finished folder.
+//!
+//! Weights are laid out first, for all ranks together: a family of a weight has the same name on every rank, and the
+//! region that the layout gives it. They are streamed in one pass; then the hashes are known, the rank programs are
+//! encoded around them and put into copies of the runner. `config.json` comes last, because it marks the folder as
+//! complete.
+
+use crate::elf::{self, ElfError};
+use crate::folder::{CONFIG, CONFIG_FORMAT, FolderError, OutputFolder};
+use crate::weights::hash::hex;
+use crate::weights::{ShardLayout, ShardTensor, Span, TensorRecord, WeightError, WeightSource, write_shards};
+use serde_json::{Map, Value, json};
+use sha2::{Digest, Sha256};
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::File;
+use std::io::Write;
+use tpshard_ir::container::{self, ContainerError};
+use tpshard_ir::layout::{Layout, local_runs};
+use tpshard_ir::program::{Determinism, Entry, ProgramError, RankProgram, WeightTensor};
+use tpshard_ir::spmd::{InstantiateError, Spmd};
+use tpshard_ir::weight::WeightExpr;
+use tpshard_ir::{Graph, Op, StepId};
+
+/// The version of `config.json`; readers accept the last two.
+pub const CONFIG_VERSION: u32 = 1;
+/// The part of a rank's payload that holds the certificate of one entry, as `.tir` text.
+pub fn certificate_part(entry: &str) -> String {
+    format!("certificate/{entry}.tir")
+}
+/// The part that marks `run`, which starts the rank's own executable.
+pub const PART_LAUNCHER: &str = "launcher";
+/// The imported logical graph.
+pub const MODEL_TEXT: &str = "model.tir";
+/// The plan for people.
+pub const PLAN_TEXT: &str = "plan.txt";
+
+/// Everything that goes into a folder.
+pub struct Build<'a> {
+    /// The graph as imported, which the certificates start from.
+    pub imported: &'a Graph,
+    /// The programs, by entry name; all have the same mesh.
+    pub entries: &'a [(String, Spmd)],
+    pub plan_text: &'a str,
+    /// The executable to copy for every rank.
+    pub runner: &'a [u8],
+    pub source: &'a dyn WeightSource,
+    /// Resolved inputs of the build for `config.json`: versions, hashes, flags.
+    pub inputs: Map<String, Value>,
+}
+
+/// Why a folder could not be built.
+#[derive(Debug, thiserror::Error)]
+pub enum BuildError {
+    #[error("{0}")]
+    Folder(#[from] FolderError),
+    #[error("{0}")]
+    Weights(#[from] WeightError),
+    #[error("{0}")]
+    Elf(#[from] ElfError),
+    #[error("{0}")]
+    Container(#[from] ContainerError),
+    #[error("{0}")]
+    Program(#[from] ProgramError),
+    #[error("{0}")]
+    Instantiate(#[from] InstantiateError),
+    #[error("writing {name}: {error}")]
+    Write { name: String, error: std::io::Error },
+    #[error("no entry to build")]
+    Empty,
+}
+
+/// What was built, for reports.
+#[derive(Clone, Debug)]
+pub struct Built {
+    pub weights_hash: String,
+    pub program_hash: String,
+    /// Bytes of every rank's weight file.
+    pub weight_bytes: Vec<u64>,
+}
+
+/// Writes everything into `folder` and commits it. `progress` is told the number of weight bytes written.
+///
+/// # Errors
+/// Nothing is left behind if any file cannot be written.
+pub fn build(
+    folder: OutputFolder,
+    build: &Build<'_>,
+    progress: &mut dyn FnMut(u64),
+) -> Result<Built, BuildError> {
+    let ranks = build.entries.first().ok_or(BuildError::Empty)?.1.mesh.ranks();
+    let plans = (0..ranks).map(|rank| plan_weights(build.entries, rank)).collect::<Result<Vec<_>, _>>()?;
+    let layouts = plans
+        .iter()
+        .enumerate()
+        .map(|(rank, plan)| ShardLayout::new(rank, ranks, plan.iter().map(|p| p.shard.clone()).collect()))
+        .collect::<Result<Vec<_>, _>>()?;
+    let files = (0..ranks).map(|rank| folder.file(&weight_file(rank))).collect::<Result<Vec<_>, _>>()?;
+    let written = write_shards(&layouts, &files, build.source, progress)?;
+
+    let model_text = tpshard_ir::text::print_graph(build.imported);
+    let certificates: Vec<(String, String)> = build
+        .entries
+        .iter()
+        .map(|(name, program)| (certificate_part(name), tpshard_ir::text::print_program(program)))
+        .collect();
+    let program_hash = program_hash(&model_text, &certificates);
+    let mut programs = Vec::with_capacity(ranks);
+    for (rank, plan) in plans.iter().enumerate() {
+        let program = rank_program(build, rank, plan, &written.weights_hash, &program_hash)?;
+        let payload = payload(&program, &certificates)?;
+        write(
+            folder.executable(&format!("rank{rank}"))?,
+            &format!("rank{rank}"),
+            &elf::with_program(build.runner, &payload)?,
+        )?;
+        programs.push(sha256(&payload));
+    }
+    let launcher = container::encode(&[(PART_LAUNCHER, ranks.to_string().as_bytes())])?;
+    write(folder.executable("run")?, "run", &elf::with_program(build.runner, &launcher)?)?;
+    write(folder.file(MODEL_TEXT)?, MODEL_TEXT, model_text.as_bytes())?;
+    write(folder.file(PLAN_TEXT)?, PLAN_TEXT, build.plan_text.as_bytes())?;
+    let config = config(build, &written.ranks, &written.weights_hash, &program_hash, &programs);
+    let mut text = serde_json::to_string_pretty(&config).unwrap_or_default();
+    text.push('\n');
+    write(folder.file(CONFIG)?, CONFIG, text.as_bytes())?;
+    folder.commit()?;
+    let weight_bytes = layouts.iter().map(ShardLayout::file_length).collect();
+    Ok(Built { weights_hash: written.weights_hash, program_hash, weight_bytes })
+}
+
+/// The name of a rank's weight file.
+pub fn weight_file(rank: usize) -> String {
+    format!("rank{rank}.safetensors")
+}
+
+/// One tensor of a rank's weight file, and the expression by which its program asks for it.
+struct PlannedWeight {
+    local: WeightExpr,
+    shard: ShardTensor,
+}
+
+/// The weights of `rank`: every family of a weight in any entry once, named after the initializer it comes from.
+fn plan_weights(entries: &[(String, Spmd)], rank: usize) -> Result<Vec<PlannedWeight>, BuildError> {
+    let mut names: BTreeMap<(WeightExpr, Layout), String> = BTreeMap::new();
+    let mut taken: BTreeSet<String> = BTreeSet::new();
+    let mut planned: Vec<PlannedWeight> = Vec::new();
+    for (_, program) in entries {
+        let local = tpshard_ir::spmd::instantiate(program, rank)?;
+        for (index, step) in program.steps.iter().enumerate() {
+            let Op::Weight(global) = &program.logical.node(step.value).op else { continue };
+            let Op::Weight(expr) = &local.nodes()[index].op else { continue };
+            let key = (global.clone(), step.layout.clone());
+            if names.contains_key(&key) {
+                continue;
+            }
+            let name = free_name(global, &mut taken);
+            names.insert(key, name.clone());
+            let region = region(program, StepId(index as u32), rank);
+            let shard = ShardTensor { name, weight: global.clone(), region, metadata: BTreeMap::new() };
+            planned.push(PlannedWeight { local: expr.clone(), shard });
+        }
+    }
+    Ok(planned)
+}
+
+/// What the weight file of `rank` holds for these programs.
+///
+/// # Errors
+/// A step without a local form; a checked program has none.
+pub fn planned_shards(entries: &[(String, Spmd)], rank: usize) -> Result<Vec<ShardTensor>, BuildError> {
+    Ok(plan_weights(entries, rank)?.into_iter().map(|planned| planned.shard).collect())
+}
+
+fn free_name(expr: &WeightExpr, taken: &mut BTreeSet<String>) -> String {
+    let initializers = expr.initializers();
+    let base = initializers.iter().next().copied().unwrap_or("weight");
+    let name = std::iter::once(base.to_owned())
+        .chain((2u64..).map(|i| format!("{base}#{i}")))
+        .find(|name| !taken.contains(name) && name != "__metadata__" && !name.is_empty())
+        .unwrap_or_default();
+    taken.insert(name.clone());
+    name
+}
+
+/// The part of a weight that `rank` holds. Weights have constant extents, so their runs are constant.
+fn region(program: &Spmd, step: StepId, rank: usize) -> Vec<Span> {
+    let step = &program.steps[step.index()];
+    let shape = &program.logical.ty(step.value).shape;
+    local_runs(shape, &step.layout, &program.mesh, rank)
+        .iter()
+        .map(|run| Span {
+            start: run.start.as_size().unwrap_or(0),
+            length: run.length.as_size().unwrap_or(0),
+        })
+        .collect()
+}
+
+fn rank_program(
+    build: &Build<'_>,
+    rank: usize,
+    weights: &[PlannedWeight],
+    weights_hash: &str,
+    program_hash: &str,
+) -> Result<RankProgram, BuildError> {
+    let entries = build
+        .entries
+        .iter()
+        .map(|(name, program)| Entry::from_spmd(program, rank, name))
+        .collect::<Result<Vec<_>, _>>()?;
+    Ok(RankProgram {
+        rank,
+        mesh: build.entries.first().ok_or(BuildError::Empty)?.1.mesh.clone(),
+        determinism: Determinism::Fast,
+        states: entries.first().map(Entry::states).unwrap_or_default(),
+        entries,
+        weights: weights
+            .iter()
+            .map(|w| WeightTensor {
+                expr: w.local.clone(),
+                name: w.shard.name.clone(),
+                dtype: w.shard.dtype(),
+                shape: w.shard.shape(),
+            })
+            .collect(),
+        weights_hash: weights_hash.into(),
+        program_hash: program_hash.into(),
+    })
+}
+
+/// The program's own parts, then the certificates.
+fn payload(program: &RankProgram, certificates: &[(String, String)]) -> Result<Vec<u8>, BuildError> {
+    let extra: Vec<(&str, &[u8])> =
+        certificates.iter().map(|(name, text)| (name.as_str(), text.as_bytes())).collect();
+    Ok(program.encode(&extra)?)
+}
+
+/// The hash of the plan: the same on all ranks, independent of the weights' bytes.
+pub fn program_hash(model_text: &str, certificates: &[(String, String)]) -> String {
+    let mut hash = Sha256::new();
+    for text in std::iter::once(model_text).chain(certificates.iter().map(|(_, text)| text.as_str())) {
+        hash.update((text.len() as u64).to_le_bytes());
+        hash.update(text.as_bytes());
+    }
+    hex(&hash.finalize())
+}
+
+fn sha256(bytes: &[u8]) -> String {
+    hex(&Sha256::digest(bytes))
+}
+
+fn write(mut file: File, name: &str, bytes: &[u8]) -> Result<(), BuildError> {
+    file.write_all(bytes).map_err(|error| BuildError::Write { name: name.into(), error })
+}
+
+fn config(
+    build: &Build<'_>,
+    weights: &[Vec<TensorRecord>],
+    weights_hash: &str,
+    program_hash: &str,
+    programs: &[String],
+) -> Value {
+    let entries: Vec<Value> =
+        build.entries.iter().map(|(name, program)| entry_config(name, program)).collect();
+    let ranks: Vec<Value> = weights
+        .iter()
+        .zip(programs)
+        .enumerate()
+        .map(|(rank, (tensors, program))| {
+            json!({
+                "executable": format!("rank{rank}"),
+                "payload_sha256": program,
+                "weights": weight_file(rank),
+                "tensors": tensors,
+            })
+        })
+        .collect();
+    json!({
+        "format": CONFIG_FORMAT,
+        "version": CONFIG_VERSION,
+        "build": build.inputs,
+        "mesh": build.entries.first().map(|(_, p)| p.mesh.0.clone()),
+        "weights_hash": weights_hash,
+        "program_hash": program_hash,
+        "entries": entries,
+        "ranks": ranks,
+    })
+}
+
+fn entry_config(name: &str, program: &Spmd) -> Value {
+    let inputs: Vec<Value> = program
+        .logical
+        .inputs()
+        .filter(|(value, _, _)| value.index() < program.imported)
+        .map(|(_, name, ty)| json!({ "name": name.as_ref(), "type": ty.to_string() }))
+        .collect();
+    let outputs: Vec<Value> = program
+        .outputs
+        .iter()
+        .map(|output| {
+            let step = &program.steps[output.step.index()];
+            json!({
+                "name": output.name.as_ref(),
+                "type": program.logical.ty(step.value).to_string(),
+                "layout": step.layout.to_string(),
+            })
+        })
+        .collect();
+    let states: Vec<Value> = program
+        .logical
+        .states
+        .iter()
+        .map(|s| json!({ "input": s.input.as_ref(), "output": s.output.as_ref(), "axis": s.axis }))
+        .collect();
+    json!({ "name": name, "inputs": inputs, "outputs": outputs, "states": states })
+}

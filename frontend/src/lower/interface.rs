@@ -1,0 +1,224 @@
+//! The graph's inputs, and what becomes of the lowered nodes at the end: only what the outputs need is kept.
+
+use super::context::{Lowered, Lowering, invalid};
+use super::state;
+use super::value::{KNOWN_LIMIT, Known, Value};
+use super::{ImportOptions, ImportReport};
+use crate::error::Fault;
+use crate::model::{self, ValueInfo};
+use std::sync::Arc;
+use tpshard_ir::{Dim, Graph, Op, Output, SymbolRange, Tensor, Type, ValueId};
+
+/// The largest size a symbol may have; products of a few of them stay inside 64 bits.
+const LARGEST: i64 = i32::MAX as i64;
+
+const EXPORT_TYPES: &str = "export the model with the types of its inputs";
+
+impl Lowering<'_> {
+    /// Defines the graph inputs, bound ones as constants.
+    pub(super) fn declare_inputs(
+        &mut self,
+        options: &ImportOptions,
+        report: &mut ImportReport,
+    ) -> Lowered<()> {
+        let model = self.model;
+        let known: Vec<&str> =
+            model.graph.inputs.iter().chain(&model.graph.defaults).map(|input| input.name.as_str()).collect();
+        if let Some(name) = options.bindings.keys().find(|name| !known.contains(&name.as_str())) {
+            let help = format!("the inputs are {}", known.join(", ").escape_debug());
+            return Err(
+                Fault::invalid("a value is bound to an input the model does not have", help).at_value(name)
+            );
+        }
+        for input in &model.graph.inputs {
+            let ty = self.input_type(input)?;
+            let value = match options.bindings.get(&input.name) {
+                None => Value::Data(self.graph.input(&input.name, ty)),
+                Some(tensor) => self.bound(&ty, tensor).map_err(|fault| fault.at_value(&input.name))?,
+            };
+            self.define(&input.name, value);
+        }
+        for input in &model.graph.defaults {
+            if let Some(tensor) = options.bindings.get(&input.name) {
+                let ty = self.input_type(input)?;
+                let value = self.bound(&ty, tensor).map_err(|fault| fault.at_value(&input.name))?;
+                self.define(&input.name, value);
+            } else {
+                report.notes.push(format!(
+                    "input {} has a default value and is treated as a constant",
+                    crate::error::quote(&input.name)
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    fn input_type(&mut self, input: &ValueInfo) -> Lowered<Type> {
+        let declared = match &input.value_type {
+            Some(model::ValueType::Tensor(tensor)) => tensor,
+            Some(model::ValueType::Other(what)) => {
+                let message = format!("the input is a {what}, not a tensor");
+                return Err(
+                    Fault::unsupported(message, "keep such values outside the model").at_value(&input.name)
+                );
+            }
+            None => return Err(Fault::invalid("the input has no type", EXPORT_TYPES).at_value(&input.name)),
+        };
+        let Some(dims) = &declared.shape else {
+            let message = "the rank of the input is not declared";
+            return Err(Fault::unsupported(message, EXPORT_TYPES).at_value(&input.name));
+        };
+        let mut shape = Vec::with_capacity(dims.len());
+        for (axis, dim) in dims.iter().enumerate() {
+            let fallback = format!("{}_dim{axis}", plain(&input.name));
+            shape.push(match dim {
+                model::Dim::Known(size) => {
+                    let size = i64::try_from(*size).ok().filter(|&size| size <= LARGEST);
+                    let size = size.ok_or_else(|| {
+                        let message = format!("dim {axis} of the input is larger than {LARGEST}");
+                        Fault::resource(message, "no such tensor can be computed with").at_value(&input.name)
+                    })?;
+                    Dim::constant(size)
+                }
+                model::Dim::Symbol(name) => self.symbols.declared(name, &fallback),
+                model::Dim::Unknown => self.symbols.symbol(&fallback),
+            });
+        }
+        Ok(Type::new(declared.dtype, shape))
+    }
+
+    fn bound(&mut self, ty: &Type, tensor: &Tensor) -> Lowered<Value> {
+        let shape: Vec<Dim> = tensor.shape().iter().map(|&extent| Dim::from(extent)).collect();
+        if tensor.dtype() != ty.dtype || shape.len() != ty.rank() {
+            let found = Type::new(tensor.dtype(), shape);
+            return Err(Fault::invalid(
+                format!("the bound value is {found}, the input {ty}"),
+                "bind a value of its type",
+            ));
+        }
+        for (own, bound) in ty.shape.iter().zip(&shape) {
+            let own = self.current(own);
+            self.unify(&own, bound)?;
+        }
+        let known = Known::from_tensor(tensor).filter(|known| known.elements.len() <= KNOWN_LIMIT);
+        let known = known.ok_or_else(|| {
+            Fault::resource(
+                format!("values of more than {KNOWN_LIMIT} elements cannot be bound"),
+                "feed it as an input",
+            )
+        })?;
+        Ok(Value::Known(Arc::new(known)))
+    }
+
+    /// The finished graph: inputs in their order, then what the outputs need.
+    pub(super) fn finish(
+        &mut self,
+        outputs: Vec<Output>,
+        options: &ImportOptions,
+        report: &mut ImportReport,
+    ) -> Graph {
+        let mut whole = std::mem::take(&mut self.graph);
+        whole.outputs = outputs;
+        let mut graph = prune(&whole);
+        graph.guards = self.take_guards();
+        graph.states = self.state_pairs(&graph);
+        let inputs: Vec<Type> = graph.inputs().map(|(_, _, ty)| ty.clone()).collect();
+        for name in self.symbols.names() {
+            let used = inputs.iter().flat_map(|ty| &ty.shape).any(|dim| dim.symbols().contains(&name));
+            if used {
+                graph.symbols.insert(name, SymbolRange { low: 0, high: LARGEST });
+            }
+        }
+        report.equalities = std::mem::take(&mut self.equalities);
+        report.roles = state::roles(&graph, &options.roles);
+        graph
+    }
+
+    /// Makes sure that `ty` is a type a declared one allows, unifying sizes that inputs declare too.
+    pub(super) fn check_declared(
+        &mut self,
+        name: &str,
+        value: ValueId,
+        report: &mut ImportReport,
+    ) -> Lowered<()> {
+        let declared = self.model.graph.outputs.iter().find(|output| output.name == name);
+        let Some(declared) = declared.and_then(ValueInfo::tensor_type).cloned() else { return Ok(()) };
+        let found = self.graph.ty(value).clone();
+        if declared.dtype != found.dtype {
+            let message = format!("the output is declared as {declared} and computed as {found}");
+            return Err(invalid(message).at_value(name));
+        }
+        let Some(shape) = declared.shape.as_ref() else { return Ok(()) };
+        if shape.len() != found.rank() {
+            let message = format!("the output is declared as {declared} and computed as {found}");
+            return Err(invalid(message).at_value(name));
+        }
+        let of_inputs = self.symbols.names();
+        for (axis, dim) in shape.iter().enumerate() {
+            let found = self.graph.ty(value).shape[axis].clone();
+            match dim {
+                model::Dim::Known(size) => {
+                    let size = Dim::constant(i64::try_from(*size).unwrap_or(i64::MAX));
+                    if found.as_const().is_some() && found != size {
+                        let message =
+                            format!("dim {axis} of the output is declared as {size} and computed as {found}");
+                        return Err(invalid(message).at_value(name));
+                    }
+                }
+                model::Dim::Symbol(symbol) if of_inputs.iter().any(|known| **known == **symbol) => {
+                    let declared = self.current(&Dim::symbol(symbol));
+                    let solvable = declared.as_symbol().is_some_and(|own| !found.symbols().contains(own));
+                    if declared == found {
+                        continue;
+                    }
+                    if !solvable || found.as_const().is_some() {
+                        report.notes.push(format!(
+                            "dim {axis} of output {} is declared as {declared} and is {found}",
+                            crate::error::quote(name)
+                        ));
+                        continue;
+                    }
+                    self.site = format!("output {}", crate::error::quote(name));
+                    self.unify(&declared, &found)?;
+                }
+                model::Dim::Symbol(_) | model::Dim::Unknown => {}
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A name that can stand in dim expressions.
+fn plain(name: &str) -> String {
+    let mut plain: String =
+        name.chars().take(64).map(|c| if c.is_ascii_alphanumeric() { c } else { '_' }).collect();
+    if !plain.starts_with(|c: char| c.is_ascii_alphabetic()) {
+        plain.insert(0, 'i');
+    }
+    plain
+}
+
+/// The inputs and what the outputs depend on, in the same order.
+fn prune(graph: &Graph) -> Graph {
+    let mut needed = vec![false; graph.len()];
+    for output in &graph.outputs {
+        needed[output.value.index()] = true;
+    }
+    for (id, node) in graph.values().rev() {
+        if needed[id.index()] {
+            node.args.iter().for_each(|arg| needed[arg.index()] = true);
+        }
+    }
+    let mut moved = vec![ValueId(0); graph.len()];
+    let mut pruned = Graph::new(&graph.name);
+    for (id, node) in graph.values() {
+        if needed[id.index()] || matches!(node.op, Op::Input { .. }) {
+            let mut node = node.clone();
+            node.args.iter_mut().for_each(|arg| *arg = moved[arg.index()]);
+            moved[id.index()] = pruned.push(node);
+        }
+    }
+    pruned.outputs = graph.outputs.clone();
+    pruned.outputs.iter_mut().for_each(|output| output.value = moved[output.value.index()]);
+    pruned
+}

@@ -1,0 +1,122 @@
+//! Sliding windows: Conv, MaxPool, AveragePool and the global pools, <https://onnx.ai/onnx/operators/>.
+//!
+//! `auto_pad` is resolved here: SAME needs constant spatial dims, or a stride of 1.
+
+use crate::lower::{Call, Lowered, Lowering, Value, invalid, unsupported};
+use tpshard_ir::op::{PoolKind, Window};
+use tpshard_ir::{Dim, Monoid, Op, Scalar, ValueId};
+
+fn lengths(values: Option<&[i64]>, count: usize, default: usize, what: &str) -> Lowered<Vec<usize>> {
+    let Some(values) = values else { return Ok(vec![default; count]) };
+    let read: Option<Vec<usize>> = values.iter().map(|&value| usize::try_from(value).ok()).collect();
+    read.filter(|read| read.len() == count && read.iter().all(|&value| value <= i32::MAX as usize))
+        .ok_or_else(|| invalid(format!("{what} {values:?} for {count} spatial dims")))
+}
+
+fn window(l: &Lowering<'_>, call: &Call<'_>, x: ValueId, kernel: Vec<usize>) -> Lowered<Window> {
+    let spatial = l.graph.ty(x).shape.get(2..).unwrap_or(&[]).to_vec();
+    let count = spatial.len();
+    if count == 0 || kernel.len() != count {
+        return Err(invalid(format!("a window {kernel:?} over {}", l.graph.ty(x))));
+    }
+    let strides = lengths(call.attributes.optional_ints("strides")?, count, 1, "strides")?;
+    let dilations = lengths(call.attributes.optional_ints("dilations")?, count, 1, "dilations")?;
+    if strides.contains(&0) || dilations.contains(&0) || kernel.contains(&0) {
+        return Err(invalid("a kernel, stride or dilation of 0"));
+    }
+    let pads = call.attributes.optional_ints("pads")?;
+    let mode = call.attributes.string("auto_pad", "NOTSET")?;
+    let (pads_low, pads_high) = match mode {
+        "NOTSET" | "" => {
+            let pads = lengths(pads, 2 * count, 0, "pads")?;
+            (pads[..count].to_vec(), pads[count..].to_vec())
+        }
+        "VALID" => (vec![0; count], vec![0; count]),
+        "SAME_UPPER" | "SAME_LOWER" => {
+            let mut total = Vec::with_capacity(count);
+            for axis in 0..count {
+                let reach = (kernel[axis] - 1).saturating_mul(dilations[axis]) + 1;
+                total.push(same_pad(&spatial[axis], reach, strides[axis])?);
+            }
+            let half: Vec<usize> = total.iter().map(|total| total / 2).collect();
+            let rest = total.iter().zip(&half).map(|(total, half)| total - half).collect();
+            if mode == "SAME_UPPER" { (half, rest) } else { (rest, half) }
+        }
+        other => return Err(invalid(format!("auto_pad {}", crate::error::quote(other)))),
+    };
+    Ok(Window { kernel, strides, dilations, pads_low, pads_high, ceil: false })
+}
+
+/// Padding such that the result has `ceil(extent / stride)` windows.
+fn same_pad(extent: &Dim, reach: usize, stride: usize) -> Lowered<usize> {
+    match extent.as_size() {
+        Some(extent) => {
+            let windows = extent.div_ceil(stride);
+            Ok((windows.saturating_sub(1).saturating_mul(stride) + reach).saturating_sub(extent))
+        }
+        None if stride == 1 => Ok(reach - 1),
+        None => Err(unsupported("auto_pad SAME with a stride over a dynamic dim")),
+    }
+}
+
+pub(super) fn conv(l: &mut Lowering<'_>, call: &Call<'_>) -> Lowered<Vec<Value>> {
+    let (x, w) = (l.data(call.input(0)?)?, l.data(call.input(1)?)?);
+    let weight = l.graph.ty(w).clone();
+    let kernel: Option<Vec<usize>> = weight.shape.get(2..).unwrap_or(&[]).iter().map(Dim::as_size).collect();
+    let kernel = kernel.ok_or_else(|| unsupported("a kernel of dynamic size"))?;
+    if let Some(declared) = call.attributes.optional_ints("kernel_shape")? {
+        let declared = lengths(Some(declared), kernel.len(), 1, "kernel_shape")?;
+        if declared != kernel {
+            return Err(invalid(format!("kernel_shape {declared:?} and a weight of {weight}")));
+        }
+    }
+    let groups = usize::try_from(call.attributes.int("group", 1)?).ok().filter(|&groups| groups > 0);
+    let groups = groups.ok_or_else(|| invalid("the group count"))?;
+    let window = window(l, call, x, kernel)?;
+    let channels = l.graph.ty(x).shape[1].clone();
+    let wanted = &weight.shape[1] * &Dim::from(groups);
+    l.unify(&channels, &wanted)?;
+    let mut result = l.add(Op::Conv { window, groups }, &[x, w])?;
+    if let Some(bias) = call.optional(2) {
+        let ty = l.graph.ty(result).clone();
+        let mut shape = vec![Dim::constant(1); ty.rank()];
+        shape[1] = ty.shape[1].clone();
+        let bias = l.reshape_value(bias, &shape)?;
+        let bias = l.data(&bias)?;
+        result = l.map(Scalar::Add, &[result, bias])?;
+    }
+    Ok(vec![Value::Data(result)])
+}
+
+fn pool(l: &mut Lowering<'_>, call: &Call<'_>, kind: PoolKind) -> Lowered<Vec<Value>> {
+    let x = l.data(call.input(0)?)?;
+    let count = l.graph.ty(x).rank().saturating_sub(2);
+    let kernel = lengths(Some(call.attributes.required_ints("kernel_shape")?), count, 1, "kernel_shape")?;
+    let mut window = window(l, call, x, kernel)?;
+    window.ceil = call.attributes.bool("ceil_mode", false)?;
+    Ok(vec![Value::Data(l.add(Op::Pool { kind, window }, &[x])?)])
+}
+
+pub(super) fn max_pool(l: &mut Lowering<'_>, call: &Call<'_>) -> Lowered<Vec<Value>> {
+    call.attributes.ignore("storage_order");
+    if call.wants(1) {
+        return Err(unsupported("the indices of a MaxPool"));
+    }
+    pool(l, call, PoolKind::Max)
+}
+
+pub(super) fn average_pool(l: &mut Lowering<'_>, call: &Call<'_>) -> Lowered<Vec<Value>> {
+    let count_padding = call.attributes.bool("count_include_pad", false)?;
+    pool(l, call, PoolKind::Average { count_padding })
+}
+
+pub(super) fn global_pool(l: &mut Lowering<'_>, call: &Call<'_>) -> Lowered<Vec<Value>> {
+    let x = l.data(call.input(0)?)?;
+    let axes: Vec<usize> = (2..l.graph.ty(x).rank()).collect();
+    let result = if call.node.op_type == "GlobalMaxPool" {
+        l.reduce(Monoid::Max, x, &axes)?
+    } else {
+        l.mean(x, &axes)?
+    };
+    Ok(vec![Value::Data(result)])
+}

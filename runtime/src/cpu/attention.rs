@@ -1,0 +1,131 @@
+//! Attention, one block of query rows at a time: the scores of a block against all keys, softmax, and the product with
+//! the values. Scores never leave a small buffer per task, and queries, keys and values are read where they lie.
+
+use super::gemm::{matrix, multiply};
+use super::rows::softmax_row;
+use super::value::Value;
+use rayon::prelude::*;
+use rten_gemm::{GemmExecutor, GemmInputB};
+use rten_simd::SimdUnaryOp;
+
+/// Scores kept per task, about.
+const SCORES: usize = 64 * 1024;
+
+/// The attributes of the operation.
+pub(crate) struct Attention<'a> {
+    pub(crate) scale: f32,
+    pub(crate) softcap: Option<f32>,
+    pub(crate) kv_of_head: &'a [u32],
+    pub(crate) empty_rows_zero: bool,
+}
+
+impl Attention<'_> {
+    pub(crate) fn run(
+        &self,
+        gemm: &GemmExecutor,
+        operands: &[Value],
+        spare: Vec<f32>,
+    ) -> Result<Value, String> {
+        let [q, k, v, bias @ ..] = operands else { return Err("attention takes three operands".into()) };
+        let (q, k, v) = (walkable(q)?, walkable(k)?, walkable(v)?);
+        let (&[batch, heads, queries, depth], &[_, kv_heads, keys, _], &[.., width]) =
+            (q.shape(), k.shape(), v.shape())
+        else {
+            return Err("attention over other than four dims".into());
+        };
+        if self.kv_of_head.len() != heads || self.kv_of_head.iter().any(|&h| h as usize >= kv_heads) {
+            return Err("the heads of attention do not fit its operands".into());
+        }
+        let scores = [batch, heads, queries, keys];
+        let bias = bias.first().map(|b| b.as_f32()?.stretched(&scores)).transpose()?;
+        let mut out = spare;
+        out.resize(batch * heads * queries * width, 0.0);
+        if out.is_empty() {
+            return Value::from_vec(&[batch, heads, queries, width], out);
+        }
+        if keys == 0 {
+            // A sum over nothing.
+            out.fill(0.0);
+            return Value::from_vec(&[batch, heads, queries, width], out);
+        }
+        let rows = (SCORES / keys).clamp(1, queries);
+        let blocks = queries.div_ceil(rows);
+        let tasks: Vec<(usize, &mut [f32])> = out
+            .chunks_mut(queries * width)
+            .enumerate()
+            .flat_map(|(head, out)| {
+                out.chunks_mut(rows * width).enumerate().map(move |(block, out)| (head * blocks + block, out))
+            })
+            .collect();
+        tasks.into_par_iter().try_for_each_init(Vec::new, |scores, (task, out)| {
+            let (head, first) = (task / blocks, task % blocks * rows);
+            let (b, h) = (head / heads, head % heads);
+            let kv = self.kv_of_head.get(h).map_or(0, |&h| h as usize);
+            let count = out.len() / width;
+            let part = |value: &Value, h: usize, first: usize| {
+                value.offset() as isize
+                    + b as isize * value.strides()[0]
+                    + h as isize * value.strides()[1]
+                    + first as isize * value.strides()[2]
+            };
+            scores.resize(count * keys, 0.0);
+            if depth == 0 {
+                scores.fill(0.0);
+            } else {
+                let left = sub_matrix(&q, part(&q, h, first), [count, depth], [2, 3])?;
+                let right = sub_matrix(&k, part(&k, kv, 0), [depth, keys], [3, 2])?;
+                multiply(gemm, scores, left, GemmInputB::Unpacked(right))?;
+            }
+            for (i, row) in scores.chunks_mut(keys).enumerate() {
+                self.finish_row(row, bias.as_ref().map(|bias| (bias, part(bias, h, first + i))))?;
+            }
+            let left = matrix(scores, [count, keys], [keys, 1])?;
+            let right = sub_matrix(&v, part(&v, kv, 0), [keys, width], [2, 3])?;
+            multiply(gemm, out, left, GemmInputB::Unpacked(right))
+        })?;
+        Value::from_vec(&[batch, heads, queries, width], out)
+    }
+
+    /// Scales, caps and biases a row of scores, then takes its softmax.
+    fn finish_row(&self, row: &mut [f32], bias: Option<(&Value, isize)>) -> Result<(), String> {
+        row.iter_mut().for_each(|x| *x *= self.scale);
+        if let Some(cap) = self.softcap {
+            row.iter_mut().for_each(|x| *x /= cap);
+            rten_vecmath::Tanh {}.map_mut(row);
+            row.iter_mut().for_each(|x| *x *= cap);
+        }
+        if let Some((bias, offset)) = bias {
+            let elements = bias.elements::<f32>()?;
+            let step = bias.strides()[3];
+            match step {
+                1 => row
+                    .iter_mut()
+                    .zip(elements.get(offset as usize..).unwrap_or_default())
+                    .for_each(|(x, b)| *x += b),
+                _ => {
+                    for (i, x) in row.iter_mut().enumerate() {
+                        *x += elements[(offset + i as isize * step) as usize];
+                    }
+                }
+            }
+        }
+        softmax_row(row, self.empty_rows_zero);
+        Ok(())
+    }
+}
+
+/// As `f32`, with strides a matrix product can walk.
+fn walkable(x: &Value) -> Result<Value, String> {
+    let x = x.as_f32()?;
+    if x.strides().iter().all(|&s| s >= 0) { Ok(x) } else { Ok(Value::new(x.into_tensor()?)) }
+}
+
+fn sub_matrix(
+    value: &Value,
+    offset: isize,
+    shape: [usize; 2],
+    dims: [usize; 2],
+) -> Result<rten_tensor::NdTensorView<'_, f32, 2>, String> {
+    let elements = value.elements::<f32>()?.get(offset as usize..).ok_or("a head leaves its tensor")?;
+    matrix(elements, shape, dims.map(|d| value.strides()[d].unsigned_abs()))
+}

@@ -1,0 +1,207 @@
+//! What is known when a session opens: weights, and what follows from them alone.
+//!
+//! Values are interned across entries, so that a weight used by several entries is loaded and packed once. Each is
+//! made in turn, packed for the matrix products that take it as their columns, and dropped again unless some step
+//! reads it as it is.
+
+use super::gemm::Contraction;
+use super::kernels::{Context, run_kernel};
+use super::value::Value;
+use super::weights::WeightSource;
+use rten_gemm::{GemmExecutor, PackedBMatrix};
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use tpshard_ir::dim::Bindings;
+use tpshard_ir::program::{Kernel, Lowering, RankProgram, Stage, lower};
+use tpshard_ir::{Graph, Op, Type, ValueId};
+
+/// How a constant is laid out for a matrix product: which of its dims are depth and columns, in order.
+type PackKey = (usize, Vec<usize>, Vec<usize>);
+
+struct Interned {
+    op: Op,
+    args: Vec<usize>,
+    ty: Type,
+    /// Some step reads it unpacked.
+    retained: bool,
+    packs: BTreeMap<PackKey, Contraction>,
+}
+
+/// The constants of all entries of a program.
+#[derive(Default)]
+pub(crate) struct Constants {
+    ids: BTreeMap<(Op, Vec<usize>), usize>,
+    interned: Vec<Interned>,
+    values: Vec<Option<Value>>,
+    packed: BTreeMap<PackKey, Arc<PackedBMatrix<f32>>>,
+}
+
+impl Constants {
+    /// Loads, computes and packs the constants of `program`.
+    pub(crate) fn load(
+        program: &RankProgram,
+        source: &mut dyn WeightSource,
+        gemm: &GemmExecutor,
+        progress: &dyn Fn(),
+    ) -> Result<Constants, String> {
+        let mut constants = Constants::default();
+        for entry in &program.entries {
+            constants.intern(&entry.graph, &entry.lowering)?;
+        }
+        constants.evaluate(program, source, gemm, progress)?;
+        Ok(constants)
+    }
+
+    /// For every value of `graph`, its constant.
+    pub(crate) fn of(&self, graph: &Graph, lowering: &Lowering) -> Vec<Option<usize>> {
+        let constant = lowering.constant_values(graph);
+        let mut ids: Vec<Option<usize>> = Vec::with_capacity(graph.len());
+        for (value, node) in graph.values() {
+            let args: Option<Vec<usize>> =
+                node.args.iter().map(|a| ids.get(a.index()).copied().flatten()).collect();
+            let id = args
+                .filter(|_| constant[value.index()])
+                .and_then(|args| self.ids.get(&(node.op.clone(), args)).copied());
+            ids.push(id);
+        }
+        ids
+    }
+
+    pub(crate) fn value(&self, id: usize) -> Option<&Value> {
+        self.values.get(id).and_then(Option::as_ref)
+    }
+
+    pub(crate) fn packed(&self, id: usize, contraction: &Contraction) -> Option<Arc<PackedBMatrix<f32>>> {
+        let (depth, columns) = contraction.column_dims()?;
+        self.packed.get(&(id, depth, columns)).cloned()
+    }
+
+    fn intern(&mut self, graph: &Graph, lowering: &Lowering) -> Result<(), String> {
+        let constant = lowering.constant_values(graph);
+        let mut ids: Vec<Option<usize>> = vec![None; graph.len()];
+        for (value, node) in graph.values().filter(|(v, _)| constant[v.index()]) {
+            let args: Option<Vec<usize>> = node.args.iter().map(|a| ids[a.index()]).collect();
+            let args = args.ok_or("a constant of something that is none")?;
+            let next = self.interned.len();
+            let id = *self.ids.entry((node.op.clone(), args.clone())).or_insert(next);
+            if id == next {
+                let (op, ty) = (node.op.clone(), node.ty.clone());
+                self.interned.push(Interned { op, args, ty, retained: false, packs: BTreeMap::new() });
+            }
+            ids[value.index()] = Some(id);
+        }
+        for region in lowering.regions.iter().filter(|r| r.stage == Stage::Step) {
+            let contraction = einsum_of(graph, region.kernel, region.result(), &constant)?;
+            let columns = contraction
+                .as_ref()
+                .and_then(|c| graph.node(region.result()).args.get(c.column_operand()).copied());
+            for operand in region.operands(graph) {
+                let Some(id) = ids[operand.index()] else { continue };
+                match (&contraction, contraction.as_ref().and_then(Contraction::column_dims)) {
+                    (Some(c), Some((depth, dims)))
+                        if columns == Some(operand)
+                            && self.interned[id].ty.elements().as_size() != Some(0) =>
+                    {
+                        self.interned[id].packs.insert((id, depth, dims), c.clone());
+                    }
+                    _ => self.interned[id].retained = true,
+                }
+            }
+        }
+        for output in &graph.outputs {
+            if let Some(id) = ids[output.value.index()] {
+                self.interned[id].retained = true;
+            }
+        }
+        Ok(())
+    }
+
+    fn evaluate(
+        &mut self,
+        program: &RankProgram,
+        source: &mut dyn WeightSource,
+        gemm: &GemmExecutor,
+        progress: &dyn Fn(),
+    ) -> Result<(), String> {
+        let mut last: Vec<usize> = (0..self.interned.len()).collect();
+        for (id, constant) in self.interned.iter().enumerate() {
+            for &arg in &constant.args {
+                last[arg] = id;
+            }
+        }
+        let mut dropped_at: Vec<Vec<usize>> = vec![Vec::new(); self.interned.len()];
+        for id in (0..self.interned.len()).filter(|&id| !self.interned[id].retained) {
+            dropped_at[last[id]].push(id);
+        }
+        self.values = vec![None; self.interned.len()];
+        // A constant nobody uses, directly or through others, is not even loaded.
+        let mut needed: BTreeSet<usize> = BTreeSet::new();
+        for (id, constant) in self.interned.iter().enumerate().rev() {
+            if constant.retained || !constant.packs.is_empty() || needed.contains(&id) {
+                needed.insert(id);
+                needed.extend(constant.args.iter().copied());
+            }
+        }
+        for id in needed {
+            let constant = &self.interned[id];
+            let value = match &constant.op {
+                Op::Weight(expr) => {
+                    let weight =
+                        program.weight(expr).ok_or_else(|| format!("no weight of the program is {expr}"))?;
+                    Value::new(source.tensor(weight)?)
+                }
+                Op::Literal(literal) => Value::shared(literal.0.clone()),
+                op => {
+                    let args: Option<Vec<Value>> =
+                        constant.args.iter().map(|&a| self.values[a].clone()).collect();
+                    let args = args.ok_or("a constant's operand was dropped too early")?;
+                    compute(op, &constant.ty, &args, gemm)?
+                }
+            };
+            for (key, contraction) in &constant.packs {
+                if let Some(packed) = contraction.pack(gemm, &value)? {
+                    self.packed.insert(key.clone(), Arc::new(packed));
+                }
+            }
+            self.values[id] = Some(value);
+            for &done in &dropped_at[id] {
+                self.values[done] = None;
+            }
+            progress();
+        }
+        Ok(())
+    }
+}
+
+/// The contraction of an einsum region that may take a packed operand.
+pub(crate) fn einsum_of(
+    graph: &Graph,
+    kernel: Kernel,
+    result: ValueId,
+    constant: &[bool],
+) -> Result<Option<Contraction>, String> {
+    let node = graph.node(result);
+    match (&node.op, node.args.as_slice()) {
+        (Op::Einsum(spec), [a, b]) if kernel == Kernel::Einsum => {
+            Contraction::new(spec, [constant[a.index()], constant[b.index()]]).map(Some)
+        }
+        _ => Ok(None),
+    }
+}
+
+/// One node on its own, with constant operands.
+fn compute(op: &Op, ty: &Type, args: &[Value], gemm: &GemmExecutor) -> Result<Value, String> {
+    let mut graph = Graph::new("constant");
+    let mut operands = Vec::new();
+    for (i, arg) in args.iter().enumerate() {
+        let shape = arg.shape().iter().map(|&d| d.into()).collect();
+        operands.push(graph.input(&i.to_string(), Type::new(arg.dtype(), shape)));
+    }
+    let result = graph.add_typed(op.clone(), &operands, ty.clone());
+    graph.outputs.push(tpshard_ir::Output { name: "constant".into(), value: result });
+    let lowering = lower(&graph);
+    let region = lowering.regions.last().ok_or("a constant without region")?;
+    let bindings = Bindings::new();
+    let context = Context { gemm, bindings: &bindings, graph: &graph };
+    run_kernel(&context, region, args, Vec::new(), None, None)
+}

@@ -1,0 +1,361 @@
+//! Runs one entry on one rank: its regions in order, each value dropped after its last use, its memory handed to the
+//! next value of the same slot.
+//!
+//! A step that fails here only (an index out of range, say) does not stop the rank: other ranks would wait in the next
+//! collective. Its result is replaced by zeros, the error is kept, and the caller tells all ranks at the end.
+
+use super::constants::{Constants, einsum_of};
+use super::convert::{Place, StepError, convert, held, identity};
+use super::gemm::Contraction;
+use super::kernels::{Context, run_kernel};
+use super::movement;
+use super::pointwise::Program;
+use super::value::Value;
+use crate::comm::{CommError, Communicator, Tag};
+use rten_gemm::{GemmExecutor, PackedBMatrix};
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use tpshard_ir::dim::Bindings;
+use tpshard_ir::layout::Mesh;
+use tpshard_ir::program::{Entry, Family, Kernel, Lowering, MemoryPlan, Region, Stage};
+use tpshard_ir::{AxisLayout, Data, Graph, Op, Tensor, ValueId};
+
+/// An entry made ready to run.
+pub(crate) struct Prepared {
+    regions: Vec<PreparedRegion>,
+    /// The lowering it was made from.
+    pub(crate) lowering: Lowering,
+    /// The last region that reads a value itself, views aside.
+    last_read: Vec<usize>,
+    constants: Vec<Option<usize>>,
+}
+
+struct PreparedRegion {
+    /// The values its kernel takes.
+    args: Vec<ValueId>,
+    program: Option<Program>,
+    contraction: Option<(Contraction, Option<Arc<PackedBMatrix<f32>>>)>,
+    /// Values that nothing needs after this region, views before what they show.
+    dropped: Vec<ValueId>,
+}
+
+/// What a run of one entry is given.
+pub(crate) struct Run<'a> {
+    pub(crate) entry: &'a Entry,
+    pub(crate) prepared: &'a Prepared,
+    pub(crate) constants: &'a Constants,
+    pub(crate) gemm: &'a GemmExecutor,
+    pub(crate) mesh: &'a Mesh,
+    pub(crate) rank: usize,
+    pub(crate) bindings: &'a Bindings,
+    pub(crate) plan: &'a MemoryPlan,
+    /// Whole inputs, by name.
+    pub(crate) inputs: &'a BTreeMap<Arc<str>, Value>,
+}
+
+/// Memory that outlives runs: one vector per slot of the plan.
+#[derive(Default)]
+pub(crate) struct Slots(Vec<Vec<f32>>);
+
+impl Slots {
+    fn take(&mut self, slot: Option<usize>) -> Vec<f32> {
+        slot.and_then(|s| self.0.get_mut(s)).map(std::mem::take).unwrap_or_default()
+    }
+
+    fn put(&mut self, slot: Option<usize>, value: Value) {
+        let Some(slot) = slot else { return };
+        if let Ok(tensor) = value.into_unique()
+            && let Data::F32(elements) = tensor.into_data()
+        {
+            if self.0.len() <= slot {
+                self.0.resize_with(slot + 1, Vec::new);
+            }
+            // A value changed in place comes back in another slot than it was taken from; that one is empty now.
+            let free =
+                if self.0[slot].is_empty() { Some(slot) } else { self.0.iter().position(Vec::is_empty) };
+            if let Some(place) = self.0.get_mut(free.unwrap_or(slot)) {
+                *place = elements;
+            }
+        }
+    }
+}
+
+/// What a run leaves behind on this rank.
+pub(crate) struct Finished {
+    /// The outputs in graph order, local.
+    pub(crate) outputs: Vec<Value>,
+    /// The tapped values, local.
+    pub(crate) taps: BTreeMap<ValueId, Value>,
+    /// The first step that failed on this rank.
+    pub(crate) failure: Option<String>,
+}
+
+impl Prepared {
+    pub(crate) fn new(entry: &Entry, lowering: Lowering, constants: &Constants) -> Result<Prepared, String> {
+        let graph = &entry.graph;
+        let last_use = lowering.last_uses(graph);
+        let mut last_read = vec![0; graph.len()];
+        let known = lowering.constant_values(graph);
+        let ids = constants.of(graph, &lowering);
+        let mut regions = Vec::with_capacity(lowering.regions.len());
+        for (index, region) in lowering.regions.iter().enumerate() {
+            let program = match (region.kernel, region.stage) {
+                (Kernel::Pointwise, Stage::Step) => Some(Program::compile(graph, region)?),
+                _ => None,
+            };
+            let args: Vec<ValueId> = match &program {
+                Some(program) => program.operands().collect(),
+                None => graph.node(region.result()).args.clone(),
+            };
+            for arg in &args {
+                last_read[arg.index()] = index;
+            }
+            let contraction = match region.stage {
+                Stage::Step => einsum_of(graph, region.kernel, region.result(), &known)?,
+                Stage::Load => None,
+            };
+            let contraction = contraction.map(|c| {
+                let columns = args.get(c.column_operand()).and_then(|a| ids[a.index()]);
+                let packed = columns.and_then(|id| constants.packed(id, &c));
+                (c, packed)
+            });
+            regions.push(PreparedRegion { args, program, contraction, dropped: Vec::new() });
+        }
+        for (value, &last) in last_use.iter().enumerate().rev() {
+            if let Some(region) = regions.get_mut(last)
+                && ids[value].is_none()
+            {
+                region.dropped.push(ValueId(value as u32));
+            }
+        }
+        Ok(Prepared { regions, lowering, last_read, constants: ids })
+    }
+}
+
+impl Run<'_> {
+    fn graph(&self) -> &Graph {
+        &self.entry.graph
+    }
+
+    fn place(&self) -> Place<'_> {
+        Place { mesh: self.mesh, rank: self.rank, bindings: self.bindings }
+    }
+
+    /// Runs all steps. `states` gives what this rank holds of state inputs; `taps` are values to hand back.
+    pub(crate) fn run(
+        &self,
+        states: &mut BTreeMap<Arc<str>, Value>,
+        slots: &mut Slots,
+        taps: &[ValueId],
+        communicator: &dyn Communicator,
+        sequence: &mut u64,
+    ) -> Result<Finished, CommError> {
+        let graph = self.graph();
+        let mut values: Vec<Option<Value>> = vec![None; graph.len()];
+        for (value, id) in self.prepared.constants.iter().enumerate() {
+            values[value] = id.and_then(|id| self.constants.value(id).cloned());
+        }
+        let mut finished = Finished { outputs: Vec::new(), taps: BTreeMap::new(), failure: None };
+        for (index, region) in self.prepared.lowering.regions.iter().enumerate() {
+            let result = region.result();
+            if region.stage == Stage::Step {
+                let spare = slots.take(self.slot(result));
+                let made = self.step(index, region, &mut values, states, spare, communicator, sequence);
+                let value = match made.and_then(|v| self.checked(result, v)) {
+                    Ok(value) => value,
+                    Err(StepError::Collective(error)) => return Err(error),
+                    Err(StepError::Local(what)) => {
+                        finished.failure.get_or_insert_with(|| self.describe(result, &what));
+                        self.zeros(result)
+                    }
+                };
+                values[result.index()] = Some(value);
+            }
+            if taps.contains(&result)
+                && let Some(value) = &values[result.index()]
+            {
+                finished.taps.insert(result, value.clone());
+            }
+            for &done in &self.prepared.regions[index].dropped {
+                if let Some(value) = values[done.index()].take() {
+                    slots.put(self.slot(done), value);
+                }
+            }
+        }
+        for output in &graph.outputs {
+            let again = graph.outputs.iter().filter(|o| o.value == output.value).count() > 1;
+            let place = &mut values[output.value.index()];
+            let value = if again { place.clone() } else { place.take() };
+            finished.outputs.push(value.unwrap_or_else(|| self.zeros(output.value)));
+        }
+        Ok(finished)
+    }
+
+    fn slot(&self, value: ValueId) -> Option<usize> {
+        self.plan.slot_of.get(value.index()).copied().flatten()
+    }
+
+    fn describe(&self, value: ValueId, what: &str) -> String {
+        let node = self.graph().node(value);
+        let origin = if node.origin.is_empty() { String::new() } else { format!(" ({})", node.origin) };
+        format!("rank {}, {value} = {}{origin}: {what}", self.rank, node.op.name())
+    }
+
+    /// Zeros in place of a value that could not be computed; nothing if even that is impossible.
+    fn zeros(&self, value: ValueId) -> Value {
+        let ty = self.graph().ty(value);
+        let context = Context { gemm: self.gemm, bindings: self.bindings, graph: self.graph() };
+        let shape = context.shape(ty).unwrap_or_else(|_| vec![0; ty.rank()]);
+        let empty = || Value::from_vec::<f32>(&[0], Vec::new());
+        match Tensor::zeros(ty.dtype, shape).map(Value::new) {
+            Ok(value) => value,
+            Err(_) => empty().unwrap_or_else(|_| Value::new(Tensor::scalar(0f32))),
+        }
+    }
+
+    /// Refuses a value that is not of the type its node has.
+    fn checked(&self, id: ValueId, value: Value) -> Result<Value, StepError> {
+        let ty = self.graph().ty(id);
+        let fits = value.dtype() == ty.dtype
+            && value.shape().len() == ty.rank()
+            && value
+                .shape()
+                .iter()
+                .zip(&ty.shape)
+                .all(|(&extent, dim)| dim.eval(self.bindings).ok() == i64::try_from(extent).ok());
+        if fits {
+            return Ok(value);
+        }
+        Err(StepError::Local(format!("made {}{:?} instead of {ty}", value.dtype(), value.shape())))
+    }
+
+    #[allow(clippy::too_many_arguments, reason = "the pieces of a run, borrowed apart")]
+    fn step(
+        &self,
+        index: usize,
+        region: &Region,
+        values: &mut [Option<Value>],
+        states: &mut BTreeMap<Arc<str>, Value>,
+        spare: Vec<f32>,
+        communicator: &dyn Communicator,
+        sequence: &mut u64,
+    ) -> Result<Value, StepError> {
+        let result = region.result();
+        let node = self.graph().node(result);
+        let context = Context { gemm: self.gemm, bindings: self.bindings, graph: self.graph() };
+        let prepared = &self.prepared.regions[index];
+        let get = |values: &[Option<Value>], id: ValueId| -> Result<Value, String> {
+            values[id.index()].clone().ok_or_else(|| format!("{id} is not there"))
+        };
+        match (&node.op, region.kernel) {
+            (Op::Input { name }, _) => match states.remove(name) {
+                Some(state) => Ok(state),
+                None => {
+                    let whole =
+                        self.inputs.get(name).ok_or_else(|| format!("input `{name}` is not there"))?;
+                    Ok(local_part(whole, self.family(result)?, &self.place())?)
+                }
+            },
+            (Op::Literal(literal), _) => Ok(Value::shared(literal.0.clone())),
+            (Op::Size(dim), _) => Ok(Value::new(Tensor::scalar(context.dim(dim)?))),
+            (Op::Iota { start, length }, _) => {
+                let (start, length) = (context.dim(start)?, context.size(length)?);
+                let elements: Vec<i64> = (0..length as i64).map(|i| start.wrapping_add(i)).collect();
+                Ok(Value::from_vec(&[length], elements)?)
+            }
+            (Op::Convert(conversion), _) => {
+                let Some(&from) = node.args.first() else {
+                    return Err("a conversion of nothing".to_string().into());
+                };
+                let value = match self.owned(index, from, values) {
+                    Some(value) => value,
+                    None => get(values, from)?,
+                };
+                let families = [self.family(from)?, self.family(result)?];
+                *sequence += 1;
+                let tag = Tag { sequence: *sequence, node: result.0 };
+                convert(conversion, value, families, &self.place(), communicator, tag)
+            }
+            (Op::Append { axis }, Kernel::Append) => {
+                let &[state, new] = node.args.as_slice() else {
+                    return Err("append takes two operands".to_string().into());
+                };
+                let new = get(values, new)?;
+                let state = match self.owned(index, state, values) {
+                    Some(value) => value,
+                    None => get(values, state)?,
+                };
+                Ok(append(state, &new, *axis)?)
+            }
+            _ => {
+                let args = prepared
+                    .args
+                    .iter()
+                    .enumerate()
+                    .map(|(i, &arg)| match (&prepared.contraction, &values[arg.index()]) {
+                        // A packed operand need not be there itself; its shape is all that is asked for.
+                        (Some((c, Some(_))), None) if c.column_operand() == i => Ok(self.shape_only(arg)?),
+                        _ => get(values, arg),
+                    })
+                    .collect::<Result<Vec<Value>, String>>()?;
+                let contraction = prepared.contraction.as_ref().map(|(c, packed)| (c, packed.as_deref()));
+                Ok(run_kernel(&context, region, &args, spare, prepared.program.as_ref(), contraction)?)
+            }
+        }
+    }
+
+    /// The value itself, taken out, if this region is the last to use it.
+    fn owned(&self, index: usize, value: ValueId, values: &mut [Option<Value>]) -> Option<Value> {
+        let at = value.index();
+        let outlives = self.graph().outputs.iter().any(|o| o.value == value)
+            || self.prepared.constants[at].is_some()
+            || self.prepared.last_read[at] > index;
+        if outlives { None } else { values[at].take() }
+    }
+
+    fn family(&self, value: ValueId) -> Result<&Family, String> {
+        self.entry.families.get(value.index()).ok_or_else(|| format!("{value} has no layout"))
+    }
+
+    /// A value of the right shape and no elements of its own.
+    fn shape_only(&self, value: ValueId) -> Result<Value, String> {
+        let context = Context { gemm: self.gemm, bindings: self.bindings, graph: self.graph() };
+        let shape = context.shape(self.graph().ty(value))?;
+        Value::from_vec(&[1], vec![0f32])?.reshaped(&[])?.stretched(&shape)
+    }
+}
+
+/// What `place` holds of a whole input under its layout.
+pub(crate) fn local_part(whole: &Value, family: &Family, place: &Place<'_>) -> Result<Value, String> {
+    let mut part = whole.clone();
+    for (axis, (start, length)) in held(family, place, place.rank)?.into_iter().enumerate() {
+        part = part.sliced(axis, start, length, 1)?;
+    }
+    let coordinates = place.mesh.coordinates(place.rank);
+    for (layout, &coordinate) in family.layout.0.iter().zip(&coordinates) {
+        if let AxisLayout::Partial(monoid) = layout
+            && coordinate != 0
+        {
+            part = Value::new(identity(*monoid, part.dtype(), part.shape())?);
+        }
+    }
+    Ok(part)
+}
+
+/// `concat(state, new)` along `axis`; in place if `state` is the only view of a buffer with room behind it.
+fn append(state: Value, new: &Value, axis: usize) -> Result<Value, String> {
+    let mut shape = state.shape().to_vec();
+    let held = *shape.get(axis).ok_or("an append along a dim that does not exist")?;
+    let added = new.shape().get(axis).copied().unwrap_or(0);
+    shape[axis] = held + added;
+    if !state.is_prefix(axis, held + added) || state.dtype() != new.dtype() {
+        return movement::concat(&[state, new.clone()], axis);
+    }
+    match state.into_unique() {
+        Ok(mut buffer) => {
+            movement::write_into(&mut buffer, axis, held, new)?;
+            Value::new(buffer).sliced(axis, 0, held + added, 1)
+        }
+        Err(shared) => movement::concat(&[shared, new.clone()], axis),
+    }
+}

@@ -1,0 +1,140 @@
+//! From a region to its kernel: everything but leaves, appends and conversions.
+
+use super::attention::Attention;
+use super::gemm::Contraction;
+use super::pointwise::Program;
+use super::value::Value;
+use super::{conv, dequant, movement, reference, rows};
+use half::{bf16, f16};
+use rten_gemm::{GemmExecutor, PackedBMatrix};
+use tpshard_ir::dim::{Bindings, Dim};
+use tpshard_ir::op::PadMode;
+use tpshard_ir::program::{Kernel, Region};
+use tpshard_ir::tensor::element_count;
+use tpshard_ir::{DType, Graph, Op, Tensor, Type};
+
+/// What kernels may look up.
+pub(crate) struct Context<'a> {
+    pub(crate) gemm: &'a GemmExecutor,
+    pub(crate) bindings: &'a Bindings,
+    pub(crate) graph: &'a Graph,
+}
+
+impl Context<'_> {
+    pub(crate) fn dim(&self, dim: &Dim) -> Result<i64, String> {
+        dim.eval(self.bindings).map_err(|e| e.to_string())
+    }
+
+    pub(crate) fn size(&self, dim: &Dim) -> Result<usize, String> {
+        let value = self.dim(dim)?;
+        usize::try_from(value).map_err(|_| format!("dim `{dim}` is {value}"))
+    }
+
+    pub(crate) fn shape(&self, ty: &Type) -> Result<Vec<usize>, String> {
+        let shape = ty.shape.iter().map(|d| self.size(d)).collect::<Result<Vec<_>, _>>()?;
+        element_count(&shape).map(|_| shape).ok_or_else(|| "a shape beyond memory".into())
+    }
+}
+
+/// Executes a region; `args` are the operands of its node (of the region, if it is elementwise), `spare` is memory it
+/// may use for its result.
+pub(crate) fn run_kernel(
+    context: &Context<'_>,
+    region: &Region,
+    args: &[Value],
+    spare: Vec<f32>,
+    program: Option<&Program>,
+    contraction: Option<(&Contraction, Option<&PackedBMatrix<f32>>)>,
+) -> Result<Value, String> {
+    let node = context.graph.node(region.result());
+    let shape = context.shape(&node.ty)?;
+    if shape.contains(&0) {
+        // Nothing to compute; local forms on empty shards need not make sense otherwise.
+        return Tensor::zeros(node.ty.dtype, shape).map(Value::new).map_err(|e| e.to_string());
+    }
+    let value = match (region.kernel, &node.op) {
+        (Kernel::Pointwise, _) => match program {
+            Some(program) => program.run(args, &shape, spare)?,
+            None => Program::compile(context.graph, region)?.run(args, &shape, spare)?,
+        },
+        (Kernel::View, op) => view(context, op, args, &shape)?,
+        (Kernel::Einsum, Op::Einsum(spec)) => {
+            let [a, b] = args else { return Err("a contraction of other than two operands".into()) };
+            match contraction {
+                Some((contraction, packed)) => contraction.run(context.gemm, [a, b], packed, spare)?,
+                None => Contraction::new(spec, [false; 2])?.run(context.gemm, [a, b], None, spare)?,
+            }
+        }
+        (Kernel::Reduce, Op::Reduce { monoid, axes }) => rows::reduce(first(args)?, *monoid, axes)?,
+        (Kernel::Softmax, Op::Softmax { axis }) => rows::softmax(first(args)?, *axis, spare)?,
+        (Kernel::Norm, Op::Norm { kind, axis, epsilon }) => rows::norm(*kind, *axis, epsilon.0, args, spare)?,
+        (Kernel::Rotary, Op::Rotary { interleaved }) => rows::rotary(*interleaved, args, spare)?,
+        (Kernel::Attention, Op::Attention { scale, softcap, kv_of_head, empty_rows_zero }) => Attention {
+            scale: scale.0 as f32,
+            softcap: softcap.map(|c| c.0 as f32),
+            kv_of_head,
+            empty_rows_zero: *empty_rows_zero,
+        }
+        .run(context.gemm, args, spare)?,
+        (Kernel::Move | Kernel::Append, op) => movement(context, op, args)?,
+        (Kernel::Conv, Op::Conv { window, groups }) => {
+            let [x, w] = args else { return Err("a convolution of other than two operands".into()) };
+            conv::conv(context.gemm, window, *groups, [x, w], &shape, spare)?
+        }
+        (Kernel::Pool, Op::Pool { kind, window }) => conv::pool(*kind, window, first(args)?, &shape, spare)?,
+        (Kernel::Dequant, Op::Dequant { axis, block }) => dequant::dequant(*axis, *block, args)?,
+        (Kernel::Reference, _) => reference::evaluate(node, args, context.bindings, &shape)?,
+        (kernel, op) => return Err(format!("the kernel {} does not execute {}", kernel.name(), op.name())),
+    };
+    narrow(value, node.ty.dtype)
+}
+
+fn first(args: &[Value]) -> Result<&Value, String> {
+    args.first().ok_or_else(|| "an operand is missing".into())
+}
+
+/// A result computed in `f32` as the type it has.
+fn narrow(value: Value, dtype: DType) -> Result<Value, String> {
+    if value.dtype() == dtype || value.dtype() != DType::F32 {
+        return Ok(value);
+    }
+    let elements = value.slice::<f32>()?;
+    match dtype {
+        DType::F16 => Value::from_vec(value.shape(), elements.iter().map(|&x| f16::from_f32(x)).collect()),
+        DType::BF16 => Value::from_vec(value.shape(), elements.iter().map(|&x| bf16::from_f32(x)).collect()),
+        _ => Ok(value.clone()),
+    }
+}
+
+fn view(context: &Context<'_>, op: &Op, args: &[Value], shape: &[usize]) -> Result<Value, String> {
+    let x = first(args)?;
+    match op {
+        Op::Reshape { .. } => x.reshaped(shape),
+        Op::Broadcast { .. } => x.stretched(shape),
+        Op::Transpose { perm } if perm.len() == x.shape().len() && perm.iter().all(|&p| p < perm.len()) => {
+            Ok(x.permuted(perm))
+        }
+        Op::Slice { axis, start, length, step } => {
+            x.sliced(*axis, context.size(start)?, context.size(length)?, *step)
+        }
+        other => Err(format!("{} is not a view", other.name())),
+    }
+}
+
+fn movement(context: &Context<'_>, op: &Op, args: &[Value]) -> Result<Value, String> {
+    match (op, args) {
+        (Op::Concat { axis } | Op::Append { axis }, parts) => movement::concat(parts, *axis),
+        (Op::Gather { axis, window }, [table, indices]) => {
+            let window = match window {
+                Some(w) => Some((context.dim(&w.start)?, context.dim(&w.extent)?)),
+                None => None,
+            };
+            movement::gather(table, indices, *axis, window)
+        }
+        (Op::Pad { low, high, mode: PadMode::Constant(value) }, [x]) => {
+            let dims = |dims: &[Dim]| dims.iter().map(|d| context.dim(d)).collect::<Result<Vec<_>, _>>();
+            movement::pad(x, &dims(low)?, &dims(high)?, value.0 as f32)
+        }
+        (other, _) => Err(format!("{} does not only move elements", other.name())),
+    }
+}

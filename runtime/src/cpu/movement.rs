@@ -1,0 +1,167 @@
+//! Kernels that only move elements: concatenation, gathers, constant pads, appends in place. They work on every element
+//! type that is at least a byte wide.
+
+use super::value::{Value, copy_strided, row_major, with_elements, wrap};
+use tpshard_ir::tensor::Element;
+use tpshard_ir::{Data, Tensor};
+
+/// The typed elements behind several values of one type.
+trait Parts: Element + Default {
+    fn all(values: &[Value]) -> Result<Vec<&[Self]>, String> {
+        values.iter().map(|v| v.elements::<Self>()).collect()
+    }
+}
+impl<T: Element + Default> Parts for T {}
+
+/// One after another along `axis`.
+pub(crate) fn concat(parts: &[Value], axis: usize) -> Result<Value, String> {
+    let first = parts.first().ok_or("nothing to concatenate")?;
+    let mut shape = first.shape().to_vec();
+    if axis >= shape.len() {
+        return Err("concatenation along a dim that does not exist".into());
+    }
+    shape[axis] = 0;
+    for part in parts {
+        let fits = part.dtype() == first.dtype()
+            && part.shape().len() == shape.len()
+            && (0..shape.len()).all(|d| d == axis || part.shape()[d] == shape[d]);
+        if !fits {
+            return Err(format!("{:?} does not fit next to {:?}", part.shape(), first.shape()));
+        }
+        shape[axis] += part.shape()[axis];
+    }
+    fn join<T: Element + Default>(
+        parts: &[Value],
+        shape: &[usize],
+        axis: usize,
+        _: &[T],
+    ) -> Result<Data, String> {
+        let mut out = vec![T::default(); shape.iter().product()];
+        let strides = row_major(shape);
+        let mut at = 0;
+        for (part, elements) in parts.iter().zip(T::all(parts)?) {
+            let offset = at * strides[axis] as usize;
+            copy_strided(
+                part.shape(),
+                (elements, part.offset(), part.strides()),
+                (&mut out, offset, &strides),
+            );
+            at += part.shape()[axis];
+        }
+        Ok(wrap(out))
+    }
+    let data = with_elements!(first.data(), v => join(parts, &shape, axis, v)?,
+        dtype, _b => return Err(format!("concatenation of the storage type {dtype}")));
+    Tensor::new(shape, data).map(Value::new).map_err(|e| e.to_string())
+}
+
+/// Rows of a table. With a window, `start` is the global index of the first row held here, `extent` the global number
+/// of rows, and rows held elsewhere read as zero.
+pub(crate) fn gather(
+    table: &Value,
+    indices: &Value,
+    axis: usize,
+    window: Option<(i64, i64)>,
+) -> Result<Value, String> {
+    let held = *table.shape().get(axis).ok_or("a gather along a dim that does not exist")? as i64;
+    let (start, extent) = window.unwrap_or((0, held));
+    let place = |index: i64| -> Result<Option<usize>, String> {
+        let row = if index < 0 { index + extent } else { index };
+        if !(0..extent).contains(&row) {
+            return Err(format!("index {index} is not in a dim of {extent}"));
+        }
+        Ok(usize::try_from(row - start).ok().filter(|&r| (r as i64) < held))
+    };
+    let rows: Vec<Option<usize>> = match indices.data() {
+        Data::I64(_) => indices.slice::<i64>()?.iter().map(|&i| place(i)).collect::<Result<_, _>>()?,
+        Data::I32(_) => indices.slice::<i32>()?.iter().map(|&i| place(i.into())).collect::<Result<_, _>>()?,
+        other => return Err(format!("indices of type {}", other.dtype())),
+    };
+    let mut shape = table.shape().to_vec();
+    shape.splice(axis..=axis, indices.shape().iter().copied());
+    let table = table.contiguous()?;
+    let inner: usize = table.shape()[axis + 1..].iter().product();
+    let outer: usize = table.shape()[..axis].iter().product();
+    fn pick<T: Element + Default>(
+        table: &Value,
+        rows: &[Option<usize>],
+        [outer, held, inner]: [usize; 3],
+        _: &[T],
+    ) -> Result<Data, String> {
+        let elements = table.slice::<T>()?;
+        let mut out = Vec::with_capacity(outer * rows.len() * inner);
+        for o in 0..outer {
+            for row in rows {
+                match row {
+                    Some(row) => {
+                        let at = (o * held + row) * inner;
+                        out.extend_from_slice(elements.get(at..at + inner).ok_or("a row leaves its table")?);
+                    }
+                    None => out.resize(out.len() + inner, T::default()),
+                }
+            }
+        }
+        Ok(wrap(out))
+    }
+    let sizes = [outer, held as usize, inner];
+    let data = with_elements!(table.data(), v => pick(&table, &rows, sizes, v)?,
+        dtype, _b => return Err(format!("a gather of the storage type {dtype}")));
+    Tensor::new(shape, data).map(Value::new).map_err(|e| e.to_string())
+}
+
+/// `x` within a larger tensor of `value`; negative pads cut.
+pub(crate) fn pad(x: &Value, low: &[i64], high: &[i64], value: f32) -> Result<Value, String> {
+    let x = x.as_f32()?;
+    let mut view = x.clone();
+    let (mut shape, mut offset) = (Vec::new(), 0usize);
+    let mut starts = Vec::new();
+    for (axis, (&low, &high)) in low.iter().zip(high).enumerate() {
+        let extent = x.shape()[axis] as i64;
+        let total = extent.checked_add(low).and_then(|t| t.checked_add(high)).filter(|&t| t >= 0);
+        let total = total.ok_or_else(|| format!("pads {low} and {high} of a dim of {extent}"))?;
+        let cut = (-low).clamp(0, extent);
+        let kept = (extent - cut + high.min(0)).clamp(0, total);
+        view = view.sliced(axis, cut as usize, kept as usize, 1)?;
+        shape.push(total as usize);
+        starts.push(low.max(0) as usize);
+    }
+    let strides = row_major(&shape);
+    for (start, stride) in starts.iter().zip(&strides) {
+        offset += start * *stride as usize;
+    }
+    let count = tpshard_ir::tensor::element_count(&shape).ok_or("a padded tensor beyond memory")?;
+    let mut out = vec![value; count];
+    copy_strided(
+        view.shape(),
+        (view.elements::<f32>()?, view.offset(), view.strides()),
+        (&mut out, offset, &strides),
+    );
+    Value::from_vec(&shape, out)
+}
+
+/// Copies `new` into `buffer` (a row-major tensor) at `at` along `axis`, and from the start of the other dims on.
+pub(crate) fn write_into(buffer: &mut Tensor, axis: usize, at: usize, new: &Value) -> Result<(), String> {
+    let shape = buffer.shape().to_vec();
+    let fits = shape.len() == new.shape().len()
+        && axis < shape.len()
+        && at + new.shape()[axis] <= shape[axis]
+        && (0..shape.len()).all(|d| d == axis || new.shape()[d] <= shape[d]);
+    if !fits {
+        return Err(format!("{:?} does not fit into {shape:?} at {at}", new.shape()));
+    }
+    let strides = row_major(&shape);
+    let offset = at * strides[axis] as usize;
+    fn write<T: Element>(
+        buffer: &mut Tensor,
+        new: &Value,
+        offset: usize,
+        strides: &[isize],
+        _: &[T],
+    ) -> Result<(), String> {
+        let to = buffer.as_mut_slice::<T>().map_err(|e| e.to_string())?;
+        copy_strided(new.shape(), (new.elements::<T>()?, new.offset(), new.strides()), (to, offset, strides));
+        Ok(())
+    }
+    with_elements!(new.data(), v => write(buffer, new, offset, &strides, v),
+        dtype, _b => Err(format!("state of the storage type {dtype}")))
+}

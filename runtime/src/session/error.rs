@@ -1,0 +1,51 @@
+//! What can go wrong in a session.
+
+use crate::comm::CommError;
+use tpshard_ir::interp::InterpError;
+use tpshard_ir::program::{LoweringError, PlanError};
+
+/// Why a session did not open, or a request has no result.
+#[derive(Debug, thiserror::Error)]
+pub enum SessionError {
+    #[error("the program does not hold together: {what}\n  help: build it again")]
+    Program { what: String },
+    #[error("entry `{entry}`: {error}")]
+    Lowering { entry: String, error: LoweringError },
+    #[error("{what}")]
+    Weights { what: String },
+    #[error(transparent)]
+    Inputs(#[from] InterpError),
+    #[error("there is no input `{name}`; the inputs are {known}\n  help: rename it or leave it out")]
+    UnknownInput { name: String, known: String },
+    #[error("no entry of the program takes these inputs:\n{reasons}")]
+    NoEntry { reasons: String },
+    #[error("the memory for these dims: {0}")]
+    Plan(#[from] PlanError),
+    #[error(
+        "these dims need {needed} bytes on rank {rank}, the limit is {limit}\n  \
+         help: use smaller dims, raise the memory limit, or build for more ranks"
+    )]
+    Memory { rank: usize, needed: u64, limit: u64 },
+    #[error("{what}")]
+    State { what: String },
+    #[error("{what}")]
+    Usage { what: String },
+    #[error("{what}")]
+    Resources { what: String },
+    /// Another rank could not do its part; nothing is broken.
+    #[error("rank {rank}: {message}")]
+    Refused { rank: usize, message: String },
+    #[error(transparent)]
+    Collective(#[from] CommError),
+    #[error("the session ended with an earlier error: {reason}\n  help: open it again")]
+    Poisoned { reason: String },
+    #[error("the session is closed")]
+    Closed,
+}
+
+impl SessionError {
+    /// True if the session cannot be used any more.
+    pub fn is_fatal(&self) -> bool {
+        matches!(self, SessionError::Collective(_) | SessionError::Poisoned { .. } | SessionError::Closed)
+    }
+}

@@ -1,0 +1,463 @@
+//! State that stays with its rank between steps: the keys and values of a decoder.
+//!
+//! A *slot* is one sequence. Slots that step together form a group: one tensor per state pair with all slots along the
+//! slot dim and room for `capacity` entries along the dim that grows. A step reads the filled prefix as its past and
+//! appends behind it, so its cost is that of the new entries; only when other slots step together than before are rows
+//! copied. All slots of one step must have the same length; ragged steps are refused with an error that says so.
+//!
+//! Every rank keeps its own share, in the layout of the program, and changes it by the same requests.
+
+use crate::cpu::convert::{Place, held};
+use crate::cpu::value::Value;
+use crate::session::SessionError;
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use tpshard_ir::dim::{Bindings, Dim};
+use tpshard_ir::layout::Mesh;
+use tpshard_ir::program::{Entry, Family, RankProgram, StateSpec};
+use tpshard_ir::{Tensor, Type};
+
+/// A sequence whose state a session keeps; chosen by the caller.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct SlotId(pub u64);
+
+/// How much state a session has room for.
+#[derive(Clone, Debug)]
+pub struct StateOptions {
+    /// Entries per slot along the dim that grows.
+    pub capacity: usize,
+    /// Slots alive at one time.
+    pub slots: usize,
+}
+
+/// The state inputs of a step, as the entry's signature needs them.
+pub(crate) struct StateInputs {
+    pub(crate) types: BTreeMap<Arc<str>, Type>,
+}
+
+/// A change of state without computation.
+pub(crate) enum Change {
+    None,
+    Truncate { slot: SlotId, length: usize },
+    Fork { from: SlotId, to: SlotId },
+    Drop { slot: SlotId },
+}
+
+/// Slots that lie in one tensor per state pair.
+pub(crate) struct SlotGroup {
+    slots: Vec<SlotId>,
+    length: usize,
+    /// One per state pair, in the order of the program.
+    tensors: Vec<Tensor>,
+    inputs: Vec<(Arc<str>, usize)>,
+}
+
+/// All state of one rank.
+pub(crate) struct StateStore {
+    specs: Vec<StateSpec>,
+    mesh: Mesh,
+    rank: usize,
+    options: StateOptions,
+    groups: Vec<SlotGroup>,
+}
+
+fn refuse(what: impl Into<String>) -> SessionError {
+    SessionError::State { what: what.into() }
+}
+
+impl SlotGroup {
+    /// The filled prefixes, handed out; the tensors are taken and come back with [`StateStore::put_back`].
+    pub(crate) fn values(&mut self) -> BTreeMap<Arc<str>, Value> {
+        let tensors = std::mem::take(&mut self.tensors);
+        let prefix = |((name, axis), tensor): (&(Arc<str>, usize), Tensor)| {
+            let value = Value::new(tensor);
+            // The length never exceeds the capacity the tensors were made with.
+            (name.clone(), value.sliced(*axis, 0, self.length, 1).unwrap_or(value))
+        };
+        self.inputs.iter().zip(tensors).map(prefix).collect()
+    }
+}
+
+impl StateStore {
+    pub(crate) fn new(
+        program: &RankProgram,
+        options: &StateOptions,
+        memory_limit: u64,
+    ) -> Result<StateStore, SessionError> {
+        if program.states.is_empty() {
+            return Err(refuse("the model has no state\n  help: open the session without a state capacity"));
+        }
+        for spec in &program.states {
+            let fixed = (0..spec.ty.rank())
+                .filter(|&d| d != spec.axis && Some(d) != spec.slot_axis)
+                .all(|d| spec.ty.shape[d].as_size().is_some());
+            let moves = |d: usize| d == spec.axis || Some(d) == spec.slot_axis;
+            if !fixed || spec.axis >= spec.ty.rank() || spec.slot_axis.is_some_and(|d| d >= spec.ty.rank()) {
+                return Err(refuse(format!(
+                    "state `{}` of type {} has other open dims",
+                    spec.input, spec.ty
+                )));
+            }
+            if spec.layout.0.iter().any(|a| a.sharded_dim().is_some_and(moves)) || spec.layout.has_partial() {
+                return Err(refuse(format!(
+                    "state `{}` is split as {}, along a dim that grows",
+                    spec.input, spec.layout
+                )));
+            }
+        }
+        let store = StateStore {
+            specs: program.states.clone(),
+            mesh: program.mesh.clone(),
+            rank: program.rank,
+            options: options.clone(),
+            groups: Vec::new(),
+        };
+        let mut needed = 0u64;
+        for spec in &store.specs {
+            let shape = store.local_shape(spec, options.slots)?;
+            let elements = shape.iter().try_fold(1u64, |n, &d| n.checked_mul(d as u64));
+            let bytes = elements.and_then(|n| spec.ty.dtype.byte_len(n)).unwrap_or(u64::MAX);
+            needed = needed.saturating_add(bytes);
+        }
+        if needed > memory_limit {
+            return Err(SessionError::Memory { rank: program.rank, needed, limit: memory_limit });
+        }
+        Ok(store)
+    }
+
+    /// The shape of this rank's buffer for `slots` slots.
+    fn local_shape(&self, spec: &StateSpec, slots: usize) -> Result<Vec<usize>, SessionError> {
+        let ty = typed(spec, self.options.capacity, slots);
+        let (family, bindings) = (Family { ty, layout: spec.layout.clone() }, Bindings::new());
+        let place = Place { mesh: &self.mesh, rank: self.rank, bindings: &bindings };
+        let runs = held(&family, &place, self.rank).map_err(refuse)?;
+        Ok(runs.into_iter().map(|run| run.1).collect())
+    }
+
+    fn find(&self, slot: SlotId) -> Option<(usize, usize)> {
+        self.groups
+            .iter()
+            .enumerate()
+            .find_map(|(g, group)| Some((g, group.slots.iter().position(|s| *s == slot)?)))
+    }
+
+    pub(crate) fn length(&self, slot: SlotId) -> Option<usize> {
+        self.find(slot).map(|(group, _)| self.groups[group].length)
+    }
+
+    fn count(&self) -> usize {
+        self.groups.iter().map(|g| g.slots.len()).sum()
+    }
+
+    /// The common length of `slots`; slots that are not there yet are empty.
+    fn common_length(&self, slots: &[SlotId]) -> Result<usize, SessionError> {
+        let lengths: Vec<usize> = slots.iter().map(|&s| self.length(s).unwrap_or(0)).collect();
+        let Some(&first) = lengths.first() else { return Err(refuse("a step without slots")) };
+        for (i, slot) in slots.iter().enumerate() {
+            if slots[..i].contains(slot) {
+                return Err(refuse(format!("slot {} is named twice", slot.0)));
+            }
+            if lengths[i] != first {
+                return Err(refuse(format!(
+                    "slot {} holds {first} entries and slot {} holds {}\n  \
+                     help: slots of different lengths cannot step together yet; step them one after another",
+                    slots[0].0, slot.0, lengths[i]
+                )));
+            }
+        }
+        if slots.len() > 1 && self.specs.iter().any(|s| s.slot_axis.is_none()) {
+            return Err(refuse(
+                "the model's state has no dim for several slots\n  help: step them one after another",
+            ));
+        }
+        let new = slots.iter().filter(|&&s| self.find(s).is_none()).count();
+        if self.count() + new > self.options.slots {
+            return Err(refuse(format!(
+                "{} slots are in use, {new} more exceed the {} declared\n  help: drop slots or declare more",
+                self.count(),
+                self.options.slots
+            )));
+        }
+        Ok(first)
+    }
+
+    /// The types the state inputs have in a step of `slots`.
+    pub(crate) fn inputs(&self, slots: &[SlotId]) -> Result<StateInputs, SessionError> {
+        let length = self.common_length(slots)?;
+        let types = self.specs.iter().map(|s| (s.input.clone(), typed(s, length, slots.len()))).collect();
+        Ok(StateInputs { types })
+    }
+
+    /// Refuses a step whose new entries do not fit.
+    pub(crate) fn check_capacity(
+        &self,
+        entry: &Entry,
+        bindings: &Bindings,
+        slots: &[SlotId],
+    ) -> Result<(), SessionError> {
+        let length = self.common_length(slots)?;
+        for spec in &self.specs {
+            let port = entry.outputs.iter().find(|p| p.name == spec.output);
+            let port = port.ok_or_else(|| refuse(format!("the entry has no output `{}`", spec.output)))?;
+            let grown = port.ty.shape.get(spec.axis).map_or(Ok(0), |d| d.eval(bindings));
+            let grown = grown.map_err(|e| refuse(e.to_string()))?;
+            if grown > self.options.capacity as i64 {
+                return Err(refuse(format!(
+                    "the step would grow state `{}` from {length} to {grown} entries, the capacity is {}\n  \
+                     help: truncate or drop slots, or open the session with a larger capacity",
+                    spec.input, self.options.capacity
+                )));
+            }
+        }
+        Ok(())
+    }
+
+    /// The group that is exactly `slots`, regrouped if need be.
+    pub(crate) fn take(&mut self, slots: &[SlotId]) -> Result<SlotGroup, SessionError> {
+        let length = self.common_length(slots)?;
+        if let Some(at) = self.groups.iter().position(|g| g.slots == slots) {
+            return Ok(self.groups.swap_remove(at));
+        }
+        let tensors = self.copy_rows(slots)?;
+        for &slot in slots {
+            self.forget(slot)?;
+        }
+        Ok(SlotGroup { slots: slots.to_vec(), length, tensors, inputs: self.input_axes() })
+    }
+
+    fn input_axes(&self) -> Vec<(Arc<str>, usize)> {
+        self.specs.iter().map(|s| (s.input.clone(), s.axis)).collect()
+    }
+
+    /// New buffers that hold the rows of `slots`; slots that are not there are zero.
+    fn copy_rows(&self, slots: &[SlotId]) -> Result<Vec<Tensor>, SessionError> {
+        let mut tensors = Vec::with_capacity(self.specs.len());
+        for (pair, spec) in self.specs.iter().enumerate() {
+            let shape = self.local_shape(spec, slots.len())?;
+            let mut tensor = Tensor::zeros(spec.ty.dtype, shape).map_err(|e| refuse(e.to_string()))?;
+            for (row, &slot) in slots.iter().enumerate() {
+                let Some((group, from)) = self.find(slot) else { continue };
+                let group = &self.groups[group];
+                let source = Value::new(group.tensors[pair].clone());
+                let filled = source.sliced(spec.axis, 0, group.length, 1).map_err(refuse)?;
+                match spec.slot_axis {
+                    Some(axis) => {
+                        let one = filled.sliced(axis, from, 1, 1).map_err(refuse)?;
+                        crate::cpu::write_row(&mut tensor, axis, row, &one).map_err(refuse)?;
+                    }
+                    None => crate::cpu::write_row(&mut tensor, spec.axis, 0, &filled).map_err(refuse)?,
+                }
+            }
+            tensors.push(tensor);
+        }
+        Ok(tensors)
+    }
+
+    /// Takes the present outputs of a step as the group's tensors. After a failed step the group keeps its old length,
+    /// whose entries a step never changes.
+    pub(crate) fn put_back(
+        &mut self,
+        mut group: SlotGroup,
+        entry: &Entry,
+        outputs: &mut [Value],
+        succeeded: bool,
+    ) -> Result<(), SessionError> {
+        // An output that looks at a state would keep it from being taken.
+        for (output, value) in entry.graph.outputs.iter().zip(outputs.iter_mut()) {
+            if self.specs.iter().all(|s| s.output != output.name) {
+                let own = std::mem::replace(value, Value::new(Tensor::scalar(0f32)));
+                *value = Value::new(own.into_tensor().map_err(refuse)?);
+            }
+        }
+        let mut grown = group.length;
+        let mut tensors = Vec::with_capacity(self.specs.len());
+        for spec in &self.specs {
+            let at = entry.graph.outputs.iter().position(|o| o.name == spec.output);
+            let value = at
+                .and_then(|at| outputs.get_mut(at))
+                .ok_or_else(|| refuse(format!("the step has no output `{}`", spec.output)))?;
+            let present = std::mem::replace(value, Value::new(Tensor::scalar(0f32)));
+            let length = present.shape().get(spec.axis).copied().unwrap_or(0);
+            if length > self.options.capacity {
+                return Err(refuse(format!("state `{}` grew to {length} entries", spec.input)));
+            }
+            grown = length;
+            let shape = self.local_shape(spec, group.slots.len())?;
+            tensors.push(self.buffer(present, spec, shape)?);
+        }
+        group.tensors = tensors;
+        if succeeded {
+            group.length = grown;
+        }
+        self.groups.push(group);
+        Ok(())
+    }
+
+    /// The buffer behind a present value, or a new one that holds it.
+    fn buffer(&self, present: Value, spec: &StateSpec, shape: Vec<usize>) -> Result<Tensor, SessionError> {
+        let present = if present.is_prefix(spec.axis, self.options.capacity) {
+            match present.into_unique() {
+                Ok(tensor) if tensor.shape() == shape => return Ok(tensor),
+                Ok(tensor) => Value::new(tensor),
+                Err(shared) => shared,
+            }
+        } else {
+            present
+        };
+        let mut tensor = Tensor::zeros(spec.ty.dtype, shape).map_err(|e| refuse(e.to_string()))?;
+        crate::cpu::write_row(&mut tensor, spec.axis, 0, &present).map_err(refuse)?;
+        Ok(tensor)
+    }
+
+    /// Whether a change can be made.
+    pub(crate) fn check(&self, change: &Change) -> Result<(), SessionError> {
+        let there = |slot: &SlotId| {
+            self.length(*slot).ok_or_else(|| refuse(format!("slot {} holds nothing", slot.0)))
+        };
+        match change {
+            Change::None => Ok(()),
+            Change::Drop { slot } => there(slot).map(|_| ()),
+            Change::Truncate { slot, length } => {
+                let held = there(slot)?;
+                if *length > held {
+                    return Err(refuse(format!("slot {} holds {held} entries, not {length}", slot.0)));
+                }
+                Ok(())
+            }
+            Change::Fork { from, to } => {
+                there(from)?;
+                if self.find(*to).is_some() {
+                    return Err(refuse(format!("slot {} is in use\n  help: drop it first", to.0)));
+                }
+                if self.count() >= self.options.slots {
+                    return Err(refuse(format!("all {} declared slots are in use", self.options.slots)));
+                }
+                Ok(())
+            }
+        }
+    }
+
+    pub(crate) fn change(&mut self, change: &Change) -> Result<(), SessionError> {
+        self.check(change)?;
+        match *change {
+            Change::None => Ok(()),
+            Change::Drop { slot } => self.forget(slot),
+            Change::Truncate { slot, length } => {
+                let alone = self.alone(slot)?;
+                self.groups[alone].length = length;
+                Ok(())
+            }
+            Change::Fork { from, to } => {
+                let tensors = self.copy_rows(&[from])?;
+                let length = self.length(from).unwrap_or(0);
+                self.groups.push(SlotGroup { slots: vec![to], length, tensors, inputs: self.input_axes() });
+                Ok(())
+            }
+        }
+    }
+
+    /// The group that holds only `slot`.
+    fn alone(&mut self, slot: SlotId) -> Result<usize, SessionError> {
+        let (group, _) = self.find(slot).ok_or_else(|| refuse(format!("slot {} holds nothing", slot.0)))?;
+        if self.groups[group].slots.len() == 1 {
+            return Ok(group);
+        }
+        let length = self.groups[group].length;
+        let tensors = self.copy_rows(&[slot])?;
+        self.forget(slot)?;
+        self.groups.push(SlotGroup { slots: vec![slot], length, tensors, inputs: self.input_axes() });
+        Ok(self.groups.len() - 1)
+    }
+
+    /// Removes a slot; the others of its group stay together.
+    fn forget(&mut self, slot: SlotId) -> Result<(), SessionError> {
+        let Some((at, _)) = self.find(slot) else { return Ok(()) };
+        let rest: Vec<SlotId> = self.groups[at].slots.iter().copied().filter(|s| *s != slot).collect();
+        let tensors = if rest.is_empty() { Vec::new() } else { self.copy_rows(&rest)? };
+        let group = self.groups.swap_remove(at);
+        if !rest.is_empty() {
+            self.groups.push(SlotGroup { slots: rest, length: group.length, tensors, inputs: group.inputs });
+        }
+        Ok(())
+    }
+}
+
+/// The type of a state with `entries` entries for `slots` slots.
+fn typed(spec: &StateSpec, entries: usize, slots: usize) -> Type {
+    let mut ty = spec.ty.clone();
+    if let Some(dim) = ty.shape.get_mut(spec.axis) {
+        *dim = Dim::from(entries);
+    }
+    if let Some(dim) = spec.slot_axis.and_then(|axis| ty.shape.get_mut(axis)) {
+        *dim = Dim::from(slots);
+    }
+    ty
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::comm::solo;
+    use crate::cpu::MemoryWeights;
+    use crate::session::{Session, SessionOptions};
+    use tpshard_ir::layout::Layout;
+    use tpshard_ir::{
+        DType, Data, Graph, Op, Output, Spmd, SpmdOutput, StatePair, Step, StepId, StepKind, ValueId,
+    };
+
+    /// `present = append(past, x)`, and its transpose, which only looks.
+    fn program() -> RankProgram {
+        let mut g = Graph::new("state");
+        let ty = |grows: &str| Type::new(DType::F32, vec![Dim::symbol("b"), Dim::symbol(grows), 2i64.into()]);
+        let past = g.input("past", ty("past"));
+        let x = g.input("x", ty("seq"));
+        let present = g.add(Op::Append { axis: 1 }, &[past, x]).unwrap();
+        let y = g.add(Op::Transpose { perm: vec![0, 2, 1] }, &[present]).unwrap();
+        g.outputs.push(Output { name: "present".into(), value: present });
+        g.outputs.push(Output { name: "y".into(), value: y });
+        g.states.push(StatePair { input: "past".into(), output: "present".into(), axis: 1 });
+        let mesh = Mesh::flat(1);
+        let step = |value: u32, args: &[u32]| Step {
+            value: ValueId(value),
+            layout: Layout::replicated(&mesh),
+            kind: StepKind::Compute,
+            args: args.iter().map(|&a| StepId(a)).collect(),
+        };
+        let steps = vec![step(0, &[]), step(1, &[]), step(2, &[0, 1]), step(3, &[2])];
+        let outputs =
+            [("present", 2), ("y", 3)].map(|(n, s)| SpmdOutput { name: n.into(), step: StepId(s) }).to_vec();
+        let spmd = Spmd { mesh, imported: g.len(), logical: g, equations: vec![], steps, outputs };
+        RankProgram::from_spmd(&spmd, 0).unwrap()
+    }
+
+    fn address(session: &Session) -> *const f32 {
+        match session.state().unwrap().groups[0].tensors[0].data() {
+            Data::F32(v) => v.as_ptr(),
+            _ => std::ptr::null(),
+        }
+    }
+
+    #[test]
+    fn steps_append_in_place() {
+        let options = SessionOptions {
+            threads: Some(1),
+            state: Some(StateOptions { capacity: 6, slots: 2 }),
+            ..SessionOptions::default()
+        };
+        let mut session = Session::open(program(), &mut MemoryWeights::default(), solo(), &options).unwrap();
+        let slots = [SlotId(0), SlotId(1)];
+        let mut first = None;
+        for step in 0..3 {
+            let x = Tensor::from_vec(vec![2, 2, 2], (0..8).map(|i| (8 * step + i) as f32).collect()).unwrap();
+            let inputs = BTreeMap::from([("x".to_string(), x)]);
+            let results = session.run_step(&slots, &inputs).unwrap();
+            let y = &results.outputs["y"].tensor;
+            assert_eq!(y.shape(), [2, 2, 2 * (step + 1)]);
+            assert_eq!(y.as_slice::<f32>().unwrap()[2 * step], (8 * step) as f32);
+            assert_eq!(*first.get_or_insert(address(&session)), address(&session));
+        }
+        let x = Tensor::from_vec(vec![2, 1, 2], vec![0f32; 4]).unwrap();
+        let error = session.run_step(&slots, &BTreeMap::from([("x".to_string(), x)])).unwrap_err();
+        assert!(error.to_string().contains("capacity is 6"), "{error}");
+    }
+}
