@@ -1,5 +1,5 @@
 //! Every plan computes what its model computes: N simulated ranks against the logical graph, in the field modulo
-//! 2^61 - 1, where equal means equal.
+//! 2^61 - 1, where equal means equal. And the checker, which shares no rules with the planner, agrees.
 
 mod common;
 
@@ -44,6 +44,9 @@ fn inputs(graph: &Graph, bindings: &Bindings) -> Inputs<<Field as Domain>::Eleme
 
 fn check(graph: &Graph, options: &PlanOptions, bindings: &Bindings) -> Plan {
     let plan = plan(Extended::new(graph.clone()), options).unwrap();
+    if let Err(findings) = tpshard_checker::check(&plan.program, graph) {
+        panic!("the checker refuses the plan: {findings:#?}\n{}", plan.report);
+    }
     let weights = |expr: &WeightExpr| random_weight(&Field, expr, 5, LIMIT);
     let interpreter = Interpreter { domain: &Field, weights: &weights, element_limit: LIMIT };
     let inputs = inputs(graph, bindings);
