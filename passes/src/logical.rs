@@ -6,7 +6,9 @@
 use crate::egraph::logical::{Found, Line, Source, saturate};
 use crate::extended::Extended;
 use std::collections::{BTreeMap, BTreeSet};
-use tpshard_ir::{Graph, InferError, Mesh, Op, Scalar, Spmd, SpmdOutput, Step, Type, ValueId};
+use tpshard_ir::{
+    Graph, InferError, Mesh, Node, Op, Scalar, Spmd, SpmdOutput, Step, StepKind, Type, ValueId,
+};
 
 /// A graph with alternatives appended.
 pub struct Alternatives {
@@ -104,12 +106,22 @@ fn describe(graph: &Graph, segment: &[ValueId]) -> (Vec<ValueId>, Vec<Line>) {
 }
 
 impl Alternatives {
+    /// What the outputs depend on, and all alternatives; ascending.
+    pub fn live(&self) -> Vec<ValueId> {
+        let appended = (self.base..self.extended.graph.len()).map(|i| ValueId(i as u32));
+        self.extended.live().into_iter().chain(appended).collect()
+    }
+
     /// The program of the chosen steps, with the alternatives they use and nothing else appended.
     pub fn into_program(self, mesh: Mesh, mut steps: Vec<Step>, outputs: Vec<SpmdOutput>) -> Spmd {
         let Alternatives { mut extended, base, rules, .. } = self;
         let mut used: BTreeSet<ValueId> =
             steps.iter().map(|s| s.value).filter(|v| v.index() >= base).collect();
         let needed: Vec<_> = rules.into_iter().filter(|(_, _, right)| used.contains(right)).collect();
+        let named = needed.iter().flat_map(|(_, left, right)| [*left, *right]);
+        used.extend(named.filter(|v| v.index() >= base));
+        rebuild(&mut extended.graph, &mut steps);
+        used.extend(steps.iter().map(|s| s.value).filter(|v| v.index() >= base));
         for index in (base..extended.graph.len()).rev() {
             let value = ValueId(index as u32);
             if used.contains(&value) {
@@ -147,5 +159,22 @@ impl Alternatives {
             steps,
             outputs,
         }
+    }
+}
+
+/// Lets every step name a value whose operands are exactly those that the step reads: users of an alternative are
+/// rebuilt over it. Equal operands give equal results, so this needs no equations.
+fn rebuild(graph: &mut Graph, steps: &mut [Step]) {
+    let mut known: BTreeMap<(ValueId, Vec<ValueId>), ValueId> = BTreeMap::new();
+    for index in 0..steps.len() {
+        let operands: Vec<ValueId> = steps[index].args.iter().map(|a| steps[a.index()].value).collect();
+        let value = steps[index].value;
+        steps[index].value = match steps[index].kind {
+            StepKind::Convert(_) => operands.first().copied().unwrap_or(value),
+            StepKind::Compute if operands == graph.node(value).args => value,
+            StepKind::Compute => *known.entry((value, operands)).or_insert_with_key(|(value, operands)| {
+                graph.push(Node { args: operands.clone(), ..graph.node(*value).clone() })
+            }),
+        };
     }
 }

@@ -8,7 +8,7 @@ use crate::extract::{Budget, ExtractError, Extraction, Limits, extract};
 use crate::layout_graph::{BuildError, Classes, LayoutGraph, Model, build};
 use crate::logical::{Alternatives, alternatives};
 use crate::report::{PlanReport, Summary, report};
-use crate::sharding::candidate_units;
+use crate::sharding::{Units, candidate_units};
 use std::collections::BTreeSet;
 use tpshard_ir::{Graph, Mesh, Op, Spmd, ValueId};
 
@@ -106,9 +106,11 @@ pub fn plan(extended: Extended, options: &PlanOptions) -> Result<Plan, PlanError
     }
     let found = alternatives(extended)?;
     let pricer = Pricer::new(&options.profile, &found.extended.graph, &options.entries);
+    let live: Vec<ValueId> = found.live();
+    let units = candidate_units(&found.extended.graph, &live);
     let mut best: Option<Candidate> = None;
     for mesh in meshes(&found.extended.graph, options.ranks) {
-        let next = candidate(&found, &pricer, &mesh, options)?;
+        let next = candidate(&found, &pricer, &units, &mesh, options)?;
         if best.as_ref().is_none_or(|b| next.extraction.cost < b.extraction.cost) {
             best = Some(next);
         }
@@ -118,7 +120,7 @@ pub fn plan(extended: Extended, options: &PlanOptions) -> Result<Plan, PlanError
         best.extraction.cost
     } else {
         let free = PlanOptions { memory: MemoryGoal::Free, ..options.clone() };
-        candidate(&found, &pricer, &Mesh::flat(1), &free)?.extraction.cost
+        candidate(&found, &pricer, &units, &Mesh::flat(1), &free)?.extraction.cost
     };
     let (steps, outputs) = emit(&Source {
         graph: &found.extended.graph,
@@ -142,17 +144,14 @@ pub fn plan(extended: Extended, options: &PlanOptions) -> Result<Plan, PlanError
 fn candidate(
     found: &Alternatives,
     pricer: &Pricer<'_>,
+    units: &Units,
     mesh: &Mesh,
     options: &PlanOptions,
 ) -> Result<Candidate, PlanError> {
     let graph = &found.extended.graph;
     let outputs: Vec<ValueId> = found.extended.outputs.iter().map(|o| o.value).collect();
     let classes = Classes::new(graph, &outputs, &found.equal, pricer, mesh);
-    let live: Vec<ValueId> =
-        graph.values().map(|(v, _)| v).filter(|v| classes.of[v.index()].is_some()).collect();
-    let units = candidate_units(graph, &live);
-    let model =
-        Model { graph, outputs: &found.extended.outputs, classes: &classes, units: &units, pricer, mesh };
+    let model = Model { graph, outputs: &found.extended.outputs, classes: &classes, units, pricer, mesh };
     let layouts = build(&model)?;
     let set_aside = classes.reserved.saturating_add(options.reserve);
     let budget = match options.memory {

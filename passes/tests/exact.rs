@@ -1,5 +1,5 @@
 //! Every plan computes what its model computes: N simulated ranks against the logical graph, in the field modulo
-//! 2^61 - 1, where equal means equal.
+//! 2^61 - 1, where equal means equal. And the checker, which shares no rules with the planner, agrees.
 
 mod common;
 
@@ -44,6 +44,9 @@ fn inputs(graph: &Graph, bindings: &Bindings) -> Inputs<<Field as Domain>::Eleme
 
 fn check(graph: &Graph, options: &PlanOptions, bindings: &Bindings) -> Plan {
     let plan = plan(Extended::new(graph.clone()), options).unwrap();
+    if let Err(findings) = tpshard_checker::check(&plan.program, graph) {
+        panic!("the checker refuses the plan: {findings:#?}\n{}", plan.report);
+    }
     let weights = |expr: &WeightExpr| random_weight(&Field, expr, 5, LIMIT);
     let interpreter = Interpreter { domain: &Field, weights: &weights, element_limit: LIMIT };
     let inputs = inputs(graph, bindings);
@@ -59,15 +62,20 @@ fn check(graph: &Graph, options: &PlanOptions, bindings: &Bindings) -> Plan {
 }
 
 /// Plans and runs `graph` for several rank counts, machines and budgets.
-fn check_everywhere(graph: &Graph, plan_for: &[(&str, i64)], run_with: &[(&str, i64)]) {
+fn check_everywhere(graph: &Graph, ranks: &[usize], plan_for: &[(&str, i64)], run_with: &[(&str, i64)]) {
     let bindings: Bindings = run_with.iter().map(|&(n, v)| (Arc::from(n), v)).collect();
-    for ranks in [1, 2, 3, 4, 5] {
+    for &ranks in ranks {
         for profile in profiles() {
             for memory in [MemoryGoal::Least, MemoryGoal::Free] {
                 let mut options = PlanOptions::new(ranks, profile.clone());
                 options.entries = vec![entry("e", plan_for)];
                 options.memory = memory;
-                check(graph, &options, &bindings);
+                let plan = check(graph, &options, &bindings);
+                // Where collectives are all that a tiny model pays for, a tight budget leaves thousands of plans within
+                // reach of each other, and the search is cut short.
+                if memory == MemoryGoal::Free {
+                    assert!(plan.report.gap < 0.1, "{}", plan.report);
+                }
             }
         }
     }
@@ -81,10 +89,10 @@ fn llama_in_every_phase() {
     let decode = [("batch", 1), ("seq", 1), ("past", 6)];
     let prefill = [("batch", 2), ("seq", 6), ("past", 1)];
     let graph = llama(TINY, DType::F32);
-    check_everywhere(&graph, &decode, &decode);
-    check_everywhere(&graph, &prefill, &prefill);
+    check_everywhere(&graph, &[1, 2, 3, 4, 5], &decode, &decode);
+    check_everywhere(&graph, &[4], &prefill, &prefill);
     // Plans hold for other dims than they were made for.
-    check_everywhere(&graph, &decode, &prefill);
+    check_everywhere(&graph, &[2, 3], &decode, &prefill);
 }
 
 #[test]
@@ -92,18 +100,18 @@ fn five_heads_over_one_and_fourteen_over_two() {
     for (heads, kv_heads) in [(5, 1), (14, 2)] {
         let sizes = Sizes { heads, kv_heads, width: 10, hidden: 15, layers: 1, ..TINY };
         let dims = [("batch", 1), ("seq", 2), ("past", 3)];
-        check_everywhere(&llama(sizes, DType::F32), &dims, &dims);
+        check_everywhere(&llama(sizes, DType::F32), &[3, 4, 5], &dims, &dims);
     }
 }
 
 #[test]
 fn gpt2_with_tied_weights() {
     let dims = [("batch", 1), ("seq", 5)];
-    check_everywhere(&gpt2(TINY, DType::F32), &dims, &dims);
+    check_everywhere(&gpt2(TINY, DType::F32), &[2, 3, 5], &dims, &dims);
 }
 
 #[test]
 fn resnet_block() {
     let dims = [("batch", 2)];
-    check_everywhere(&resnet(6, 7), &dims, &dims);
+    check_everywhere(&resnet(6, 7), &[2, 3, 4], &dims, &dims);
 }

@@ -76,9 +76,12 @@ type Logic = EGraph<Node, Types>;
 /// What a rule says about one operation of a class: the other form, over the classes of its operands.
 type Form = (Graph, Vec<ValueId>, ValueId);
 
+/// Finds another form of an operation, and the classes its inputs stand for.
+type Finding = fn(&Logic, &Node) -> Option<(Form, Vec<Id>)>;
+
 struct Rule {
     name: &'static str,
-    form: fn(&Logic, &Node) -> Option<(Form, Vec<Id>)>,
+    form: Finding,
 }
 
 const RULES: [Rule; 2] =
@@ -87,7 +90,8 @@ const RULES: [Rule; 2] =
 /// The primitives of a composite.
 fn opened(logic: &Logic, node: &Node) -> Option<(Form, Vec<Id>)> {
     let Head::Op(op) = &*node.head else { return None };
-    if !op.is_composite() {
+    // A rotation opened gives no layout that it does not have whole: its pairs cannot be parted.
+    if !op.is_composite() || matches!(op, Op::Rotary { .. }) {
         return None;
     }
     let (mut graph, inputs) = operands(logic, &node.children);

@@ -7,4 +7,5 @@
 //!
 //! Work is limited by nodes and iterations, never by time, so equal graphs give equal results.
 
+pub mod layouts;
 pub mod logical;

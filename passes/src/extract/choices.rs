@@ -3,7 +3,7 @@
 
 use crate::cost::Cost;
 use crate::layout_graph::{Group, LayoutGraph, Operand};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 /// A set of slots.
 pub type Slots = u64;
@@ -30,18 +30,21 @@ pub struct Choice {
 /// A conversion forest: what it costs, and its edges in order.
 type Forest = Option<(Cost, Vec<u16>)>;
 
+/// How a set of slots was reached: at what cost, from which set over which edge.
+type Reached = (Cost, Option<(Slots, u16)>);
+
 /// Choices and conversion distances, computed once per group and demand.
 pub struct Choices<'a> {
     graph: &'a LayoutGraph,
     /// Every choice ever computed; others refer to them by index.
     pub all: Vec<Choice>,
     known: BTreeMap<(u32, Slots), Vec<u32>>,
-    distances: BTreeMap<(u32, Slots, Slots), Option<Cost>>,
+    distances: HashMap<(u32, Slots, Slots), Option<Cost>>,
 }
 
 impl<'a> Choices<'a> {
     pub fn new(graph: &'a LayoutGraph) -> Choices<'a> {
-        Choices { graph, all: Vec::new(), known: BTreeMap::new(), distances: BTreeMap::new() }
+        Choices { graph, all: Vec::new(), known: BTreeMap::new(), distances: HashMap::new() }
     }
 
     /// The undominated choices for `demand` on `group`, cheapest first; empty if it cannot be satisfied.
@@ -125,12 +128,12 @@ fn satisfy(graph: &LayoutGraph, group: &Group, demand: Slots) -> Vec<Choice> {
     };
     let count = group.productions.len();
     (0..count).for_each(|p| consider(&[p]));
-    // A state lies in one layout. Elsewhere a second production pays only if its own result is wanted.
+    // A state lies in one layout. Elsewhere two productions are considered if the results of both are wanted.
     if demand.count_ones() > 1 && !group.homes {
         let wanted = |p: usize| demand & bit(group.productions[p].out) != 0;
         for a in 0..count {
             for b in a + 1..count {
-                if group.productions[a].out != group.productions[b].out && (wanted(a) || wanted(b)) {
+                if group.productions[a].out != group.productions[b].out && wanted(a) && wanted(b) {
                     consider(&[a, b]);
                 }
             }
@@ -165,8 +168,7 @@ fn forest(group: &Group, present: Slots, wanted: Slots) -> Forest {
     // Intermediate slots beyond one per wanted slot never pay.
     let most = wanted.count_ones() + 1;
     let mut queue = BTreeSet::from([(Cost::ZERO, present)]);
-    let mut best: BTreeMap<Slots, (Cost, Option<(Slots, u16)>)> =
-        BTreeMap::from([(present, (Cost::ZERO, None))]);
+    let mut best: BTreeMap<Slots, Reached> = BTreeMap::from([(present, (Cost::ZERO, None))]);
     while let Some((cost, have)) = queue.pop_first() {
         if wanted & !have == 0 {
             return Some((cost, trace(&best, have)));
@@ -192,7 +194,7 @@ fn forest(group: &Group, present: Slots, wanted: Slots) -> Forest {
     None
 }
 
-fn trace(best: &BTreeMap<Slots, (Cost, Option<(Slots, u16)>)>, end: Slots) -> Vec<u16> {
+fn trace(best: &BTreeMap<Slots, Reached>, end: Slots) -> Vec<u16> {
     let mut edges = Vec::new();
     let mut at = end;
     while let Some((_, Some((before, edge)))) = best.get(&at) {

@@ -81,8 +81,10 @@ pub fn extract(graph: &LayoutGraph, budget: Budget, limits: Limits) -> Result<Ex
     let segments = segments(graph);
     let shapes = segments.iter().map(|s| s.shape + 1).max().unwrap_or(0);
     let mut choices = Choices::new(graph);
-    let mut run = |aim: Aim| Search::new(graph, &mut choices, aim, limits).run(&segments);
-    let leanest = run(Aim::Bytes).ok_or(ExtractError::Impossible)?;
+    let mut narrow = limits;
+    let leanest = Search::new(graph, &mut choices, Aim::Bytes, limits)
+        .run(&segments)
+        .ok_or(ExtractError::Impossible)?;
     let budget = match budget {
         Budget::Free => None,
         Budget::Least => Some(leanest.bytes.saturating_add(leanest.bytes / 50)),
@@ -91,12 +93,22 @@ pub fn extract(graph: &LayoutGraph, budget: Budget, limits: Limits) -> Result<Ex
     if let Some(budget) = budget.filter(|&b| b < leanest.bytes) {
         return Err(ExtractError::Budget { least: leanest.bytes, budget });
     }
-    let fastest = run(Aim::Time { price: 0.0 }).ok_or(ExtractError::Impossible)?;
+    let aim = Aim::Time { price: 0.0 };
+    let fastest =
+        Search::new(graph, &mut choices, aim, limits).run(&segments).ok_or(ExtractError::Impossible)?;
+    if !fastest.complete {
+        // The rest would be cut short, too: less of it gives as good a plan sooner.
+        narrow = Limits { states: limits.states / 8 + 1, labels: limits.labels / 8 + 1 };
+    }
+    let mut run = |aim: Aim| Search::new(graph, &mut choices, aim, narrow).run(&segments);
     let least_bytes = leanest.bytes;
-    let outcome = match budget.filter(|&b| fastest.bytes > b) {
-        None => Outcome { bound: lower_bound(graph, &fastest, 0.0, 0), best: fastest },
-        Some(bytes) => within(graph, leanest, fastest, bytes, &mut run),
+    let mut outcome = match budget.filter(|&b| fastest.bytes > b) {
+        None => Outcome { bound: lower_bound(&fastest, 0.0, 0), best: fastest },
+        Some(bytes) => within(leanest, fastest, bytes, &mut run),
     };
+    if outcome.bound < outcome.best.cost {
+        outcome.bound = outcome.bound.max(without_conversions(graph, limits)).min(outcome.best.cost);
+    }
     let found = outcome.best;
     let chosen = found.choices.iter().map(|(&g, &c)| (g, choices.all[c as usize].clone())).collect();
     Ok(Extraction {
@@ -115,26 +127,35 @@ struct Outcome {
     bound: Cost,
 }
 
-/// What a finished search at `price` says about every plan of at most `budget` bytes.
-fn lower_bound(graph: &LayoutGraph, found: &Found, price: f64, budget: u64) -> Cost {
-    if found.complete {
-        let allowance = ((budget as f64 * price).ceil() as u128) << 64;
-        Cost::from_raw(found.rank.saturating_sub(allowance))
-    } else {
-        // A search that was cut short proves nothing. Every output has to be produced somehow, though.
-        let least = |g: &crate::layout_graph::Group| g.productions.iter().map(|p| p.cost).min();
-        graph.groups.iter().filter(|g| !g.exits.is_empty()).filter_map(least).sum()
+/// What a finished search at `price` says about every plan of at most `budget` bytes. A search that was cut short
+/// says nothing.
+fn lower_bound(found: &Found, price: f64, budget: u64) -> Cost {
+    if !found.complete {
+        return Cost::ZERO;
     }
+    let allowance = ((budget as f64 * price).ceil() as u128) << 64;
+    Cost::from_raw(found.rank.saturating_sub(allowance))
+}
+
+/// The time of the best plan if conversions cost nothing: then layouts hardly matter, and no search is cut short.
+fn without_conversions(graph: &LayoutGraph, limits: Limits) -> Cost {
+    let mut relaxed = graph.clone();
+    for edge in relaxed.groups.iter_mut().flat_map(|g| &mut g.conversions) {
+        edge.cost = Cost::ZERO;
+    }
+    let segments = segments(&relaxed);
+    let mut choices = Choices::new(&relaxed);
+    let found = Search::new(&relaxed, &mut choices, Aim::Time { price: 0.0 }, limits).run(&segments);
+    found.map_or(Cost::ZERO, |found| lower_bound(&found, 0.0, 0))
 }
 
 fn within(
-    graph: &LayoutGraph,
     leanest: Found,
     fastest: Found,
     budget: u64,
     run: &mut impl FnMut(Aim) -> Option<Found>,
 ) -> Outcome {
-    let mut bound = lower_bound(graph, &fastest, 0.0, 0);
+    let mut bound = lower_bound(&fastest, 0.0, 0);
     let mut best = leanest;
     // The best price makes a plan above and a plan below the budget equally good, and no plan better. It is found by
     // moving to the plan that is better at the price at which the current two are equal.
@@ -144,7 +165,7 @@ fn within(
         let spent = above.1.saturating_sub(best.bytes).max(1);
         let price = (saved as f64 / spent as f64).min(HIGHEST_PRICE);
         let Some(found) = run(Aim::Time { price }) else { break };
-        bound = bound.max(lower_bound(graph, &found, price, budget));
+        bound = bound.max(lower_bound(&found, price, budget));
         if found.bytes > budget {
             if found.bytes >= above.1 {
                 break;

@@ -33,15 +33,18 @@ pub struct Limits {
 
 impl Default for Limits {
     fn default() -> Limits {
-        Limits { states: 4096, labels: 8192 }
+        Limits { states: 512, labels: 2048 }
     }
 }
 
 /// How many cheaper states a state is compared with.
-const RIVALS: usize = 64;
+const RIVALS: usize = 32;
 
 /// Demanded slots per group, ascending by group.
 type Demand = Vec<(u32, Slots)>;
+
+/// What a segment leads to: demands at its lower end, and the labels there.
+type Ends = Vec<(Demand, Vec<Label>)>;
 
 /// The beginning of every trail.
 const START: u32 = u32::MAX;
@@ -94,7 +97,7 @@ pub(super) struct Search<'a, 'c> {
     limits: Limits,
     trails: Vec<(u32, Deed)>,
     /// Per segment shape and demand in relative names: where it was solved, and with what result.
-    solved: BTreeMap<(usize, Demand), (u32, Vec<(Demand, Vec<Label>)>)>,
+    solved: BTreeMap<(usize, Demand), (u32, Ends)>,
     /// Per segment, the fewest bytes that all below it take.
     bytes_below: Vec<u64>,
     complete: bool,
@@ -189,7 +192,7 @@ impl<'a, 'c> Search<'a, 'c> {
 
     /// Solves a segment for one demand at its upper end. Labels of the result begin with nothing done, and their
     /// `before` is the end of their trail.
-    fn solve(&mut self, segment: &Segment, demand: Demand) -> Vec<(Demand, Vec<Label>)> {
+    fn solve(&mut self, segment: &Segment, demand: Demand) -> Ends {
         let start = Label { cost: Cost::ZERO, bytes: 0, rank: 0, before: START, deed: Deed::Nothing };
         let mut front: Front = BTreeMap::from([(demand, vec![start])]);
         for group in (segment.low..segment.high).rev() {
@@ -288,7 +291,7 @@ impl<'a, 'c> Search<'a, 'c> {
             for rival in kept.iter().take(RIVALS) {
                 let Some(distance) = self.distance(&demand, rival) else { continue };
                 let Some(others) = front.get(rival) else { continue };
-                labels.retain(|label| !others.iter().any(|other| self.beats(other, distance, label)));
+                self.drop_beaten(&mut labels, others, distance);
                 if labels.is_empty() {
                     break;
                 }
@@ -300,11 +303,24 @@ impl<'a, 'c> Search<'a, 'c> {
         }
     }
 
-    fn beats(&self, other: &Label, distance: Cost, label: &Label) -> bool {
-        let through = other.rank + self.rank(distance, 0);
+    /// Drops the labels that some label of a rival beats although it has a distance to go.
+    fn drop_beaten(&self, labels: &mut Vec<Label>, others: &[Label], distance: Cost) {
+        let distance = self.rank(distance, 0);
         match self.aim {
-            Aim::Both { .. } => through <= label.rank && other.bytes <= label.bytes,
-            Aim::Time { .. } | Aim::Bytes => through <= label.rank,
+            Aim::Time { .. } | Aim::Bytes => {
+                let through = lowest(others).saturating_add(distance);
+                labels.retain(|label| through > label.rank);
+            }
+            // Both lists ascend in time and descend in bytes, so of those that are in time the last is the leanest.
+            Aim::Both { .. } => {
+                let mut next = 0;
+                labels.retain(|label| {
+                    while others.get(next).is_some_and(|o| o.rank + distance <= label.rank) {
+                        next += 1;
+                    }
+                    next == 0 || others[next - 1].bytes > label.bytes
+                });
+            }
         }
     }
 

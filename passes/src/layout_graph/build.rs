@@ -34,12 +34,18 @@ pub enum BuildError {
 
 type Conversions = Rc<Vec<(u8, u8, Conversion)>>;
 
+/// Per dim of a value, the units it may be dealt out in.
+type DimUnits = Vec<BTreeSet<Dim>>;
+
+/// All that squares depend on: operation, types of operands and result, units of both.
+type Shape = (Op, Vec<Type>, Type, Vec<DimUnits>);
+
 /// Answers that alike layers ask for again.
 #[derive(Default)]
 struct Memory {
-    squares: HashMap<(Op, Vec<Type>, Type, Vec<Vec<BTreeSet<Dim>>>), Rc<Vec<MeshSquare>>>,
+    squares: HashMap<Shape, Rc<Vec<MeshSquare>>>,
     conversions: HashMap<(Type, Vec<Layout>), Conversions>,
-    shards: HashMap<(Type, Vec<BTreeSet<Dim>>), Rc<Vec<Layout>>>,
+    shards: HashMap<(Type, DimUnits), Rc<Vec<Layout>>>,
 }
 
 struct Builder<'a> {
