@@ -5,12 +5,18 @@
 //! Both files store packed numbers as bytes. A product declares the same bytes anew with their logical type and shape, so
 //! that they stay unread and are sliced by block: `x · dequant(q, scales, zeros)ᵀ`. A look-up picks rows of bytes first
 //! and unpacks only those.
+//!
+//! `accuracy_level` 4 lets a kernel round the other operand to 8 bits, and ONNX Runtime's does: [`rounded_to_bytes`] says how,
+//! so that results agree with its.
 
 use crate::lower::{Call, Lowered, Lowering, Value, axis_of, invalid, unsupported};
 use crate::tensor_data::TensorRef;
-use tpshard_ir::op::EinsumSpec;
+use tpshard_ir::op::{EinsumSpec, PadMode, Real};
 use tpshard_ir::weight::{WeightExpr, WeightKind};
-use tpshard_ir::{DType, Dim, Op, Scalar, ValueId};
+use tpshard_ir::{DType, Dim, Monoid, Op, Scalar, ValueId};
+
+/// The greatest code of a block that is rounded to 8 bits.
+const BYTE_RANGE: f64 = 127.0;
 
 /// The unsigned type of `bits` bits.
 fn packed_type(bits: i64) -> Lowered<DType> {
@@ -78,8 +84,7 @@ pub(crate) fn matmul_n_bits(lowering: &mut Lowering<'_>, call: &Call<'_>) -> Low
     let outer = size_attribute(read.required_int("N")?, "N")?;
     let bits = read.int("bits", 4)?;
     let block = block_attribute(read.required_int("block_size")?)?;
-    // How roughly a kernel may compute; ours computes in the type of A.
-    read.ignore("accuracy_level");
+    let accuracy_level = read.int("accuracy_level", 0)?;
     if read.int("weight_prepacked", 0)? != 0 {
         return Err(unsupported("weight_prepacked: weights laid out for one kind of GPU"));
     }
@@ -95,17 +100,74 @@ pub(crate) fn matmul_n_bits(lowering: &mut Lowering<'_>, call: &Call<'_>) -> Low
     let zeros = zero_points(lowering, call.optional(3), dtype, [outer, blocks])?;
     let x = lowering.data(call.input(0)?)?;
     let ty = lowering.type_of(x);
-    let (weight, scales) = (lowering.data(&weight)?, lowering.data(&scales)?);
-    let dense = lowering.add(Op::Dequant { axis: 1, block }, &[weight, scales, zeros])?;
-    let dense = lowering.cast(dense, ty.dtype)?;
     let Some(last) = ty.shape.last() else { return Err(invalid("A is a scalar")) };
     lowering.unify(last, &Dim::from(inner))?;
+    let float_zeros = call.optional(3).is_some_and(|zeros| lowering.dtype(zeros).is_float());
+    let rounds = accuracy_level == 4 && rounds_to_bytes(dtype, block) && !float_zeros;
+    let (x, scales) = if rounds {
+        (rounded_to_bytes(lowering, x, block)?, lowering.cast_value(&scales, DType::F32)?)
+    } else {
+        (x, scales)
+    };
+    let computed = lowering.type_of(x).dtype;
+    let (weight, scales) = (lowering.data(&weight)?, lowering.data(&scales)?);
+    let dense = lowering.add(Op::Dequant { axis: 1, block }, &[weight, scales, zeros])?;
+    let dense = lowering.cast(dense, computed)?;
     let mut y = lowering.add(Op::Einsum(rows_times_rows(ty.rank())?), &[x, dense])?;
     if let Some(bias) = call.optional(5) {
         let bias = lowering.data(bias)?;
+        let bias = lowering.cast(bias, computed)?;
         y = lowering.map(Scalar::Add, &[y, bias])?;
     }
-    Ok(vec![Value::Data(y)])
+    Ok(vec![Value::Data(lowering.cast(y, ty.dtype)?)])
+}
+
+/// Whether `accuracy_level` 4 makes ONNX Runtime's kernel for the CPU multiply bytes: for 2 bits it only knows some block
+/// sizes, and computes in floating point with the others.
+fn rounds_to_bytes(dtype: DType, block: usize) -> bool {
+    dtype != DType::U2 || (32..=128).contains(&block)
+}
+
+/// `x` as the kernel that multiplies bytes sees it: each block of each row rounded to 8 bits with the block's own scale,
+/// `round(x * (127 / max)) * (max / 127)`, half to even, where `max` is the block's greatest magnitude. In `f32`.
+///
+/// Products that share an operand share its rounded form.
+fn rounded_to_bytes(lowering: &mut Lowering<'_>, x: ValueId, block: usize) -> Lowered<ValueId> {
+    if let Some(&rounded) = lowering.rounded.get(&(x, block)) {
+        return Ok(rounded);
+    }
+    let shape = lowering.type_of(x).shape;
+    let last = shape.len().saturating_sub(1);
+    let Some(inner) = shape.last() else { return Err(invalid("A is a scalar")) };
+    let blocks = inner.ceil_div(&Dim::from(block));
+    let padded = &blocks * &Dim::from(block);
+    let mut value = lowering.cast(x, DType::F32)?;
+    if padded != *inner {
+        let low = vec![Dim::constant(0); shape.len()];
+        let mut high = low.clone();
+        high[last] = &padded - inner;
+        value = lowering.add(Op::Pad { low, high, mode: PadMode::Constant(Real(0.0)) }, &[value])?;
+    }
+    let mut cut = shape[..last].to_vec();
+    cut.extend([blocks, Dim::from(block)]);
+    let value = lowering.reshape(value, &cut)?;
+    let magnitude = lowering.map(Scalar::Abs, &[value])?;
+    let greatest = lowering.reduce(Monoid::Max, magnitude, &[last + 1])?;
+    let scale = lowering.map_number(Scalar::Div, greatest, BYTE_RANGE)?;
+    let range = lowering.scalar(DType::F32, BYTE_RANGE)?;
+    let inverse = lowering.map(Scalar::Div, &[range, greatest])?;
+    let empty = lowering.map_number(Scalar::Equal, greatest, 0.0)?;
+    let zero = lowering.scalar(DType::F32, 0.0)?;
+    let inverse = lowering.map(Scalar::Select, &[empty, zero, inverse])?;
+    let codes = lowering.map(Scalar::Mul, &[value, inverse])?;
+    let codes = lowering.map(Scalar::Round, &[codes])?;
+    let value = lowering.map(Scalar::Mul, &[codes, scale])?;
+    let mut joined = shape.clone();
+    joined[last] = padded;
+    let value = lowering.reshape(value, &joined)?;
+    let rounded = lowering.slice(value, last, Dim::constant(0), inner.clone(), 1)?;
+    lowering.rounded.insert((x, block), rounded);
+    Ok(rounded)
 }
 
 /// `[…, k] · [n, k]ᵀ`.
