@@ -106,10 +106,22 @@ fn describe(graph: &Graph, segment: &[ValueId]) -> (Vec<ValueId>, Vec<Line>) {
 }
 
 impl Alternatives {
-    /// What the outputs depend on, and all alternatives; ascending.
+    /// What the outputs and all alternatives depend on; ascending. An alternative may consist of imported values that
+    /// canonicalisation had replaced.
     pub fn live(&self) -> Vec<ValueId> {
-        let appended = (self.base..self.extended.graph.len()).map(|i| ValueId(i as u32));
-        self.extended.live().into_iter().chain(appended).collect()
+        let graph = &self.extended.graph;
+        let mut live = vec![false; graph.len()];
+        let outputs = self.extended.outputs.iter().map(|o| o.value);
+        let alternatives = self.equal.iter().flat_map(|&(left, right)| [left, right]);
+        for value in outputs.chain(alternatives) {
+            live[value.index()] = true;
+        }
+        for (id, node) in graph.values().rev() {
+            if live[id.index()] {
+                node.args.iter().for_each(|a| live[a.index()] = true);
+            }
+        }
+        graph.values().map(|(id, _)| id).filter(|id| live[id.index()]).collect()
     }
 
     /// The program of the chosen steps, with the alternatives they use and nothing else appended.

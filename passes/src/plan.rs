@@ -23,7 +23,7 @@ pub enum MemoryGoal {
     /// `Least` for models with state or at least a gibibyte per rank, else `Free`.
     #[default]
     Default,
-    /// At most 1.02 times the least possible.
+    /// At most 1.002 times the least possible, vectors left out: they are held whole.
     Least,
     /// No limit: the fastest plan.
     Free,

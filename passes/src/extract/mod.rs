@@ -22,7 +22,7 @@ use std::collections::BTreeMap;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Budget {
     Free,
-    /// At most 1.02 times the fewest possible.
+    /// At most 1.002 times the fewest possible.
     Least,
     Bytes(u64),
 }
@@ -87,7 +87,7 @@ pub fn extract(graph: &LayoutGraph, budget: Budget, limits: Limits) -> Result<Ex
         .ok_or(ExtractError::Impossible)?;
     let budget = match budget {
         Budget::Free => None,
-        Budget::Least => Some(leanest.bytes.saturating_add(leanest.bytes / 50)),
+        Budget::Least => Some(leanest.bytes.saturating_add(leanest.bytes / 500)),
         Budget::Bytes(bytes) => Some(bytes),
     };
     if let Some(budget) = budget.filter(|&b| b < leanest.bytes) {

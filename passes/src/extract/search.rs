@@ -33,7 +33,7 @@ pub struct Limits {
 
 impl Default for Limits {
     fn default() -> Limits {
-        Limits { states: 512, labels: 2048 }
+        Limits { states: 4096, labels: 8192 }
     }
 }
 

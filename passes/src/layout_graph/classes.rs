@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use tpshard_ir::op::Op;
 use tpshard_ir::{Dim, Graph, Layout, Mesh, StatePair, ValueId};
 
-/// Weights of a smaller share of all weights are set aside from planning: 0.01 %.
+/// Vectors, and weights of a smaller share of all weights than 0.01 %, are set aside from planning: held whole.
 const SMALL_SHARE: u64 = 10_000;
 /// A contraction of inputs and constants that takes no longer than so many kernel launches is not worth planning.
 const FREE_LAUNCHES: f64 = 2.0;
@@ -62,10 +62,12 @@ impl Classes {
         let whole = |value| pricer.local_bytes(value, &replicated, mesh);
         let first = |class: &Class| class.members[0];
         let is_weight = |class: &Class| matches!(graph.node(first(class)).op, Op::Weight(_));
-        let weights = || self.all.iter().filter(|c| is_weight(c)).map(|c| whole(first(c)));
-        let total: u64 = weights().fold(0, u64::saturating_add);
-        let small = |bytes: u64| bytes.saturating_mul(SMALL_SHARE) < total;
-        self.reserved = weights().filter(|&b| small(b)).fold(0, u64::saturating_add);
+        let weights = || self.all.iter().filter(|c| is_weight(c)).map(first);
+        let total: u64 = weights().map(whole).fold(0, u64::saturating_add);
+        let small = |value: ValueId| {
+            graph.ty(value).rank() <= 1 || whole(value).saturating_mul(SMALL_SHARE) < total
+        };
+        self.reserved = weights().filter(|&v| small(v)).map(whole).fold(0, u64::saturating_add);
         for index in 0..self.all.len() {
             let value = first(&self.all[index]);
             let node = graph.node(value);
@@ -79,7 +81,7 @@ impl Classes {
                     Some(pair) => (GroupKind::Stored, Some(pair)),
                     None => (GroupKind::Free, None),
                 },
-                Op::Weight(_) if small(whole(value)) => (GroupKind::Free, None),
+                Op::Weight(_) if small(value) => (GroupKind::Free, None),
                 Op::Weight(_) => (GroupKind::Stored, None),
                 Op::Literal(_) | Op::Size(_) | Op::Iota { .. } => (GroupKind::Free, None),
                 op if is_light(op, pricer, value, &replicated, mesh) && free_operands() => {
