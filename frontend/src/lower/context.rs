@@ -68,6 +68,8 @@ pub(crate) struct Lowering<'m> {
     pub(crate) site: String,
     /// Graph inputs that are state by name; a concatenation onto one is an append.
     pub(crate) state_inputs: BTreeMap<String, String>,
+    /// Operands rounded to 8 bits in blocks of a size, for the products that share them.
+    pub(crate) rounded: HashMap<(ValueId, usize), ValueId>,
 }
 
 impl<'m> Lowering<'m> {
@@ -84,6 +86,7 @@ impl<'m> Lowering<'m> {
             fold_budget: FOLD_BUDGET,
             site: String::new(),
             state_inputs: BTreeMap::new(),
+            rounded: HashMap::new(),
         }
     }
 

@@ -1,271 +1,374 @@
-//! Normalisations: LayerNormalization (17), RMSNormalization (23), Batch-, Instance-, GroupNormalization, Lp- and
-//! MeanVarianceNormalization, <https://onnx.ai/onnx/operators/>, and ONNX Runtime's Skip and Simplified forms,
-//! <https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md>.
+//! Normalizations: [LayerNormalization](https://onnx.ai/onnx/operators/onnx__LayerNormalization.html) 17,
+//! [RMSNormalization](https://onnx.ai/onnx/operators/onnx__RMSNormalization.html) 23,
+//! [GroupNormalization](https://onnx.ai/onnx/operators/onnx__GroupNormalization.html) 18 (scale per group) and 21 (per
+//! channel), BatchNormalization 6 (inference), InstanceNormalization 6, LpNormalization 1, MeanVarianceNormalization 9, and ONNX Runtime's
+//! SimplifiedLayerNormalization, SkipLayerNormalization, SkipSimplifiedLayerNormalization, EmbedLayerNormalization.
+//!
+//! Those over trailing dims are the composite [`Op::Norm`]; the others are written out. 16-bit floats are computed with
+//! in 32 bits, as `stash_type` 1 says. The statistics that training wants are extra nodes, dead where nobody asks.
 
+use super::heads::dims_of;
 use crate::lower::{Call, Lowered, Lowering, Value, axes_of, axis_of, invalid, unsupported};
 use tpshard_ir::op::{NormKind, Real};
 use tpshard_ir::{DType, Dim, Monoid, Op, Scalar, ValueId};
 
-/// `Op::Norm` with parameters brought to the type and the normalised dims of `x`.
-fn norm(
-    l: &mut Lowering<'_>,
+/// LayerNormalization: `(X, Scale[, B])` to `(Y[, Mean, InvStdDev])`.
+pub(crate) fn layer_normalization(lowering: &mut Lowering<'_>, call: &Call<'_>) -> Lowered<Vec<Value>> {
+    over_trailing(lowering, call, NormKind::Layer, 1e-5)
+}
+
+/// RMSNormalization: `(X, scale)` to `Y`.
+pub(crate) fn rms_normalization(lowering: &mut Lowering<'_>, call: &Call<'_>) -> Lowered<Vec<Value>> {
+    over_trailing(lowering, call, NormKind::Rms, 1e-5)
+}
+
+/// SimplifiedLayerNormalization, which is RMS norm: `(X, scale)` to `(Y[, inv_std_var])`.
+pub(crate) fn simplified_layer_normalization(
+    lowering: &mut Lowering<'_>,
+    call: &Call<'_>,
+) -> Lowered<Vec<Value>> {
+    over_trailing(lowering, call, NormKind::Rms, 1e-5)
+}
+
+fn over_trailing(
+    lowering: &mut Lowering<'_>,
+    call: &Call<'_>,
     kind: NormKind,
+    epsilon: f32,
+) -> Lowered<Vec<Value>> {
+    let axis = call.attributes.int("axis", -1)?;
+    let epsilon = f64::from(call.attributes.float("epsilon", epsilon)?);
+    check_stash_type(call)?;
+    let x = lowering.data(call.input(0)?)?;
+    let axis = axis_of(axis, lowering.type_of(x).rank())?;
+    let y = trailing(lowering, x, call.input(1)?, call.optional(2), kind, axis, epsilon)?;
+    let mut outputs = vec![Value::Data(y)];
+    if call.wants(1) || call.wants(2) {
+        let (mean, deviation) = statistics(lowering, x, axis, kind, epsilon)?;
+        match kind {
+            NormKind::Layer => outputs.extend([Value::Data(mean), Value::Data(deviation)]),
+            NormKind::Rms => outputs.push(Value::Data(deviation)),
+        }
+    }
+    Ok(outputs)
+}
+
+/// The statistics are computed in 32 bits or more; only types that ask for less than that are refused.
+fn check_stash_type(call: &Call<'_>) -> Lowered<()> {
+    match call.attributes.int("stash_type", 1)? {
+        // float, float16, double, bfloat16
+        1 | 10 | 11 | 16 => Ok(()),
+        other => Err(invalid(format!("stash_type {other} is not a floating-point type"))),
+    }
+}
+
+/// The type that is computed in.
+fn wide(dtype: DType) -> DType {
+    if dtype == DType::F64 { DType::F64 } else { DType::F32 }
+}
+
+/// [`Op::Norm`] over dims `axis..` of `x`, in the wider of the types of `x` and the scale; the result has the scale's.
+fn trailing(
+    lowering: &mut Lowering<'_>,
     x: ValueId,
-    parameters: &[Option<Value>],
+    scale: &Value,
+    bias: Option<&Value>,
+    kind: NormKind,
     axis: usize,
     epsilon: f64,
 ) -> Lowered<ValueId> {
-    let ty = l.graph.ty(x).clone();
+    let result = lowering.dtype(scale);
+    let own = lowering.type_of(x).dtype;
+    let computed = if own == result { own } else { wide(own) };
+    let x = lowering.cast(x, computed)?;
     let mut args = vec![x];
-    // Parameters that do not fit into the normalised dims are applied afterwards.
-    let fits = |l: &Lowering<'_>, value: &Value| {
-        let own = l.shape(value);
-        own.len() <= ty.rank() - axis || Dim::product(&own) == Dim::product(&ty.shape[axis..])
+    for parameter in [Some(scale), bias].into_iter().flatten() {
+        let value = lowering.data(parameter)?;
+        let dims = lowering.type_of(x).shape.split_off(axis);
+        lowering.unify_broadcast(value, &dims, "the scale or bias")?;
+        let dims = lowering.type_of(x).shape.split_off(axis);
+        let value = lowering.broadcast(value, &dims)?;
+        args.push(lowering.cast(value, computed)?);
+    }
+    let y = lowering.add(Op::Norm { kind, axis, epsilon: Real(epsilon) }, &args)?;
+    lowering.cast(y, result)
+}
+
+/// The mean over dims `axis..`, and one over the root of variance plus epsilon.
+fn statistics(
+    lowering: &mut Lowering<'_>,
+    x: ValueId,
+    axis: usize,
+    kind: NormKind,
+    epsilon: f64,
+) -> Lowered<(ValueId, ValueId)> {
+    let ty = lowering.type_of(x);
+    let axes: Vec<usize> = (axis..ty.rank()).collect();
+    let x = lowering.cast(x, wide(ty.dtype))?;
+    let mean = lowering.mean(x, &axes)?;
+    let centred = match kind {
+        NormKind::Layer => lowering.map(Scalar::Sub, &[x, mean])?,
+        NormKind::Rms => x,
     };
-    if parameters.iter().flatten().any(|value| !fits(l, value)) {
-        let mut result = norm(l, kind, x, &[], axis, epsilon)?;
-        for (parameter, scalar) in parameters.iter().zip([Scalar::Mul, Scalar::Add]) {
-            if let Some(parameter) = parameter {
-                let parameter = l.cast_value(parameter, ty.dtype)?;
-                let parameter = l.data(&parameter)?;
-                result = l.map(scalar, &[result, parameter])?;
-            }
-        }
-        return Ok(result);
-    }
-    for (at, parameter) in parameters.iter().enumerate() {
-        let value = match parameter {
-            Some(value) => value.clone(),
-            None if at == 0 && kind == NormKind::Layer => l.number_value(ty.dtype, 1.0)?,
-            None => continue,
-        };
-        let shape = l.current_all(&ty.shape[axis..]);
-        let own = l.shape(&value);
-        let value = if Dim::product(&own) == Dim::product(&shape) && own != shape {
-            l.reshape_value(&value, &shape)?
-        } else {
-            l.expand_value(&value, &shape)?
-        };
-        let value = l.cast_value(&value, ty.dtype)?;
-        args.push(l.data(&value)?);
-    }
-    if args.len() == 1 {
-        let one = l.number_value(ty.dtype, 1.0)?;
-        let one = l.expand_value(&one, &ty.shape[axis..])?;
-        args.push(l.data(&one)?);
-    }
-    l.add(Op::Norm { kind, axis, epsilon: Real(epsilon) }, &args)
+    Ok((mean, inverse_deviation(lowering, centred, &axes, epsilon)?))
 }
 
-pub(super) fn layer(l: &mut Lowering<'_>, call: &Call<'_>) -> Lowered<Vec<Value>> {
-    if call.opset() < 17 {
-        // Before ONNX had the operator, tools of ONNX Runtime wrote the attribute with this name, which had no effect.
-        call.attributes.ignore("epsion");
-    }
-    call.attributes.ignore("stash_type");
-    let epsilon = f64::from(call.attributes.float("epsilon", 1e-5)?);
-    let x = l.data(call.input(0)?)?;
-    let rank = l.graph.ty(x).rank();
-    let axis = axis_of(call.attributes.int("axis", -1)?, rank)?;
-    let parameters = [call.optional(1).cloned(), call.optional(2).cloned()];
-    let mut values = vec![Value::Data(norm(l, NormKind::Layer, x, &parameters, axis, epsilon)?)];
-    if call.wants(1) || call.wants(2) {
-        let axes: Vec<usize> = (axis..rank).collect();
-        let wide = l.cast(x, DType::F32)?;
-        let (mean, deviation) = moments(l, wide, &axes, epsilon)?;
-        let one = l.scalar(DType::F32, 1.0)?;
-        let inverse = l.map(Scalar::Div, &[one, deviation])?;
-        values.extend([Value::Data(mean), Value::Data(inverse)]);
-    }
-    Ok(values)
+fn inverse_deviation(
+    lowering: &mut Lowering<'_>,
+    centred: ValueId,
+    axes: &[usize],
+    epsilon: f64,
+) -> Lowered<ValueId> {
+    let square = lowering.map(Scalar::Mul, &[centred, centred])?;
+    let variance = lowering.mean(square, axes)?;
+    let shifted = lowering.map_number(Scalar::Add, variance, epsilon)?;
+    lowering.map(Scalar::Rsqrt, &[shifted])
 }
 
-/// Mean and `sqrt(variance + epsilon)` over axes.
-fn moments(l: &mut Lowering<'_>, x: ValueId, axes: &[usize], epsilon: f64) -> Lowered<(ValueId, ValueId)> {
-    let mean = l.mean(x, axes)?;
-    let centred = l.map(Scalar::Sub, &[x, mean])?;
-    let square = l.map(Scalar::Mul, &[centred, centred])?;
-    let variance = l.mean(square, axes)?;
-    let shifted = if epsilon == 0.0 { variance } else { l.map_number(Scalar::Add, variance, epsilon)? };
-    Ok((mean, l.map(Scalar::Sqrt, &[shifted])?))
+/// `(x - mean) / sqrt(variance + epsilon)` over any axes, in the type of `x`.
+fn standardised(lowering: &mut Lowering<'_>, x: ValueId, axes: &[usize], epsilon: f64) -> Lowered<ValueId> {
+    let mean = lowering.mean(x, axes)?;
+    let centred = lowering.map(Scalar::Sub, &[x, mean])?;
+    let factor = inverse_deviation(lowering, centred, axes, epsilon)?;
+    lowering.map(Scalar::Mul, &[centred, factor])
 }
 
-pub(super) fn rms(l: &mut Lowering<'_>, call: &Call<'_>) -> Lowered<Vec<Value>> {
-    call.attributes.ignore("stash_type");
-    let epsilon = f64::from(call.attributes.float("epsilon", 1e-5)?);
-    let x = l.data(call.input(0)?)?;
-    let axis = axis_of(call.attributes.int("axis", -1)?, l.graph.ty(x).rank())?;
-    Ok(vec![Value::Data(norm(l, NormKind::Rms, x, &[call.optional(1).cloned()], axis, epsilon)?)])
+/// com.microsoft SkipLayerNormalization: `(input, skip, gamma[, beta, bias])` to `(Y, mean, inv_std_var, sum)`.
+pub(crate) fn skip_layer_normalization(lowering: &mut Lowering<'_>, call: &Call<'_>) -> Lowered<Vec<Value>> {
+    with_skip(lowering, call, NormKind::Layer, call.optional(3), call.optional(4))
 }
 
-/// ONNX Runtime's name for RMSNormalization.
-pub(super) fn simplified(l: &mut Lowering<'_>, call: &Call<'_>) -> Lowered<Vec<Value>> {
-    if call.wants(1) {
-        return Err(unsupported("the inverse deviation of a SimplifiedLayerNormalization"));
-    }
-    rms(l, call)
+/// com.microsoft SkipSimplifiedLayerNormalization: `(input, skip, gamma[, bias])`.
+pub(crate) fn skip_simplified_layer_normalization(
+    lowering: &mut Lowering<'_>,
+    call: &Call<'_>,
+) -> Lowered<Vec<Value>> {
+    with_skip(lowering, call, NormKind::Rms, None, call.optional(3))
 }
 
-/// Outputs: the normalised sum, (mean, inverse deviation: unsupported), the sum.
-fn skip(
-    l: &mut Lowering<'_>,
+fn with_skip(
+    lowering: &mut Lowering<'_>,
     call: &Call<'_>,
     kind: NormKind,
-    beta: Option<usize>,
-    bias: usize,
+    beta: Option<&Value>,
+    bias: Option<&Value>,
 ) -> Lowered<Vec<Value>> {
     let epsilon = f64::from(call.attributes.float("epsilon", 1e-12)?);
-    let (x, skip) = (l.data(call.input(0)?)?, l.data(call.input(1)?)?);
-    let mut sum = l.map(Scalar::Add, &[x, skip])?;
-    if let Some(bias) = call.optional(bias) {
-        let bias = l.data(bias)?;
-        sum = l.map(Scalar::Add, &[sum, bias])?;
+    let input = lowering.data(call.input(0)?)?;
+    let skip = lowering.data(call.input(1)?)?;
+    let mut sum = lowering.map(Scalar::Add, &[input, skip])?;
+    if let Some(bias) = bias {
+        let bias = lowering.data(bias)?;
+        sum = lowering.map(Scalar::Add, &[sum, bias])?;
     }
-    let axis = axis_of(-1, l.graph.ty(sum).rank())?;
-    let mut parameters = vec![call.optional(2).cloned()];
-    if let Some(beta) = beta {
-        parameters.push(call.optional(beta).cloned());
+    let axis = axis_of(-1, lowering.type_of(sum).rank())?;
+    let y = trailing(lowering, sum, call.input(2)?, beta, kind, axis, epsilon)?;
+    let mut outputs = vec![Value::Data(y)];
+    if call.wants(1) || call.wants(2) {
+        let (mean, deviation) = statistics(lowering, sum, axis, kind, epsilon)?;
+        outputs.extend([Value::Data(mean), Value::Data(deviation)]);
+    } else {
+        outputs.extend([Value::Poison, Value::Poison]);
     }
-    let result = norm(l, kind, sum, &parameters, axis, epsilon)?;
-    Ok(vec![Value::Data(result), Value::Poison, Value::Poison, Value::Data(sum)])
+    outputs.push(Value::Data(sum));
+    Ok(outputs)
 }
 
-pub(super) fn skip_layer(l: &mut Lowering<'_>, call: &Call<'_>) -> Lowered<Vec<Value>> {
-    skip(l, call, NormKind::Layer, Some(3), 4)
+/// com.microsoft EmbedLayerNormalization: the sum of word, position and segment embeddings, normalised.
+pub(crate) fn embed_layer_normalization(lowering: &mut Lowering<'_>, call: &Call<'_>) -> Lowered<Vec<Value>> {
+    let epsilon = f64::from(call.attributes.float("epsilon", 1e-12)?);
+    let mask_type = call.attributes.int("mask_index_type", 0)?;
+    let words = call.input(0)?.clone();
+    let [batch, sequence] = dims_of(&lowering.ty(&words), "input_ids")?;
+    let word_rows = lowering.gather_value(call.input(2)?, &words, 0)?;
+    let mut sum = lowering.data(&word_rows)?;
+    let positions = match call.optional(8) {
+        Some(positions) => lowering.gather_value(call.input(3)?, positions, 0)?,
+        None => {
+            dims_of::<2>(&lowering.ty(call.input(3)?), "position_embedding")?;
+            lowering.slice_value(call.input(3)?, 0, &Dim::constant(0), &sequence, 1)?
+        }
+    };
+    let positions = lowering.data(&positions)?;
+    sum = lowering.map(Scalar::Add, &[sum, positions])?;
+    if let Some(segments) = call.optional(1) {
+        let rows = lowering.gather_value(call.input(4)?, segments, 0)?;
+        let rows = lowering.data(&rows)?;
+        sum = lowering.map(Scalar::Add, &[sum, rows])?;
+    }
+    let y = trailing(lowering, sum, call.input(5)?, call.optional(6), NormKind::Layer, 2, epsilon)?;
+    let lengths = match call.optional(7) {
+        // The number of positions that are not masked.
+        Some(mask) if mask_type != 0 || call.wants(1) => {
+            let mask = lowering.data(mask)?;
+            let mask = lowering.cast(mask, DType::I32)?;
+            let count = lowering.reduce(Monoid::Sum, mask, &[1])?;
+            let batch = lowering.current(&batch);
+            lowering.reshape(count, &[batch])?
+        }
+        _ => {
+            let zero = lowering.scalar(DType::I32, 0.0)?;
+            lowering.broadcast(zero, &[batch])?
+        }
+    };
+    Ok(vec![Value::Data(y), Value::Data(lengths), Value::Data(sum)])
 }
 
-pub(super) fn skip_simplified(l: &mut Lowering<'_>, call: &Call<'_>) -> Lowered<Vec<Value>> {
-    skip(l, call, NormKind::Rms, None, 3)
+/// `x * scale + bias`, both with one entry per index of `axis` of `x`; computed in the type of `x`.
+fn per_channel(
+    lowering: &mut Lowering<'_>,
+    x: ValueId,
+    axis: usize,
+    scale: &Value,
+    bias: &Value,
+) -> Lowered<ValueId> {
+    let scale = along_channels(lowering, x, axis, scale)?;
+    let scaled = lowering.map(Scalar::Mul, &[x, scale])?;
+    let bias = along_channels(lowering, x, axis, bias)?;
+    lowering.map(Scalar::Add, &[scaled, bias])
 }
 
-/// A vector with one entry per channel, shaped to stretch over `x[N, C, …]`.
-fn per_channel(l: &mut Lowering<'_>, value: &Value, x: ValueId) -> Lowered<ValueId> {
-    let ty = l.graph.ty(x).clone();
-    let channels = ty.shape.get(1).cloned().ok_or_else(|| invalid(format!("no channels in {ty}")))?;
-    let own = l.shape(value);
-    let [extent] = own.as_slice() else { return Err(invalid(format!("a parameter of shape {own:?}"))) };
-    l.unify(extent, &channels)?;
+/// A parameter with one entry per index of `axis` of `x`, in the type of `x` and a shape that broadcasts to its.
+fn along_channels(
+    lowering: &mut Lowering<'_>,
+    x: ValueId,
+    axis: usize,
+    parameter: &Value,
+) -> Lowered<ValueId> {
+    let value = lowering.data(parameter)?;
+    let ty = lowering.type_of(x);
+    let Some(extent) = ty.shape.get(axis) else { return Err(invalid(format!("{ty} has no channels"))) };
+    lowering.unify_shape(value, std::slice::from_ref(extent), "a parameter per channel")?;
     let mut shape = vec![Dim::constant(1); ty.rank()];
-    shape[1] = l.current(&channels);
-    let value = l.reshape_value(value, &shape)?;
-    let value = l.cast_value(&value, ty.dtype)?;
-    l.data(&value)
+    shape[axis] = lowering.current(extent);
+    let value = lowering.cast(value, ty.dtype)?;
+    lowering.reshape(value, &shape)
 }
 
-/// Inference: the running mean and variance. Training outputs are refused.
-pub(super) fn batch(l: &mut Lowering<'_>, call: &Call<'_>) -> Lowered<Vec<Value>> {
-    for name in ["momentum", "spatial", "is_test", "consumed_inputs"] {
-        call.attributes.ignore(name);
-    }
-    if call.attributes.bool("training_mode", false)? {
-        return Err(unsupported("BatchNormalization in training mode"));
-    }
-    if call
-        .node
-        .attributes
-        .iter()
-        .any(|a| a.name == "spatial" && a.value == crate::model::AttributeValue::Int(0))
-    {
-        return Err(unsupported("BatchNormalization with spatial = 0"));
-    }
+/// GroupNormalization: `(X[N, C, …], scale, bias)`.
+pub(crate) fn group_normalization(lowering: &mut Lowering<'_>, call: &Call<'_>) -> Lowered<Vec<Value>> {
     let epsilon = f64::from(call.attributes.float("epsilon", 1e-5)?);
-    let x = l.data(call.input(0)?)?;
-    let mut parameters = Vec::with_capacity(4);
-    for index in 1..5 {
-        let value = call.input(index)?.clone();
-        parameters.push(per_channel(l, &value, x)?);
-    }
-    let [scale, bias, mean, variance] = parameters.as_slice() else { return Err(invalid("parameters")) };
-    let shifted = l.map_number(Scalar::Add, *variance, epsilon)?;
-    let deviation = l.map(Scalar::Sqrt, &[shifted])?;
-    let factor = l.map(Scalar::Div, &[*scale, deviation])?;
-    let centred = l.map(Scalar::Sub, &[x, *mean])?;
-    let scaled = l.map(Scalar::Mul, &[centred, factor])?;
-    Ok(vec![Value::Data(l.map(Scalar::Add, &[scaled, *bias])?)])
-}
-
-/// `(x - mean) / sqrt(variance + epsilon)` over axes.
-fn standardised(l: &mut Lowering<'_>, x: ValueId, axes: &[usize], epsilon: f64) -> Lowered<ValueId> {
-    let (mean, deviation) = moments(l, x, axes, epsilon)?;
-    let centred = l.map(Scalar::Sub, &[x, mean])?;
-    l.map(Scalar::Div, &[centred, deviation])
-}
-
-pub(super) fn instance(l: &mut Lowering<'_>, call: &Call<'_>) -> Lowered<Vec<Value>> {
-    call.attributes.ignore("consumed_inputs");
-    let epsilon = f64::from(call.attributes.float("epsilon", 1e-5)?);
-    let x = l.data(call.input(0)?)?;
-    let axes: Vec<usize> = (2..l.graph.ty(x).rank()).collect();
-    let normal = standardised(l, x, &axes, epsilon)?;
-    let (scale, bias) = (call.input(1)?.clone(), call.input(2)?.clone());
-    let (scale, bias) = (per_channel(l, &scale, x)?, per_channel(l, &bias, x)?);
-    let scaled = l.map(Scalar::Mul, &[normal, scale])?;
-    Ok(vec![Value::Data(l.map(Scalar::Add, &[scaled, bias])?)])
-}
-
-/// Scale and bias have one entry per group at opset 18, per channel since 21.
-pub(super) fn group(l: &mut Lowering<'_>, call: &Call<'_>) -> Lowered<Vec<Value>> {
-    call.attributes.ignore("stash_type");
-    let epsilon = f64::from(call.attributes.float("epsilon", 1e-5)?);
-    let groups = Dim::constant(call.attributes.required_int("num_groups")?);
-    let x = l.data(call.input(0)?)?;
-    let ty = l.graph.ty(x).clone();
-    let channels = ty.shape.get(1).cloned().ok_or_else(|| invalid(format!("no channels in {ty}")))?;
-    if groups.as_const().is_none_or(|groups| groups < 1) {
-        return Err(invalid("the number of groups"));
-    }
-    let each = channels
-        .exact_div(&groups)
-        .ok_or_else(|| invalid(format!("{channels} channels in {groups} groups")))?;
-    let mut split = vec![ty.shape[0].clone(), groups.clone(), each];
-    split.extend(ty.shape[2..].iter().cloned());
-    let parted = l.reshape(x, &split)?;
-    let axes: Vec<usize> = (2..split.len()).collect();
-    let mut result = standardised(l, parted, &axes, epsilon)?;
-    // Writers disagree before opset 21, so the parameters' extent decides.
-    let extent = l.shape(call.input(1)?);
-    let per_group = call.opset() < 21 && extent.first() == Some(&groups);
+    let groups = call.attributes.required_int("num_groups")?;
+    let groups = usize::try_from(groups).ok().filter(|&groups| groups > 0);
+    let groups = Dim::from(groups.ok_or_else(|| invalid("num_groups is not positive"))?);
+    let per_group = call.opset() < 21;
     if !per_group {
-        result = l.reshape(result, &ty.shape)?;
+        check_stash_type(call)?;
     }
-    for (index, scalar) in [(1, Scalar::Mul), (2, Scalar::Add)] {
-        let parameter = call.input(index)?.clone();
-        let parameter = per_channel(l, &parameter, result)?;
-        result = l.map(scalar, &[result, parameter])?;
+    let x = lowering.data(call.input(0)?)?;
+    let ty = lowering.type_of(x);
+    let (Some(batch), Some(channels)) = (ty.shape.first(), ty.shape.get(1)) else {
+        return Err(invalid(format!("{ty} has no channels")));
+    };
+    let size = channels.exact_div(&groups);
+    let size =
+        size.ok_or_else(|| invalid(format!("{channels} channels do not divide into {groups} groups")))?;
+    let mut grouped = vec![batch.clone(), groups, size];
+    grouped.extend_from_slice(&ty.shape[2..]);
+    let x = lowering.cast(x, wide(ty.dtype))?;
+    let x = lowering.reshape(x, &grouped)?;
+    let axes: Vec<usize> = (2..grouped.len()).collect();
+    let mut y = standardised(lowering, x, &axes, epsilon)?;
+    if per_group {
+        y = per_channel(lowering, y, 1, call.input(1)?, call.input(2)?)?;
     }
-    Ok(vec![Value::Data(l.reshape(result, &ty.shape)?)])
+    y = lowering.reshape(y, &ty.shape)?;
+    if !per_group {
+        y = per_channel(lowering, y, 1, call.input(1)?, call.input(2)?)?;
+    }
+    Ok(vec![Value::Data(lowering.cast(y, ty.dtype)?)])
 }
 
-pub(super) fn mean_variance(l: &mut Lowering<'_>, call: &Call<'_>) -> Lowered<Vec<Value>> {
-    let x = l.data(call.input(0)?)?;
-    let axes = axes_of(call.attributes.ints("axes", &[0, 2, 3])?, l.graph.ty(x).rank())?;
-    let (mean, deviation) = moments(l, x, &axes, 0.0)?;
-    let centred = l.map(Scalar::Sub, &[x, mean])?;
-    let divisor = l.map_number(Scalar::Add, deviation, 1e-9)?;
-    Ok(vec![Value::Data(l.map(Scalar::Div, &[centred, divisor])?)])
+/// InstanceNormalization: `(X[N, C, …], scale, bias)`, each channel of each example by itself.
+pub(crate) fn instance_normalization(lowering: &mut Lowering<'_>, call: &Call<'_>) -> Lowered<Vec<Value>> {
+    let epsilon = f64::from(call.attributes.float("epsilon", 1e-5)?);
+    let x = lowering.data(call.input(0)?)?;
+    let ty = lowering.type_of(x);
+    if ty.rank() < 3 {
+        return Err(invalid(format!("{ty} has no dims beside batch and channels")));
+    }
+    let x = lowering.cast(x, wide(ty.dtype))?;
+    let axes: Vec<usize> = (2..ty.rank()).collect();
+    let y = standardised(lowering, x, &axes, epsilon)?;
+    let y = per_channel(lowering, y, 1, call.input(1)?, call.input(2)?)?;
+    Ok(vec![Value::Data(lowering.cast(y, ty.dtype)?)])
 }
 
-pub(super) fn lp(l: &mut Lowering<'_>, call: &Call<'_>) -> Lowered<Vec<Value>> {
-    let x = l.data(call.input(0)?)?;
-    let axis = axis_of(call.attributes.int("axis", -1)?, l.graph.ty(x).rank())?;
-    let size = match call.attributes.int("p", 2)? {
+/// LpNormalization: `x / |x|_p` along one axis; a row of zeros stays.
+pub(crate) fn lp_normalization(lowering: &mut Lowering<'_>, call: &Call<'_>) -> Lowered<Vec<Value>> {
+    let p = call.attributes.int("p", 2)?;
+    let axis = call.attributes.int("axis", -1)?;
+    let x = lowering.data(call.input(0)?)?;
+    let ty = lowering.type_of(x);
+    let axis = axis_of(axis, ty.rank())?;
+    let x = lowering.cast(x, wide(ty.dtype))?;
+    let norm = match p {
         1 => {
-            let size = l.map(Scalar::Abs, &[x])?;
-            l.reduce(Monoid::Sum, size, &[axis])?
+            let magnitude = lowering.map(Scalar::Abs, &[x])?;
+            lowering.reduce(Monoid::Sum, magnitude, &[axis])?
         }
         2 => {
-            let square = l.map(Scalar::Mul, &[x, x])?;
-            let sum = l.reduce(Monoid::Sum, square, &[axis])?;
-            l.map(Scalar::Sqrt, &[sum])?
+            let square = lowering.map(Scalar::Mul, &[x, x])?;
+            let sum = lowering.reduce(Monoid::Sum, square, &[axis])?;
+            lowering.map(Scalar::Sqrt, &[sum])?
         }
-        p => return Err(invalid(format!("the norm of order {p}"))),
+        _ => return Err(unsupported(format!("p = {p}; only 1 and 2 are defined"))),
     };
-    // A vector of zeros stays one.
-    let empty = {
-        let zero = l.scalar(l.graph.ty(x).dtype, 0.0)?;
-        l.map(Scalar::Equal, &[size, zero])?
+    let empty = lowering.map_number(Scalar::Equal, norm, 0.0)?;
+    let one = lowering.scalar(wide(ty.dtype), 1.0)?;
+    let divisor = lowering.map(Scalar::Select, &[empty, one, norm])?;
+    let y = lowering.map(Scalar::Div, &[x, divisor])?;
+    Ok(vec![Value::Data(lowering.cast(y, ty.dtype)?)])
+}
+
+/// MeanVarianceNormalization: `(x - mean) / (sqrt(variance) + 1e-9)`.
+pub(crate) fn mean_variance_normalization(
+    lowering: &mut Lowering<'_>,
+    call: &Call<'_>,
+) -> Lowered<Vec<Value>> {
+    let axes = call.attributes.ints("axes", &[0, 2, 3])?;
+    let x = lowering.data(call.input(0)?)?;
+    let ty = lowering.type_of(x);
+    let axes = axes_of(axes, ty.rank())?;
+    let x = lowering.cast(x, wide(ty.dtype))?;
+    let mean = lowering.mean(x, &axes)?;
+    let centred = lowering.map(Scalar::Sub, &[x, mean])?;
+    let square = lowering.map(Scalar::Mul, &[centred, centred])?;
+    let variance = lowering.mean(square, &axes)?;
+    let deviation = lowering.map(Scalar::Sqrt, &[variance])?;
+    let deviation = lowering.map_number(Scalar::Add, deviation, 1e-9)?;
+    let y = lowering.map(Scalar::Div, &[centred, deviation])?;
+    Ok(vec![Value::Data(lowering.cast(y, ty.dtype)?)])
+}
+
+/// BatchNormalization of inference: `(X[N, C, …], scale, bias, running mean, running variance)`.
+pub(crate) fn batch_normalization(lowering: &mut Lowering<'_>, call: &Call<'_>) -> Lowered<Vec<Value>> {
+    let read = &call.attributes;
+    for name in ["momentum", "is_test", "consumed_inputs"] {
+        read.ignore(name);
+    }
+    if read.bool("training_mode", false)? {
+        return Err(unsupported("BatchNormalization in training mode"));
+    }
+    if !read.bool("spatial", true)? {
+        return Err(unsupported("BatchNormalization with spatial = 0"));
+    }
+    let epsilon = f64::from(read.float("epsilon", 1e-5)?);
+    let x = lowering.data(call.input(0)?)?;
+    let own = lowering.type_of(x).dtype;
+    let x = lowering.cast(x, wide(own))?;
+    let mut parameters = Vec::with_capacity(4);
+    for index in 1..5 {
+        parameters.push(along_channels(lowering, x, 1, call.input(index)?)?);
+    }
+    let [scale, bias, mean, variance] = parameters.as_slice() else {
+        return Err(invalid("not four parameters"));
     };
-    let one = l.scalar(l.graph.ty(x).dtype, 1.0)?;
-    let divisor = l.map(Scalar::Select, &[empty, one, size])?;
-    Ok(vec![Value::Data(l.map(Scalar::Div, &[x, divisor])?)])
+    let shifted = lowering.map_number(Scalar::Add, *variance, epsilon)?;
+    let deviation = lowering.map(Scalar::Sqrt, &[shifted])?;
+    let factor = lowering.map(Scalar::Div, &[*scale, deviation])?;
+    let centred = lowering.map(Scalar::Sub, &[x, *mean])?;
+    let scaled = lowering.map(Scalar::Mul, &[centred, factor])?;
+    let y = lowering.map(Scalar::Add, &[scaled, *bias])?;
+    Ok(vec![Value::Data(lowering.cast(y, own)?)])
 }
