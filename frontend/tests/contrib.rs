@@ -187,3 +187,36 @@ fn missing_and_extra_inputs_are_refused() {
     let fault = with_inputs("layer_norm", &|inputs| inputs.truncate(1));
     assert!(fault.contains("LayerNormalization"), "{fault}");
 }
+
+#[test]
+fn misspelt_attributes_are_passed_over_where_onnx_runtime_does() {
+    let import_at = |opset: i64| {
+        let model = changed("layer_norm", |graph| {
+            let node = &mut graph.nodes[0];
+            node.opset = opset;
+            node.attributes.iter_mut().for_each(|attribute| attribute.name = "epsion".into());
+        });
+        lower(model, &ImportOptions::default())
+    };
+    assert!(import_at(16).is_ok());
+    assert!(first_fault(&import_at(17).unwrap_err()).contains("epsion"));
+}
+
+#[test]
+fn norms_take_parameters_with_leading_dims() {
+    let run_with = |dims: &[u64]| {
+        let model = changed("layer_norm", |graph| {
+            for name in ["scale", "bias"] {
+                if let Some(tensor) = graph.initializers.get_mut(name) {
+                    tensor.dims = dims.to_vec();
+                }
+            }
+        });
+        lower(model, &ImportOptions::default())
+    };
+    let inputs = read(&fixture("layer_norm").join("inputs.npz"));
+    let plain = run(&run_with(&[16]).unwrap(), &inputs);
+    assert_eq!(run(&run_with(&[1, 1, 16]).unwrap(), &inputs)["y"], plain["y"]);
+    let fault = first_fault(&run_with(&[2, 8]).unwrap_err());
+    assert!(fault.contains("sizes 8 and 16"), "{fault}");
+}
