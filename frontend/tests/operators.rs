@@ -652,3 +652,17 @@ fn requested_parts_of_outputs_become_operations() {
     assert!(model().import_with(&requests(&["nothing"])).is_err());
     assert!(model().import_with(&requests(&["logits[0, 0, 0, 0]"])).is_err());
 }
+
+#[test]
+fn dropout_keeps_everything_and_its_mask_is_that_of_the_opset() {
+    for (opset, kept) in [(10, false), (13, true)] {
+        let y = builder(opset)
+            .input("x", DType::F32, "2")
+            .node("Dropout", "x", "y mask", &[])
+            .output("y", DType::F32)
+            .output("mask", DType::Bool)
+            .run(&[("x", f32s(&[2], &[1.0, 2.0]))]);
+        close(&y[0], &[2], &[1.0, 2.0]);
+        assert_eq!(y[1].data(), &Data::Bool(vec![kept; 2]), "opset {opset}");
+    }
+}

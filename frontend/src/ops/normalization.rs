@@ -14,6 +14,11 @@ use tpshard_ir::{DType, Dim, Monoid, Op, Scalar, ValueId};
 
 /// LayerNormalization: `(X, Scale[, B])` to `(Y[, Mean, InvStdDev])`.
 pub(crate) fn layer_normalization(lowering: &mut Lowering<'_>, call: &Call<'_>) -> Lowered<Vec<Value>> {
+    if call.opset() < 17 {
+        // Before it was ONNX's the operator was ONNX Runtime's own, which passes over attributes it does not know: files
+        // that misspell `epsilon` are about.
+        call.node.attributes.iter().for_each(|attribute| call.attributes.ignore(&attribute.name));
+    }
     over_trailing(lowering, call, NormKind::Layer, 1e-5)
 }
 
@@ -81,17 +86,44 @@ fn trailing(
     let own = lowering.type_of(x).dtype;
     let computed = if own == result { own } else { wide(own) };
     let x = lowering.cast(x, computed)?;
-    let mut args = vec![x];
+    let mut parameters = Vec::with_capacity(2);
     for parameter in [Some(scale), bias].into_iter().flatten() {
         let value = lowering.data(parameter)?;
-        let dims = lowering.type_of(x).shape.split_off(axis);
-        lowering.unify_broadcast(value, &dims, "the scale or bias")?;
-        let dims = lowering.type_of(x).shape.split_off(axis);
-        let value = lowering.broadcast(value, &dims)?;
-        args.push(lowering.cast(value, computed)?);
+        let value = lowering.cast(value, computed)?;
+        parameters.push(without_leading_units(lowering, value, lowering.type_of(x).rank() - axis)?);
     }
-    let y = lowering.add(Op::Norm { kind, axis, epsilon: Real(epsilon) }, &args)?;
+    let dims = lowering.type_of(x).shape.split_off(axis);
+    let norm = Op::Norm { kind, axis, epsilon: Real(epsilon) };
+    let y = if parameters.iter().all(|&value| lowering.type_of(value).rank() <= dims.len()) {
+        let mut args = vec![x];
+        for value in parameters {
+            let dims = lowering.current_all(&dims);
+            lowering.unify_broadcast(value, &dims, "the scale or bias")?;
+            let dims = lowering.current_all(&dims);
+            args.push(lowering.broadcast(value, &dims)?);
+        }
+        lowering.add(norm, &args)?
+    } else {
+        // Parameters that differ between rows come after the norm.
+        let one = lowering.scalar(computed, 1.0)?;
+        let one = lowering.broadcast(one, &dims)?;
+        let mut y = lowering.add(norm, &[x, one])?;
+        for (function, value) in [Scalar::Mul, Scalar::Add].into_iter().zip(parameters) {
+            let shape = lowering.type_of(y).shape;
+            lowering.unify_broadcast(value, &shape, "the scale or bias")?;
+            y = lowering.map(function, &[y, value])?;
+        }
+        y
+    };
     lowering.cast(y, result)
+}
+
+/// A parameter without the leading dims of extent 1 that are more than `rank`.
+fn without_leading_units(lowering: &mut Lowering<'_>, value: ValueId, rank: usize) -> Lowered<ValueId> {
+    let shape = lowering.type_of(value).shape;
+    let units = shape.iter().take_while(|dim| dim.is_one()).count();
+    let drop = shape.len().saturating_sub(rank).min(units);
+    lowering.reshape(value, &shape[drop..])
 }
 
 /// The mean over dims `axis..`, and one over the root of variance plus epsilon.

@@ -31,9 +31,12 @@ pub(super) fn dropout(l: &mut Lowering<'_>, call: &Call<'_>) -> Lowered<Vec<Valu
         return Ok(vec![x]);
     }
     let dtype = if call.opset() >= 10 { DType::Bool } else { l.dtype(&x) };
-    let one = if dtype.is_float() { Element::Float(1.0) } else { Element::int(1) };
+    // Everything is kept. Before opset 12 the mask is not defined without training, and ONNX Runtime fills it with zeros.
+    let kept = u8::from(call.opset() >= 12);
+    let element =
+        if dtype.is_float() { Element::Float(f64::from(kept)) } else { Element::int(i64::from(kept)) };
     let shape = l.shape(&x);
-    let mask = l.filled(Known::scalar(dtype, one), &shape)?;
+    let mask = l.filled(Known::scalar(dtype, element), &shape)?;
     Ok(vec![x, mask])
 }
 
