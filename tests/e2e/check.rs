@@ -70,7 +70,7 @@ fn a_wrong_layout_is_found_at_its_step() {
     let (_scratch, folder) = changed(|draft| {
         let step = draft.step(at("mlp/act_fn/Sigmoid"));
         place = format!("{step} (sigmoid)");
-        draft.certificate.steps[step.index()].layout = Layout(vec![AxisLayout::shard(1, 1)]);
+        draft.certificate.steps[step.index()].layout = Layout(vec![AxisLayout::shard(1, 1usize)]);
         draft.follow_certificate();
     });
     check(&folder).fails(4, &[&place, "certificate"]);
@@ -83,7 +83,7 @@ fn a_wrong_deal_is_found_at_its_step() {
         // 176 columns in units of 16 are dealt 3, 3, 3, 2; in units of 1 they are dealt 44 each.
         let step = draft.step(at("mlp/act_fn/Sigmoid"));
         place = format!("{step} (sigmoid)");
-        draft.certificate.steps[step.index()].layout = Layout(vec![AxisLayout::shard(2, 16)]);
+        draft.certificate.steps[step.index()].layout = Layout(vec![AxisLayout::shard(2, 16usize)]);
         draft.follow_certificate();
     });
     check(&folder).fails(4, &[&place, "certificate"]);
