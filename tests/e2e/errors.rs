@@ -217,9 +217,11 @@ fn external_data_past_the_end_is_refused() {
 
 #[test]
 fn dims_that_overflow_are_refused() {
-    for dims in [[1 << 62, 4], [i64::MAX, i64::MAX], [-1, 4], [1 << 33, 1 << 33]] {
-        Case::model(&matmul(weight(&dims, 64))).refused(3, &["case.onnx", "w"]);
+    // More elements than any machine holds count as a matter of resources.
+    for dims in [[1 << 62, 4], [i64::MAX, i64::MAX], [1 << 33, 1 << 33]] {
+        Case::model(&matmul(weight(&dims, 64))).refused(5, &["case.onnx", "w"]);
     }
+    Case::model(&matmul(weight(&[-1, 4], 64))).refused(3, &["case.onnx", "w"]);
     Case::model(&matmul(weight(&[4, 4], 63))).refused(3, &["case.onnx", "w"]);
 }
 
@@ -344,8 +346,7 @@ fn tokens_outside_the_vocabulary_are_refused() {
     let (_scratch, ended) = run_with(|inputs| {
         inputs["input_ids"] = Tensor::new(vec![2, 7], Data::I64(vec![512; 14])).unwrap();
     });
-    assert!(matches!(ended.code, Some(2)), "{ended:?}");
-    assert!(ended.stderr.contains("512") && !ended.stderr.contains("panicked"), "{ended:?}");
+    ended.fails(6, &["/model/model/embed_tokens/Gather", "index 512"]);
 }
 
 #[test]

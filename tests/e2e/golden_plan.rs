@@ -5,7 +5,7 @@ use crate::words;
 use serde_json::Value;
 use std::path::Path;
 
-const FLAGS: [&str; 4] = ["--memory", "min", "--dim", "batch=1,seq=1,past=128"];
+const DIMS: [&str; 2] = ["--dim", "batch=1,seq=1,past=128"];
 const LAYERS: usize = 4;
 
 /// `TPSHARD_BLESS=1` writes the text instead of comparing with it.
@@ -14,7 +14,7 @@ fn the_plan_is_the_committed_one() {
     for ranks in [2, 4] {
         let scratch = scratch();
         let folder = scratch.path().join("out");
-        shard(ranks, &folder, &FLAGS);
+        shard(ranks, &folder, &[&["--memory", "min"], &DIMS[..]].concat());
         let found = std::fs::read_to_string(folder.join("plan.txt")).unwrap();
         let path = Path::new(env!("CARGO_MANIFEST_DIR"))
             .join(format!("../tests/e2e/golden/tiny-llama-tp{ranks}.txt"));
@@ -26,16 +26,23 @@ fn the_plan_is_the_committed_one() {
     }
 }
 
-fn plan(ranks: usize) -> Value {
+fn plan(ranks: usize, memory: &str) -> Value {
     let mut plan = tpshard(words!["plan", model(), "--json", "--ranks", ranks.to_string()]);
-    end(plan.args(FLAGS)).ok().json()["plans"][0]["plan"].take()
+    plan.args(["--memory", memory]).args(DIMS);
+    end(&mut plan).ok().json()["plans"][0]["plan"].take()
+}
+
+/// The plan within the fewest bytes possible. `min` allows 2 % more, for which over 2 ranks this tiny model keeps one
+/// whole projection of 16 kB and saves an all-reduce.
+fn leanest(ranks: usize) -> Value {
+    plan(ranks, &plan(ranks, "min")["least_bytes"].to_string())
 }
 
 /// Column then row, per attention and per MLP: what Megatron-LM does by hand.
 #[test]
 fn every_layer_has_two_all_reduces_and_nothing_else() {
     for ranks in [2, 4] {
-        let plan = plan(ranks);
+        let plan = leanest(ranks);
         let collectives: Vec<(&str, &str)> = plan["collectives"]
             .as_array()
             .unwrap()
@@ -61,7 +68,7 @@ fn every_layer_has_two_all_reduces_and_nothing_else() {
 #[test]
 fn every_matrix_is_split_over_all_ranks() {
     for ranks in [2usize, 4] {
-        let plan = plan(ranks);
+        let plan = leanest(ranks);
         let (mut all, mut vectors) = (0.0, 0.0);
         for stored in plan["stored"].as_array().unwrap().iter().filter(|s| s["state"] == false) {
             let shape = stored["shape"].as_str().unwrap();
@@ -81,7 +88,9 @@ fn every_matrix_is_split_over_all_ranks() {
             assert!(bytes <= 1.02 * whole / ranks as f64, "{ranks} ranks: {stored}");
         }
         assert!(all > 1e6, "the model's matrices are missing: {plan}");
-        let held = plan["weight_bytes_per_rank"].as_f64().unwrap();
-        assert!(held <= 1.02 * all / ranks as f64 + vectors, "{ranks} ranks hold {held} of {all}");
+        for plan in [&plan, &self::plan(ranks, "min")] {
+            let held = plan["weight_bytes_per_rank"].as_f64().unwrap();
+            assert!(held <= 1.02 * all / ranks as f64 + vectors, "{ranks} ranks hold {held} of {all}");
+        }
     }
 }

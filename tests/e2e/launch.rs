@@ -128,7 +128,7 @@ fn a_missing_rank_is_named_when_time_is_over() {
 fn ranks_of_different_builds_do_not_start_together() {
     let (scratch, port) = (scratch(), port());
     let other = scratch.path().join("other");
-    shard(2, &other, &["--output", "logits"]);
+    shard(2, &other, &["--output", "logits=argmax"]);
     let got = scratch.path().join("got.npz");
     let first = start(&mut with_files(as_rank(&sharded(2).join("rank0"), 0, 2, &port), &prompt(), &got));
     let second = start(&mut as_rank(&other.join("rank1"), 1, 2, &port));
@@ -149,6 +149,43 @@ fn children_of(parent: u32) -> Vec<(usize, i32)> {
             Some((rank, pid.parse().ok()?))
         })
         .collect()
+}
+
+/// True once the ranks have met: they share memory then.
+fn has_met(pid: u32) -> bool {
+    std::fs::read_to_string(format!("/proc/{pid}/maps")).is_ok_and(|maps| maps.contains("memfd:tpshard"))
+}
+
+/// Nobody watches over ranks that were started by hand; those that are left notice by themselves. Rank 2 waits for its
+/// weights, which are a pipe that nobody writes, while the others wait for rank 2.
+#[test]
+fn ranks_notice_by_themselves_that_one_was_killed() {
+    let scratch = scratch();
+    let folder = copy_of_sharded(4, &scratch);
+    let (weights, got) = (folder.join("rank2.safetensors"), scratch.path().join("got.npz"));
+    std::fs::remove_file(&weights).unwrap();
+    assert!(command("mkfifo").arg(&weights).status().unwrap().success());
+    let port = port();
+    let mut ranks: Vec<Child> = (0..4)
+        .map(|rank| {
+            let program = folder.join(format!("rank{rank}"));
+            start(&mut with_files(as_rank(&program, rank, 4, &port), &prompt(), &got))
+        })
+        .collect();
+    let mut killed = ranks.remove(2);
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while !has_met(killed.id()) || ranks.iter().any(|rank| !has_met(rank.id())) {
+        assert!(Instant::now() < deadline, "the ranks do not meet");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    let started = Instant::now();
+    killed.kill().unwrap();
+    killed.wait().unwrap();
+    for rank in ranks {
+        wait(rank).fails(6, &["rank 2"]);
+    }
+    assert!(started.elapsed() < Duration::from_secs(5), "{:?}", started.elapsed());
+    assert!(!got.exists());
 }
 
 /// A rank that waits for a pipe to be written keeps the job alive for as long as the test needs.
