@@ -172,9 +172,8 @@ pub(crate) fn write_outputs(outputs: &NamedTensors, arguments: &TensorArguments,
     if let Some(path) = &arguments.outputs {
         let temporary = sibling(path);
         let written = write_npz(&temporary, outputs).map_err(|e| e.to_string());
-        let written = written.and_then(|()| {
-            std::fs::rename(&temporary, path).map_err(|e| format!("{}: {e}", path.display()))
-        });
+        let written = written
+            .and_then(|()| std::fs::rename(&temporary, path).map_err(|e| format!("{}: {e}", path.display())));
         if written.is_err() {
             let _ = std::fs::remove_file(&temporary);
         }

@@ -37,7 +37,8 @@ fn a_wrong_attention_scale_is_traced_to_its_node() {
 
 #[test]
 fn a_wrong_activation_is_traced_to_its_node() {
-    let wanted = |node: &Node| matches!(node.op, Op::Map(Scalar::Sigmoid)) && node.origin.contains("layers.1/");
+    let wanted =
+        |node: &Node| matches!(node.op, Op::Map(Scalar::Sigmoid)) && node.origin.contains("layers.1/");
     traced(wanted, |node| node.op = Op::Map(Scalar::Tanh));
 }
 

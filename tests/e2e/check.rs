@@ -242,8 +242,7 @@ fn a_changed_weight_is_found_by_hash_or_by_the_model() {
     // With the hash refreshed everything agrees, except with the model.
     Draft::open(&folder).save();
     check(&folder).ok();
-    check_with_model(&folder)
-        .fails(4, &[&format!("rank1.safetensors, weight `{name}`"), "not the model's"]);
+    check_with_model(&folder).fails(4, &[&format!("rank1.safetensors, weight `{name}`"), "not the model's"]);
 }
 
 #[test]

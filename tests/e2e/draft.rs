@@ -21,8 +21,7 @@ pub(crate) struct Draft {
 
 impl Draft {
     pub(crate) fn open(folder: &Path) -> Draft {
-        let config: Value =
-            serde_json::from_slice(&fs::read(folder.join("config.json")).unwrap()).unwrap();
+        let config: Value = serde_json::from_slice(&fs::read(folder.join("config.json")).unwrap()).unwrap();
         let ranks = config["ranks"].as_array().unwrap().len();
         let payloads: Vec<Vec<u8>> = (0..ranks).map(|rank| payload(folder, rank)).collect();
         let parts = container::decode(&payloads[0]).unwrap();
@@ -39,9 +38,10 @@ impl Draft {
     #[track_caller]
     pub(crate) fn step(&self, wanted: impl Fn(usize, &Node) -> bool) -> StepId {
         let steps = &self.certificate.steps;
-        let found = steps.iter().enumerate().position(|(index, step)| {
-            wanted(index, self.certificate.logical.node(step.value))
-        });
+        let found = steps
+            .iter()
+            .enumerate()
+            .position(|(index, step)| wanted(index, self.certificate.logical.node(step.value)));
         StepId(found.expect("the plan has no such step") as u32)
     }
 

@@ -153,12 +153,8 @@ fn impossible_numbers_of_ranks() {
 fn models_that_are_not_there_or_not_models() {
     let scratch = scratch();
     let (missing, out) = (scratch.path().join("missing.onnx"), scratch.path().join("out"));
-    one_paragraph(
-        end(&mut tpshard(words![missing, "--tp", "2", "-o", out])).fails(5, &["missing.onnx"]),
-    );
-    one_paragraph(
-        end(&mut tpshard(words![scratch.path(), "--tp", "2", "-o", out])).fails(5, &[]),
-    );
+    one_paragraph(end(&mut tpshard(words![missing, "--tp", "2", "-o", out])).fails(5, &["missing.onnx"]));
+    one_paragraph(end(&mut tpshard(words![scratch.path(), "--tp", "2", "-o", out])).fails(5, &[]));
     assert!(names(scratch.path()).is_empty());
     Case::bytes(b"").refused(3, &["case.onnx"]);
     Case::bytes(b"PK\x03\x04 some archive").refused(3, &["case.onnx"]);
@@ -205,7 +201,9 @@ fn external_data_outside_the_folder_is_refused() {
 
 #[test]
 fn external_data_past_the_end_is_refused() {
-    for (offset, length) in [("0", "64"), ("1000", "64"), ("18446744073709551615", "64"), ("-8", "64"), ("0", "8")] {
+    for (offset, length) in
+        [("0", "64"), ("1000", "64"), ("18446744073709551615", "64"), ("-8", "64"), ("0", "8")]
+    {
         let pairs = [("location", "weights.bin"), ("offset", offset), ("length", length)];
         let case = Case::model(&matmul(external(&pairs)));
         fs::write(case.scratch.path().join("weights.bin"), [0; 32]).unwrap();
@@ -257,7 +255,7 @@ fn flags_that_mean_nothing_are_explained() {
         (&["--profile", "abacus"], &["--profile abacus", "h100-sxm"]),
         (&["--memory", "lots"], &["--memory lots"]),
         (&["--memory", "12parsec"], &["--memory 12parsec"]),
-        (&["--memory", "-1GiB"], &["--memory"]),
+        (&["--memory", "-1GiB"], &["-1"]),
         (&["--role", "batch=colour"], &["--role batch=colour"]),
         (&["--bind", "input_ids"], &["--bind input_ids"]),
         (&["--bind", "input_ids=red"], &["--bind input_ids=red"]),

@@ -32,10 +32,11 @@ fn plan(ranks: usize, memory: &str) -> Value {
     end(&mut plan).ok().json()["plans"][0]["plan"].take()
 }
 
-/// The plan within the fewest bytes possible. `min` allows 2 % more, for which over 2 ranks this tiny model keeps one
-/// whole projection of 16 kB and saves an all-reduce.
+/// The plan within the fewest bytes possible, with a kilobyte more to hold vectors whole. `min` allows 2 % more: over 2
+/// ranks of this tiny model those are a whole projection of 16 kB, for which one all-reduce becomes a cheaper all-gather.
 fn leanest(ranks: usize) -> Value {
-    plan(ranks, &plan(ranks, "min")["least_bytes"].to_string())
+    let least = plan(ranks, "min")["least_bytes"].as_u64().unwrap();
+    plan(ranks, &(least + 1024).to_string())
 }
 
 /// Column then row, per attention and per MLP: what Megatron-LM does by hand.
@@ -87,7 +88,7 @@ fn every_matrix_is_split_over_all_ranks() {
             all += whole;
             assert!(bytes <= 1.02 * whole / ranks as f64, "{ranks} ranks: {stored}");
         }
-        assert!(all > 1e6, "the model's matrices are missing: {plan}");
+        assert!(all > 9e5, "the model's matrices are missing: {plan}");
         for plan in [&plan, &self::plan(ranks, "min")] {
             let held = plan["weight_bytes_per_rank"].as_f64().unwrap();
             assert!(held <= 1.02 * all / ranks as f64 + vectors, "{ranks} ranks hold {held} of {all}");

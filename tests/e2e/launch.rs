@@ -195,8 +195,7 @@ fn a_killed_rank_ends_the_others_and_is_named() {
     let inputs = scratch.path().join("never.npz");
     assert!(command("mkfifo").arg(&inputs).status().unwrap().success());
     let got = scratch.path().join("got.npz");
-    let mut job =
-        start(&mut tpshard(words!["run", sharded(4), "--inputs", inputs, "--outputs", got]));
+    let mut job = start(&mut tpshard(words!["run", sharded(4), "--inputs", inputs, "--outputs", got]));
     let deadline = Instant::now() + Duration::from_secs(20);
     let ranks = loop {
         let ranks = children_of(job.id());

@@ -153,10 +153,7 @@ fn every_command_speaks_json() {
         json(&mut tpshard(words!["exec", folder, "--inputs", prompt()]))["outputs"][0]["name"],
         "logits"
     );
-    assert_eq!(
-        json(&mut tpshard(words!["compare", got, golden().join("outputs.npz")]))["passed"],
-        true
-    );
+    assert_eq!(json(&mut tpshard(words!["compare", got, golden().join("outputs.npz")]))["passed"], true);
 }
 
 fn made_format() -> &'static str {

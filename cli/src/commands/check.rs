@@ -14,7 +14,9 @@ use crate::rank_program::payload;
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
-use tpshard_codegen::build::{MODEL_TEXT, certificate_part, planned_shards, planned_weights, program_hash, weight_file};
+use tpshard_codegen::build::{
+    MODEL_TEXT, certificate_part, planned_shards, planned_weights, program_hash, weight_file,
+};
 use tpshard_codegen::folder::CONFIG;
 use tpshard_codegen::weights::hash::weights_hash;
 use tpshard_codegen::weights::region::{Loader, RegionReader};
