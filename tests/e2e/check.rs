@@ -172,6 +172,9 @@ fn an_operation_changed_on_one_rank_is_found() {
         place = format!("rank 3, {step} (tanh)");
     });
     check(&folder).fails(4, &[&place, "sigmoid"]);
+    let report = end(&mut tpshard(words!["check", folder, "--json"])).fails(4, &[&place]).json();
+    assert_eq!(report["passed"], false);
+    assert!(report["findings"][0].as_str().unwrap().contains(&place), "{report}");
 }
 
 /// Two equal-shaped weights trade places in the table by which a rank's program finds them in its file.

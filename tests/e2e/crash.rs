@@ -54,3 +54,17 @@ fn a_killed_build_leaves_nothing_or_everything() {
     end(&mut tpshard(words!["check", folder, "--model", model()])).ok();
     assert_eq!(leftovers(scratch.path()), [""; 0]);
 }
+
+#[test]
+fn builds_at_the_same_time_do_not_mix() {
+    let scratch = scratch();
+    let folder = scratch.path().join("out");
+    let shard = |ranks: &str| start(&mut tpshard(words![model(), "--tp", ranks, "-o", folder]));
+    let ended = [shard("2"), shard("3")].map(wait);
+    let mut codes = ended.each_ref().map(|e| e.code);
+    codes.sort();
+    // Either both were at it until one was first, or one came when the other was done.
+    assert_eq!(codes, [Some(0), Some(5)], "{ended:?}");
+    end(&mut tpshard(words!["check", folder])).ok();
+    assert_eq!(leftovers(scratch.path()), [""; 0]);
+}

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
+use tempfile::TempDir;
 
 /// A port that no other job of these tests names. Nothing listens on it: it only tells jobs apart.
 fn port() -> String {
@@ -188,29 +189,65 @@ fn ranks_notice_by_themselves_that_one_was_killed() {
     assert!(!got.exists());
 }
 
-/// A rank that waits for a pipe to be written keeps the job alive for as long as the test needs.
+/// A job of 4 ranks under `tpshard run` that waits for its inputs, a pipe that nobody writes, and the ranks' processes.
+fn waiting_job(scratch: &TempDir) -> (Child, Vec<(usize, i32)>) {
+    let (inputs, got) = (scratch.path().join("never.npz"), scratch.path().join("got.npz"));
+    assert!(command("mkfifo").arg(&inputs).status().unwrap().success());
+    let mut job = start(&mut tpshard(words!["run", sharded(4), "--inputs", inputs, "--outputs", got]));
+    let deadline = Instant::now() + Duration::from_secs(20);
+    loop {
+        let ranks = children_of(job.id());
+        if ranks.len() == 4 {
+            return (job, ranks);
+        }
+        assert!(job.try_wait().unwrap().is_none() && Instant::now() < deadline, "{ranks:?}");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+fn signal(name: &str, pid: i32) {
+    assert!(command("kill").args([name, &pid.to_string()]).status().unwrap().success());
+}
+
+/// Expects the processes to go away within a few seconds.
+fn assert_gone(ranks: &[(usize, i32)], scratch: &TempDir) {
+    let deadline = Instant::now() + Duration::from_secs(5);
+    let alive = |pid: i32| {
+        let status = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+        !status.is_empty() && !status.contains(") Z ")
+    };
+    while ranks.iter().any(|(_, pid)| alive(*pid)) {
+        assert!(Instant::now() < deadline, "still running: {ranks:?}");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    assert_eq!(names(scratch.path()), ["never.npz"]);
+}
+
 #[test]
 fn a_killed_rank_ends_the_others_and_is_named() {
     let scratch = scratch();
-    let inputs = scratch.path().join("never.npz");
-    assert!(command("mkfifo").arg(&inputs).status().unwrap().success());
-    let got = scratch.path().join("got.npz");
-    let mut job = start(&mut tpshard(words!["run", sharded(4), "--inputs", inputs, "--outputs", got]));
-    let deadline = Instant::now() + Duration::from_secs(20);
-    let ranks = loop {
-        let ranks = children_of(job.id());
-        if ranks.len() == 4 || job.try_wait().unwrap().is_some() || Instant::now() > deadline {
-            break ranks;
-        }
-        std::thread::sleep(Duration::from_millis(10));
-    };
-    let killed = ranks.iter().find(|(rank, _)| *rank == 2).map(|(_, pid)| *pid);
-    let killed = killed.unwrap_or_else(|| panic!("no rank 2 among {ranks:?}"));
+    let (job, ranks) = waiting_job(&scratch);
+    let (_, killed) = *ranks.iter().find(|(rank, _)| *rank == 2).unwrap();
     let started = Instant::now();
-    assert!(command("kill").args(["-KILL", &killed.to_string()]).status().unwrap().success());
+    signal("-KILL", killed);
     wait(job).fails(6, &["rank 2", "signal 9"]);
     assert!(started.elapsed() < Duration::from_secs(5), "{:?}", started.elapsed());
-    let alive = |pid: i32| Path::new(&format!("/proc/{pid}")).exists();
-    assert!(ranks.iter().all(|(_, pid)| !alive(*pid)), "{ranks:?}");
-    assert!(!got.exists());
+    assert_gone(&ranks, &scratch);
+}
+
+#[test]
+fn an_interrupted_run_takes_its_ranks_along() {
+    for name in ["-INT", "-TERM"] {
+        let scratch = scratch();
+        let (job, ranks) = waiting_job(&scratch);
+        signal(name, job.id() as i32);
+        wait(job).fails(6, &["interrupted by signal"]);
+        assert_gone(&ranks, &scratch);
+    }
+    // Nobody is left even if there is no time for goodbyes.
+    let scratch = scratch();
+    let (mut job, ranks) = waiting_job(&scratch);
+    job.kill().unwrap();
+    job.wait().unwrap();
+    assert_gone(&ranks, &scratch);
 }

@@ -160,6 +160,21 @@ fn made_format() -> &'static str {
     tpshard_codegen::folder::CONFIG_FORMAT
 }
 
+/// Without the flags of the build, the model would be imported otherwise and nothing would agree with it.
+#[test]
+fn a_folder_remembers_how_its_model_was_imported() {
+    let scratch = scratch();
+    let folder = scratch.path().join("out");
+    shard(2, &folder, &["--role", "seq=seq", "--output", "logits[:, -1]=topk:3"]);
+    let config = end(&mut tpshard(words!["inspect", folder, "--json"])).ok().json();
+    assert_eq!(config["build"]["roles"], serde_json::json!(["seq=seq"]));
+    end(&mut tpshard(words!["check", folder, "--model", model()])).ok();
+    end(&mut tpshard(words!["verify", folder, "--model", model(), "--inputs", prompt()])).ok();
+    let said = end(&mut tpshard(words!["inspect", folder])).ok().stdout;
+    assert!(said.contains("input  input_ids: i64[batch, seq]"), "{said}");
+    assert!(said.contains("output logits.values: f32[batch, 3]"), "{said}");
+}
+
 #[test]
 fn equal_builds_are_equal_byte_for_byte() {
     let scratch = scratch();
