@@ -246,7 +246,7 @@ fn all_operators_that_are_not_supported_are_listed() {
 fn flags_that_mean_nothing_are_explained() {
     let scratch = scratch();
     let out = scratch.path().join("out");
-    let cases: [(&[&str], &[&str]); 14] = [
+    let cases: [(&[&str], &[&str]); 13] = [
         (&["--dim", "colour=3"], &["--dim colour", "batch"]),
         (&["--dim", "batch"], &["--dim batch"]),
         (&["--dim", "batch=-1"], &["--dim batch=-1"]),
@@ -259,7 +259,6 @@ fn flags_that_mean_nothing_are_explained() {
         (&["--role", "batch=colour"], &["--role batch=colour"]),
         (&["--bind", "input_ids"], &["--bind input_ids"]),
         (&["--bind", "input_ids=red"], &["--bind input_ids=red"]),
-        (&["--output", "lodgings"], &["lodgings"]),
         (&["--output", "logits=best"], &["logits=best"]),
     ];
     for (flags, words) in cases {
@@ -273,6 +272,16 @@ fn flags_that_mean_nothing_are_explained() {
         }
         assert!(names(scratch.path()).is_empty(), "{flags:?}");
     }
+}
+
+/// Only the model can say which outputs it has, so this is a matter of the model.
+#[test]
+fn an_output_that_the_model_does_not_have_is_named() {
+    let scratch = scratch();
+    let out = scratch.path().join("out");
+    let mut shard = tpshard(words![model(), "--tp", "2", "-o", out, "--output", "lodgings"]);
+    one_paragraph(end(&mut shard).fails(3, &["lodgings", "the outputs are logits"]));
+    assert!(names(scratch.path()).is_empty());
 }
 
 #[test]

@@ -146,7 +146,10 @@ fn every_command_speaks_json() {
     assert_eq!(json(&mut tpshard(words!["check", folder]))["passed"], true);
     assert_eq!(json(&mut tpshard(words!["verify", folder, "--golden", golden()]))["passed"], true);
     assert_eq!(json(&mut tpshard(words!["plan", model(), "--ranks", "2"]))["plans"][0]["ranks"], 2);
-    assert_eq!(json(&mut tpshard(words!["inspect", folder]))["format"], made_format());
+    assert_eq!(
+        json(&mut tpshard(words!["inspect", folder]))["format"],
+        tpshard_codegen::folder::CONFIG_FORMAT
+    );
     assert_eq!(json(&mut tpshard(words!["inspect", folder.join("rank1")]))["rank"], 1);
     assert!(json(&mut tpshard(words!["inspect", model()]))["onnx_nodes"].as_u64().unwrap() > 100);
     assert_eq!(
@@ -156,11 +159,6 @@ fn every_command_speaks_json() {
     assert_eq!(json(&mut tpshard(words!["compare", got, golden().join("outputs.npz")]))["passed"], true);
 }
 
-fn made_format() -> &'static str {
-    tpshard_codegen::folder::CONFIG_FORMAT
-}
-
-/// Without the flags of the build, the model would be imported otherwise and nothing would agree with it.
 #[test]
 fn a_folder_remembers_how_its_model_was_imported() {
     let scratch = scratch();
