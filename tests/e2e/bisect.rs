@@ -68,7 +68,9 @@ fn tapped_values_are_those_of_one_rank() {
     let tapped = |ranks: usize| {
         let path = scratch.path().join(format!("tapped{ranks}.npz"));
         let mut run = tpshard(words!["run", sharded(ranks), "--inputs", prompt(), "--outputs", path]);
-        nodes.iter().for_each(|node| drop(run.args(["--tap", node])));
+        for node in &nodes {
+            run.args(["--tap", node]);
+        }
         end(&mut run).ok();
         read(&path)
     };

@@ -159,7 +159,9 @@ fn with_node(old: &Graph, index: usize, change: impl FnOnce(&mut Node)) -> Graph
     let mut graph = Graph::new(&old.name);
     let mut nodes = old.nodes().to_vec();
     change(&mut nodes[index]);
-    nodes.into_iter().for_each(|node| drop(graph.push(node)));
+    for node in nodes {
+        graph.push(node);
+    }
     (graph.outputs, graph.states) = (old.outputs.clone(), old.states.clone());
     (graph.symbols, graph.guards) = (old.symbols.clone(), old.guards.clone());
     graph

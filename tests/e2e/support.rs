@@ -83,7 +83,9 @@ impl Ended {
 /// A command with a clean environment.
 pub(crate) fn command(program: impl AsRef<OsStr>) -> Command {
     let mut command = Command::new(program);
-    LAUNCHER_VARIABLES.iter().for_each(|name| drop(command.env_remove(name)));
+    for name in LAUNCHER_VARIABLES {
+        command.env_remove(name);
+    }
     command.env_remove("TPSHARD_TIMEOUT").env_remove("TPSHARD_RENDEZVOUS").stdin(Stdio::null());
     command
 }
