@@ -297,7 +297,7 @@ fn a_missing_file_is_named() {
         fs::remove_file(folder.join(name)).unwrap();
         let ended = check(&folder);
         assert!(matches!(ended.code, Some(4 | 5)), "{ended:?}");
-        assert!(ended.stderr.contains(&format!("{name}")), "{ended:?}");
+        assert!(ended.stderr.contains(name), "{ended:?}");
     }
 }
 
