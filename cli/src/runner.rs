@@ -171,14 +171,16 @@ fn read_inputs(file: &RankFile, arguments: &TensorArguments) -> Outcome<NamedTen
 pub(crate) fn write_outputs(outputs: &NamedTensors, arguments: &TensorArguments, json: bool) -> Outcome<()> {
     if let Some(path) = &arguments.outputs {
         let temporary = sibling(path);
-        let written = write_npz(&temporary, outputs).or_fail(Kind::Resource).and_then(|()| {
-            std::fs::rename(&temporary, path)
-                .map_err(|e| Failure::new(Kind::Resource, format!("{}: {e}", path.display())))
-        });
+        let written = write_npz(&temporary, outputs).map_err(|e| e.to_string());
+        let written = written
+            .and_then(|()| std::fs::rename(&temporary, path).map_err(|e| format!("{}: {e}", path.display())));
         if written.is_err() {
             let _ = std::fs::remove_file(&temporary);
         }
-        written?;
+        written.map_err(|error| {
+            let help = "help: --outputs names a file in a folder that exists and can be written";
+            Failure::new(Kind::Resource, format!("{error}\n{help}"))
+        })?;
     }
     if json {
         let list: Vec<serde_json::Value> = outputs
@@ -226,5 +228,12 @@ pub(crate) fn session_failure(error: &SessionError) -> Failure {
         | SessionError::Poisoned { .. }
         | SessionError::Closed => Kind::Rank,
     };
-    Failure::new(kind, error)
+    let text = error.to_string();
+    let help = match error {
+        SessionError::Inputs(_) if !text.contains("help: ") => {
+            "\nhelp: `tpshard inspect DIR` lists the inputs with their types"
+        }
+        _ => "",
+    };
+    Failure::new(kind, format!("{text}{help}"))
 }

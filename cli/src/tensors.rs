@@ -1,6 +1,6 @@
 //! Tensors in and out: `.npz`, `.npy`, folders of `.npy`, and ONNX `test_data_set_*` folders.
 
-use crate::failure::{Classify, Failure, Kind, Outcome};
+use crate::failure::{Failure, Kind, Outcome};
 use std::path::{Path, PathBuf};
 use tpshard_runtime::io::{DEFAULT_LIMIT, NamedTensors, read_tensors};
 
@@ -11,10 +11,20 @@ pub(crate) struct GoldenPair {
     pub(crate) outputs: PathBuf,
 }
 
+const HELP: &str = "help: give an .npz file, a folder of .npy files or a test_data_set folder";
+
+fn read_file(path: &Path) -> Outcome<NamedTensors> {
+    read_tensors(path, DEFAULT_LIMIT).map_err(|error| {
+        let text = error.to_string();
+        let help = if text.contains("help: ") { String::new() } else { format!("\n{HELP}") };
+        Failure::new(Kind::Resource, format!("{text}{help}"))
+    })
+}
+
 /// Reads a file, or every `.npy` or `.pb` file of a folder. `names` are the names by position.
 pub(crate) fn read(path: &Path, names: &[String]) -> Outcome<NamedTensors> {
     if !path.is_dir() {
-        return read_tensors(path, DEFAULT_LIMIT).or_fail(Kind::Resource);
+        return read_file(path);
     }
     read_numbered(path, "input_", names)
 }
@@ -30,7 +40,7 @@ fn read_numbered(folder: &Path, prefix: &str, names: &[String]) -> Outcome<Named
         let stem = file.file_stem().map(|s| s.to_string_lossy().into_owned()).unwrap_or_default();
         match file.extension().and_then(|e| e.to_str()) {
             Some("npy") => {
-                tensors.extend(read_tensors(&file, DEFAULT_LIMIT).or_fail(Kind::Resource)?);
+                tensors.extend(read_file(&file)?);
             }
             Some("pb") => {
                 let Some(index) = stem.strip_prefix(prefix).and_then(|i| i.parse::<usize>().ok()) else {
@@ -49,10 +59,7 @@ fn read_numbered(folder: &Path, prefix: &str, names: &[String]) -> Outcome<Named
         }
     }
     if tensors.is_empty() {
-        let message = format!(
-            "{}: holds no tensors\nhelp: give an .npz file, a folder of .npy files or a test_data_set folder",
-            folder.display()
-        );
+        let message = format!("{}: holds no tensors\n{HELP}", folder.display());
         return Err(Failure::new(Kind::Usage, message));
     }
     Ok(tensors)

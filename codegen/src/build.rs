@@ -139,6 +139,17 @@ struct PlannedWeight {
     shard: ShardTensor,
 }
 
+impl PlannedWeight {
+    fn tensor(&self) -> WeightTensor {
+        WeightTensor {
+            expr: self.local.clone(),
+            name: self.shard.name.clone(),
+            dtype: self.shard.dtype(),
+            shape: self.shard.shape(),
+        }
+    }
+}
+
 /// The weights of `rank`: every family of a weight in any entry once, named after the initializer it comes from.
 fn plan_weights(entries: &[(String, Spmd)], rank: usize) -> Result<Vec<PlannedWeight>, BuildError> {
     let mut names: BTreeMap<(WeightExpr, Layout), String> = BTreeMap::new();
@@ -169,6 +180,14 @@ fn plan_weights(entries: &[(String, Spmd)], rank: usize) -> Result<Vec<PlannedWe
 /// A step without a local form; a checked program has none.
 pub fn planned_shards(entries: &[(String, Spmd)], rank: usize) -> Result<Vec<ShardTensor>, BuildError> {
     Ok(plan_weights(entries, rank)?.into_iter().map(|planned| planned.shard).collect())
+}
+
+/// The table by which the program of `rank` finds its weights in the file.
+///
+/// # Errors
+/// As [`planned_shards`].
+pub fn planned_weights(entries: &[(String, Spmd)], rank: usize) -> Result<Vec<WeightTensor>, BuildError> {
+    Ok(plan_weights(entries, rank)?.iter().map(PlannedWeight::tensor).collect())
 }
 
 fn free_name(expr: &WeightExpr, taken: &mut BTreeSet<String>) -> String {
@@ -213,15 +232,7 @@ fn rank_program(
         determinism: Determinism::Fast,
         states: entries.first().map(Entry::states).unwrap_or_default(),
         entries,
-        weights: weights
-            .iter()
-            .map(|w| WeightTensor {
-                expr: w.local.clone(),
-                name: w.shard.name.clone(),
-                dtype: w.shard.dtype(),
-                shape: w.shard.shape(),
-            })
-            .collect(),
+        weights: weights.iter().map(PlannedWeight::tensor).collect(),
         weights_hash: weights_hash.into(),
         program_hash: program_hash.into(),
     })

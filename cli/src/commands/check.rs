@@ -14,12 +14,15 @@ use crate::rank_program::payload;
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
-use tpshard_codegen::build::{MODEL_TEXT, certificate_part, planned_shards, program_hash, weight_file};
+use tpshard_codegen::build::{
+    MODEL_TEXT, certificate_part, planned_shards, planned_weights, program_hash, weight_file,
+};
+use tpshard_codegen::folder::CONFIG;
 use tpshard_codegen::weights::hash::weights_hash;
 use tpshard_codegen::weights::region::{Loader, RegionReader};
 use tpshard_codegen::weights::{ShardTensor, TensorRecord};
 use tpshard_ir::container;
-use tpshard_ir::program::RankProgram;
+use tpshard_ir::program::{Entry, RankProgram};
 use tpshard_ir::{Graph, Spmd};
 use tpshard_runtime::io::SafeTensorsFile;
 
@@ -106,7 +109,10 @@ fn examine(
             findings.push(format!("rank{}: its program hash is not that of the certificate", program.rank));
         }
     }
-    check_config(folder, &expected, findings);
+    for rank_program in &programs {
+        check_tables(&program, rank_program, findings);
+    }
+    check_config(folder, "program_hash", &expected, findings);
     let shards = check_weights(folder, &program, &programs, findings, summary)?;
     if let Some(model) = &arguments.model {
         let original = import_model(model, &as_built(folder), true)?;
@@ -161,9 +167,46 @@ fn check_certificate(
     }
 }
 
-fn check_config(folder: &Folder, program_hash: &str, findings: &mut Vec<String>) {
-    if folder.config.get("program_hash").and_then(Value::as_str) != Some(program_hash) {
-        findings.push("config.json: its program hash is not that of the certificate".into());
+/// A rank's tables say what its inputs, outputs and weights are; they must be those that follow from the certificate.
+fn check_tables(program: &Spmd, found: &RankProgram, findings: &mut Vec<String>) {
+    let rank = found.rank;
+    let entries = [("main".to_owned(), program.clone())];
+    let derived = Entry::from_spmd(program, rank, "main").map_err(|e| e.to_string());
+    let weights = planned_weights(&entries, rank).map_err(|e| e.to_string());
+    let (entry, weights) = match (derived, weights) {
+        (Ok(entry), Ok(weights)) => (entry, weights),
+        (Err(error), _) | (_, Err(error)) => return findings.push(format!("rank {rank}: {error}")),
+    };
+    let [own] = found.entries.as_slice() else {
+        return findings.push(format!("rank {rank}: has {} entries, not one", found.entries.len()));
+    };
+    let tables = [
+        ("inputs", own.inputs == entry.inputs),
+        ("outputs", own.outputs == entry.outputs),
+        ("layouts", own.families == entry.families),
+        ("ranges of dims", own.ranges == entry.ranges),
+        ("guards", own.graph.guards == entry.graph.guards),
+        ("states", found.states == entry.states()),
+        ("mesh", found.mesh == program.mesh),
+    ];
+    for (what, _) in tables.iter().filter(|(_, same)| !same) {
+        findings.push(format!("rank {rank}: its table of {what} is not that of the certificate"));
+    }
+    if found.weights.len() != weights.len() {
+        let (found, needed) = (found.weights.len(), weights.len());
+        findings.push(format!("rank {rank}: its table lists {found} weights, the certificate {needed}"));
+    }
+    for (own, derived) in found.weights.iter().zip(&weights).filter(|(own, derived)| own != derived) {
+        findings.push(format!(
+            "rank {rank}: its table has weight `{}` ({}) where the certificate has `{}` ({})",
+            own.name, own.expr, derived.name, derived.expr
+        ));
+    }
+}
+
+fn check_config(folder: &Folder, key: &str, hash: &str, findings: &mut Vec<String>) {
+    if folder.config.get(key).and_then(Value::as_str) != Some(hash) {
+        findings.push(format!("{CONFIG}: its {key} is not that of what is in the folder"));
     }
 }
 
@@ -181,6 +224,7 @@ fn check_weights(
     let mut shards: Shards = Vec::new();
     let mut records: Vec<(usize, TensorRecord)> = Vec::new();
     let mut bytes = 0u64;
+    let mut builds: Vec<(usize, Option<String>)> = Vec::new();
     for rank in 0..folder.ranks {
         let planned = planned_shards(&entries, rank).or_fail(Kind::Mismatch)?;
         let path = folder.path.join(weight_file(rank));
@@ -191,6 +235,7 @@ fn check_weights(
                 continue;
             }
         };
+        builds.push((rank, file.metadata().get("weights_hash").cloned()));
         let stated = stated_hashes(folder, rank);
         let mut present = Vec::new();
         for shard in planned {
@@ -229,6 +274,11 @@ fn check_weights(
         shards.push((rank, present));
     }
     let hash = weights_hash(folder.ranks, records.iter().map(|(rank, r)| (*rank, r)));
+    for (rank, _) in builds.iter().filter(|(_, build)| build.as_ref() != Some(&hash)) {
+        let file = weight_file(*rank);
+        findings.push(format!("{file}: is of another build, by the weights hash in its header"));
+    }
+    check_config(folder, "weights_hash", &hash, findings);
     for program in programs {
         if program.weights_hash != hash {
             findings.push(format!("rank{}: its weights hash is not that of the weight files", program.rank));

@@ -43,6 +43,13 @@ fn folder(arguments: &InspectArguments, json: bool) -> Outcome<()> {
     }
     let field = |key: &str| folder.config.get(key).and_then(Value::as_str).unwrap_or("?").to_owned();
     println!("{} ranks, weights {}, program {}", folder.ranks, field("weights_hash"), field("program_hash"));
+    for (kind, list) in [("input ", "inputs"), ("output", "outputs")] {
+        let ports = folder.config.pointer(&format!("/entries/0/{list}")).and_then(Value::as_array);
+        for port in ports.into_iter().flatten() {
+            let text = |key: &str| port.get(key).and_then(Value::as_str).unwrap_or("?");
+            println!("{kind} {}: {}", text("name"), text("type"));
+        }
+    }
     print!("{}", folder.text(PLAN_TEXT)?);
     Ok(())
 }

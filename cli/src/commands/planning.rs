@@ -64,7 +64,10 @@ fn binding(text: &str) -> Outcome<(String, Tensor)> {
     } else if let Some(floats) = parse_all(&parts, |p| p.parse::<f64>().ok()) {
         Data::F64(floats)
     } else {
-        let message = format!("--bind {text}: `{value}` is neither a bool nor a number nor a list of them");
+        let message = format!(
+            "--bind {text}: `{value}` is neither a bool nor a number nor a list of them\n\
+             help: e.g. --bind use_cache=false or --bind position=3"
+        );
         return Err(Failure::new(Kind::Usage, message));
     };
     let shape = if parts.len() == 1 { vec![] } else { vec![parts.len()] };
@@ -129,7 +132,10 @@ fn bindings(imported: &Imported, arguments: &PricingArguments) -> Outcome<Bindin
     for item in arguments.dim.iter().flat_map(|d| d.split(',')).filter(|d| !d.is_empty()) {
         let (name, value) = pair(item, "--dim", "batch=1,seq=128")?;
         let value = value.parse::<i64>().ok().filter(|v| *v >= 0);
-        let value = value.ok_or_else(|| Failure::new(Kind::Usage, format!("--dim {item}: not a size")))?;
+        let value = value.ok_or_else(|| {
+            let help = "help: sizes are numbers from 0, e.g. --dim batch=1,seq=128";
+            Failure::new(Kind::Usage, format!("--dim {item}: not a size\n{help}"))
+        })?;
         given.insert(name.into(), value);
     }
     let graph = &imported.graph;
@@ -184,7 +190,8 @@ fn derived_by_guards(
         let value = equality.equals.eval(bound).or_fail(Kind::Usage)?;
         if value != wanted {
             let message = format!(
-                "--dim {}={wanted}: the model makes it {} = {value} for the other dims",
+                "--dim {}={wanted}: the model makes it {} = {value} for the other dims\n\
+                 help: leave it out, or give dims that agree",
                 equality.symbol, equality.equals
             );
             return Err(Failure::new(Kind::Usage, message));
@@ -228,7 +235,8 @@ pub(crate) fn check_ranks(ranks: usize) -> Outcome<()> {
     if (1..=tpshard_passes::MAX_RANKS).contains(&ranks) {
         return Ok(());
     }
-    let message = format!("--tp {ranks}: from 1 to {} ranks are possible", tpshard_passes::MAX_RANKS);
+    let most = tpshard_passes::MAX_RANKS;
+    let message = format!("{ranks} ranks are not possible\nhelp: choose from 1 to {most}");
     Err(Failure::new(Kind::Usage, message))
 }
 

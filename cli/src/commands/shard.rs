@@ -102,6 +102,7 @@ fn build_inputs(arguments: &ShardArguments, imported: &Imported, plan: &Plan) ->
         "target": "cpu",
         "bind": arguments.from.bind,
         "outputs": arguments.from.output,
+        "roles": arguments.from.role,
         "profile": plan.report.profile,
         "plan": report_json(&plan.report),
     });

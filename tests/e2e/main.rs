@@ -1,0 +1,11 @@
+//! The tool from the outside: every test starts `tpshard` or what it wrote, and looks at exit codes, messages and files.
+
+mod bisect;
+mod check;
+mod crash;
+mod draft;
+mod errors;
+mod golden_plan;
+mod launch;
+mod shard_and_run;
+mod support;
