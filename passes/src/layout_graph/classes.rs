@@ -64,9 +64,8 @@ impl Classes {
         let is_weight = |class: &Class| matches!(graph.node(first(class)).op, Op::Weight(_));
         let weights = || self.all.iter().filter(|c| is_weight(c)).map(first);
         let total: u64 = weights().map(whole).fold(0, u64::saturating_add);
-        let small = |value: ValueId| {
-            graph.ty(value).rank() <= 1 || whole(value).saturating_mul(SMALL_SHARE) < total
-        };
+        let small =
+            |value: ValueId| graph.ty(value).rank() <= 1 || whole(value).saturating_mul(SMALL_SHARE) < total;
         self.reserved = weights().filter(|&v| small(v)).map(whole).fold(0, u64::saturating_add);
         for index in 0..self.all.len() {
             let value = first(&self.all[index]);
