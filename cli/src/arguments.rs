@@ -194,12 +194,12 @@ pub(crate) struct PlanArguments {
 pub(crate) struct InspectArguments {
     /// A model, a folder that tpshard wrote, or one of its executables.
     pub(crate) path: PathBuf,
-    /// Print the logical graph, or a rank's graph, as text.
+    /// Print the model's graph, the program of a folder, or the graph of a rank, as text.
     #[arg(long)]
     pub(crate) tir: bool,
-    /// The rank whose program to show.
-    #[arg(long, default_value_t = 0)]
-    pub(crate) rank: usize,
+    /// Of a folder: show this rank's executable.
+    #[arg(long, value_name = "RANK")]
+    pub(crate) rank: Option<usize>,
 }
 
 #[derive(Debug, Args)]

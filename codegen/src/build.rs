@@ -224,7 +224,7 @@ fn rank_program(
     let entries = build
         .entries
         .iter()
-        .map(|(name, program)| Entry::from_spmd(program, rank, name))
+        .map(|(name, program)| entry(program, rank, name))
         .collect::<Result<Vec<_>, _>>()?;
     Ok(RankProgram {
         rank,
@@ -236,6 +236,17 @@ fn rank_program(
         weights_hash: weights_hash.into(),
         program_hash: program_hash.into(),
     })
+}
+
+/// What `rank` executes for `program`, with its inputs in the model's order, by which numbered files are matched.
+///
+/// # Errors
+/// A step without a local form; a checked program has none.
+pub fn entry(program: &Spmd, rank: usize, name: &str) -> Result<Entry, InstantiateError> {
+    let mut entry = Entry::from_spmd(program, rank, name)?;
+    let place = |name: &str| program.logical.inputs().position(|(_, known, _)| known.as_ref() == name);
+    entry.inputs.sort_by_key(|port| place(&port.name));
+    Ok(entry)
 }
 
 /// The program's own parts, then the certificates.

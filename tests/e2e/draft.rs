@@ -5,10 +5,12 @@ use serde_json::Value;
 use sha2::{Digest, Sha256};
 use std::fs;
 use std::path::{Path, PathBuf};
-use tpshard_codegen::build::{MODEL_TEXT, certificate_part, planned_shards, program_hash, weight_file};
+use tpshard_codegen::build::{
+    MODEL_TEXT, certificate_part, entry, planned_shards, program_hash, weight_file,
+};
 use tpshard_codegen::weights::TensorRecord;
 use tpshard_codegen::weights::hash::weights_hash;
-use tpshard_ir::program::{Entry, RankProgram, lower};
+use tpshard_ir::program::{RankProgram, lower};
 use tpshard_ir::{Graph, Node, Op, Spmd, StepId, ValueId, container};
 use tpshard_runtime::io::SafeTensorsFile;
 
@@ -64,7 +66,7 @@ impl Draft {
     /// Makes every rank execute what the changed certificate says, so that only the certificate can be at fault.
     pub(crate) fn follow_certificate(&mut self) {
         for program in &mut self.programs {
-            let entry = Entry::from_spmd(&self.certificate, program.rank, "main").unwrap();
+            let entry = entry(&self.certificate, program.rank, "main").unwrap();
             program.states = entry.states();
             program.entries = vec![entry];
             for weight in &mut program.weights {

@@ -174,6 +174,27 @@ fn a_folder_remembers_how_its_model_was_imported() {
 }
 
 #[test]
+fn a_rank_of_a_folder_can_be_looked_at() {
+    let inspect = |more: &[&str]| end(tpshard(words!["inspect", sharded(2)]).args(more));
+    assert_eq!(inspect(&["--rank", "1", "--json"]).ok().json()["rank"], 1);
+    let (whole, part) = (inspect(&["--tir"]).ok().stdout, inspect(&["--tir", "--rank", "1"]).ok().stdout);
+    assert!(whole.contains("equation ") && !part.contains("equation "), "{part}");
+    inspect(&["--rank", "2"]).fails(2, &["--rank 2", "help: "]);
+}
+
+/// Files of ONNX test sets are matched with inputs by number, which is the model's order and not the plan's.
+#[test]
+fn inputs_are_in_the_order_of_the_model() {
+    let folder = sharded(2);
+    let config = end(&mut tpshard(words!["inspect", folder, "--json"])).ok().json();
+    let ports = config["entries"][0]["inputs"].as_array().unwrap();
+    let order: Vec<&str> = ports.iter().map(|port| port["name"].as_str().unwrap()).collect();
+    assert_eq!(order[..3], ["input_ids", "attention_mask", "position_ids"]);
+    let said = end(&mut tpshard(words!["inspect", folder.join("rank0")])).ok().stdout;
+    assert!(said.contains(&format!("inputs  {}\n", order.join(", "))), "{said}");
+}
+
+#[test]
 fn equal_builds_are_equal_byte_for_byte() {
     let scratch = scratch();
     let folder = scratch.path().join("again");

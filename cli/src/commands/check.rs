@@ -15,14 +15,14 @@ use serde_json::Value;
 use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
 use tpshard_codegen::build::{
-    MODEL_TEXT, certificate_part, planned_shards, planned_weights, program_hash, weight_file,
+    MODEL_TEXT, certificate_part, entry, planned_shards, planned_weights, program_hash, weight_file,
 };
 use tpshard_codegen::folder::CONFIG;
 use tpshard_codegen::weights::hash::weights_hash;
 use tpshard_codegen::weights::region::{Loader, RegionReader};
 use tpshard_codegen::weights::{ShardTensor, TensorRecord};
 use tpshard_ir::container;
-use tpshard_ir::program::{Entry, RankProgram};
+use tpshard_ir::program::RankProgram;
 use tpshard_ir::{Graph, Spmd};
 use tpshard_runtime::io::SafeTensorsFile;
 
@@ -171,7 +171,7 @@ fn check_certificate(
 fn check_tables(program: &Spmd, found: &RankProgram, findings: &mut Vec<String>) {
     let rank = found.rank;
     let entries = [("main".to_owned(), program.clone())];
-    let derived = Entry::from_spmd(program, rank, "main").map_err(|e| e.to_string());
+    let derived = entry(program, rank, "main").map_err(|e| e.to_string());
     let weights = planned_weights(&entries, rank).map_err(|e| e.to_string());
     let (entry, weights) = match (derived, weights) {
         (Ok(entry), Ok(weights)) => (entry, weights),

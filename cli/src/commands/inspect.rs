@@ -33,6 +33,17 @@ fn is_elf(path: &Path) -> bool {
 
 fn folder(arguments: &InspectArguments, json: bool) -> Outcome<()> {
     let folder = Folder::open(&arguments.path)?;
+    if let Some(rank) = arguments.rank {
+        if rank >= folder.ranks {
+            let message = format!(
+                "--rank {rank}: {} has {} ranks\nhelp: the first is 0",
+                folder.path.display(),
+                folder.ranks
+            );
+            return Err(Failure::new(Kind::Usage, message));
+        }
+        return executable(&folder.executable(rank), arguments.tir, json);
+    }
     if arguments.tir {
         print!("{}", tpshard_ir::text::print_program(&program_of(&folder)?));
         return Ok(());
