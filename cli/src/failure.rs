@@ -21,6 +21,7 @@ pub(crate) enum Kind {
 #[derive(Debug)]
 pub(crate) struct Failure {
     pub(crate) kind: Kind,
+    /// Empty if somebody else says it.
     pub(crate) message: String,
 }
 

@@ -19,7 +19,9 @@ fn main() -> ExitCode {
     match run() {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
-            eprintln!("error: {failure}");
+            if !failure.message.is_empty() {
+                eprintln!("error: {failure}");
+            }
             ExitCode::from(failure.kind as u8)
         }
     }

@@ -131,7 +131,7 @@ pub(crate) fn run_rank(
         .map_err(|e| session_failure(&e))?;
     drop(weights);
     let inputs: BTreeMap<String, tpshard_ir::Tensor> = inputs.into_iter().collect();
-    let results = session.run(&inputs).map_err(|e| session_failure(&e))?;
+    let results = session.run(&inputs).map_err(|e| step_failure(&e, place.rank))?;
     if place.rank == 0 {
         let mut outputs = NamedTensors::new();
         for name in &file.output_names {
@@ -207,6 +207,16 @@ fn launch_failure(error: LaunchError) -> Failure {
         _ => Kind::Usage,
     };
     Failure::new(kind, error)
+}
+
+/// A step's error as this rank tells it: what another rank could not do is said by that rank and by rank 0.
+fn step_failure(error: &SessionError, own_rank: usize) -> Failure {
+    match error {
+        SessionError::Refused { rank, .. } if own_rank != 0 && *rank != own_rank => {
+            Failure::new(Kind::Rank, "")
+        }
+        _ => session_failure(error),
+    }
 }
 
 /// The exit code that fits a session's error.
