@@ -24,6 +24,8 @@ mod shape;
 
 use crate::error::{Fault, quote};
 use crate::lower::{Call, Lowered, Lowering, Value};
+use std::collections::HashMap;
+use std::sync::LazyLock;
 
 type Lower = fn(&mut Lowering<'_>, &Call<'_>) -> Lowered<Vec<Value>>;
 
@@ -218,16 +220,24 @@ table! {
     MICROSOFT "SkipSimplifiedLayerNormalization" 1..NOW 4 normalization::skip_simplified_layer_normalization;
 }
 
+/// The rows of every operator, by domain and name.
+static INDEX: LazyLock<HashMap<(&str, &str), Vec<&Row>>> = LazyLock::new(|| {
+    let mut index: HashMap<(&str, &str), Vec<&Row>> = HashMap::new();
+    for row in TABLE {
+        index.entry((row.domain, row.op_type)).or_default().push(row);
+    }
+    index
+});
+
 /// The lowering of an operator.
 pub(crate) fn find(domain: &str, op_type: &str, opset: i64) -> Result<&'static Row, Fault> {
-    let mut rows = TABLE.iter().filter(|row| row.domain == domain && row.op_type == op_type).peekable();
-    if rows.peek().is_none() {
+    let Some(rows) = INDEX.get(&(domain, op_type)) else {
         return Err(Fault::unsupported(
             format!("the operator {} is not supported", quote(op_type)),
             "export the model without it, with another exporter or opset, or as a model-local function",
         ));
-    }
-    rows.find(|row| (row.from..=row.to).contains(&opset)).ok_or_else(|| {
+    };
+    rows.iter().copied().find(|row| (row.from..=row.to).contains(&opset)).ok_or_else(|| {
         Fault::invalid(
             format!("the operator {} does not exist in this version of its domain", quote(op_type)),
             "the model's opset import is wrong; export it again",
