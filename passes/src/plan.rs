@@ -166,7 +166,14 @@ fn candidate(
             if large || !graph.states.is_empty() { Budget::Least } else { Budget::Free }
         }
     };
-    let extraction = extract(&layouts, budget, options.limits)?;
+    let extraction =
+        extract(&layouts, budget, options.limits).map_err(|error| match (error, options.memory) {
+            // What was set aside counts for whoever named the budget.
+            (ExtractError::Budget { least, .. }, MemoryGoal::Bytes(budget)) => {
+                ExtractError::Budget { least: least.saturating_add(set_aside), budget }
+            }
+            (error, _) => error,
+        })?;
     Ok(Candidate { classes, layouts, extraction })
 }
 
