@@ -108,5 +108,6 @@ pub(crate) fn program_of(folder: &Folder) -> Outcome<tpshard_ir::Spmd> {
     let name = tpshard_codegen::build::certificate_part("main");
     let text = parts.part(&name).and_then(|bytes| std::str::from_utf8(bytes).ok());
     let text = text.ok_or_else(|| Failure::new(Kind::Mismatch, format!("rank0 holds no {name}")))?;
-    tpshard_ir::text::parse_program(text).or_fail(Kind::Mismatch)
+    let program = tpshard_ir::text::parse_program(text).or_fail(Kind::Mismatch)?;
+    Ok(tpshard_ir::verify::verify_program(program).or_fail(Kind::Mismatch)?.into_inner())
 }
