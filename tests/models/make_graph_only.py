@@ -5,7 +5,7 @@
     python tests/models/make_graph_only.py OUT.onnx [--layers 32] [--hidden 4096] [--heads 32] [--kv-heads 8]
                                            [--ffn 14336] [--vocabulary 128256]
 
-The weights are external data in a file that does not exist, in bfloat16's size class (float16).
+The weights are external data in a file that does not exist, in float16.
 """
 
 import argparse
