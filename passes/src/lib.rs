@@ -14,6 +14,7 @@ mod plan;
 pub mod report;
 pub mod segment;
 pub mod sharding;
+mod unplanned;
 
 pub use cost::price::Entry;
 pub use emit::EmitError;

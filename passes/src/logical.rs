@@ -11,6 +11,7 @@ use tpshard_ir::{
 };
 
 /// A graph with alternatives appended.
+#[derive(Clone)]
 pub struct Alternatives {
     pub extended: Extended,
     /// How many nodes there were before.

@@ -1,16 +1,17 @@
 //! The planner: from a logical graph and a machine to the typed program of all ranks.
 
 use crate::cost::price::Entry;
-use crate::cost::{Pricer, Profile};
+use crate::cost::{Cost, Pricer, Profile};
 use crate::emit::{EmitError, Source, emit};
 use crate::extended::Extended;
-use crate::extract::{Budget, ExtractError, Extraction, Limits, extract};
+use crate::extract::{Budget, ExtractError, Extraction, Joint, Limits, extract_entries};
 use crate::layout_graph::{BuildError, Classes, LayoutGraph, Model, build};
 use crate::logical::{Alternatives, alternatives};
-use crate::report::{PlanReport, Summary, report};
+use crate::report::{PlanReport, Summary, program_cost, report};
 use crate::sharding::{Units, candidate_units};
+use crate::unplanned::least_cost;
 use std::collections::BTreeSet;
-use tpshard_ir::{Graph, Mesh, Op, Spmd, ValueId};
+use tpshard_ir::{Graph, Mesh, Op, Spmd, SpmdOutput, Step, ValueId};
 
 /// Most ranks a program may have.
 pub const MAX_RANKS: usize = 1024;
@@ -57,10 +58,11 @@ impl PlanOptions {
     }
 }
 
-/// The program of all ranks, and why it is that one.
+/// The programs of all ranks, one per entry, and why they are those.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Plan {
-    pub program: Spmd,
+    /// By entry name. All hold weights and state in the same layouts.
+    pub programs: Vec<(String, Spmd)>,
     pub report: PlanReport,
 }
 
@@ -86,8 +88,21 @@ pub enum PlanError {
 /// One mesh with its best plan.
 struct Candidate {
     classes: Classes,
-    layouts: LayoutGraph,
+    /// Per entry, alike but for prices.
+    layouts: Vec<LayoutGraph>,
     extraction: Extraction,
+    /// Per entry.
+    emitted: Vec<Emitted>,
+    /// Of the programs, what no plan decides about included.
+    cost: Cost,
+    /// No plan's programs take less.
+    bound: Cost,
+}
+
+/// The steps of one entry.
+pub(crate) struct Emitted {
+    pub(crate) steps: Vec<Step>,
+    pub(crate) outputs: Vec<SpmdOutput>,
 }
 
 /// Plans `extended` for the ranks and the machine of `options`.
@@ -108,73 +123,106 @@ pub fn plan(extended: Extended, options: &PlanOptions) -> Result<Plan, PlanError
     let pricer = Pricer::new(&options.profile, &found.extended.graph, &options.entries);
     let live: Vec<ValueId> = found.live();
     let units = candidate_units(&found.extended.graph, &live);
-    let mut best: Option<Candidate> = None;
-    for mesh in meshes(&found.extended.graph, options.ranks) {
-        let next = candidate(&found, &pricer, &units, &mesh, options)?;
-        if best.as_ref().is_none_or(|b| next.extraction.cost < b.extraction.cost) {
-            best = Some(next);
-        }
-    }
-    let best = best.ok_or(PlanError::Ranks { found: options.ranks })?;
-    let alone = if options.ranks == 1 {
-        best.extraction.cost
-    } else {
-        let free = PlanOptions { memory: MemoryGoal::Free, ..options.clone() };
-        candidate(&found, &pricer, &units, &Mesh::flat(1), &free)?.extraction.cost
-    };
-    let (steps, outputs) = emit(&Source {
-        graph: &found.extended.graph,
-        outputs: &found.extended.outputs,
-        classes: &best.classes,
-        layouts: &best.layouts,
-        choices: &best.extraction.choices,
-    })?;
+    let planner = Planner { found: &found, pricer: &pricer, units: &units, options };
+    let best = planner.best()?;
+    let alone = if options.ranks == 1 { best.cost } else { planner.alone()? };
     let summary = Summary {
         extraction: &best.extraction,
-        layouts: &best.layouts,
+        layouts: &best.layouts[0],
         reserved: best.classes.reserved,
+        cost: best.cost,
+        bound: best.bound,
         alone,
         options,
     };
-    let report = report(&found.extended.graph, &steps, &outputs, &pricer, &summary);
-    let program = found.into_program(best.layouts.mesh, steps, outputs);
-    Ok(Plan { program, report })
+    let report = report(&found.extended.graph, &best.emitted, &pricer, &summary);
+    let mesh = &best.layouts[0].mesh;
+    let program = |(entry, emitted): (&Entry, Emitted)| {
+        let program = found.clone().into_program(mesh.clone(), emitted.steps, emitted.outputs);
+        (entry.name.clone(), program)
+    };
+    Ok(Plan { programs: options.entries.iter().zip(best.emitted).map(program).collect(), report })
 }
 
-fn candidate(
-    found: &Alternatives,
-    pricer: &Pricer<'_>,
-    units: &Units,
-    mesh: &Mesh,
-    options: &PlanOptions,
-) -> Result<Candidate, PlanError> {
-    let graph = &found.extended.graph;
-    let outputs: Vec<ValueId> = found.extended.outputs.iter().map(|o| o.value).collect();
-    let classes = Classes::new(graph, &outputs, &found.equal, pricer, mesh);
-    let model = Model { graph, outputs: &found.extended.outputs, classes: &classes, units, pricer, mesh };
-    let layouts = build(&model)?;
-    let set_aside = classes.reserved.saturating_add(options.reserve);
-    let budget = match options.memory {
-        MemoryGoal::Free => Budget::Free,
-        MemoryGoal::Least => Budget::Least,
-        MemoryGoal::Bytes(bytes) => Budget::Bytes(bytes.saturating_sub(set_aside)),
-        MemoryGoal::Default => {
-            let weights = layouts.groups.iter().filter(|g| !g.homes);
-            let whole = |g: &crate::layout_graph::Group| g.productions.first().map_or(0, |p| p.bytes);
-            let total = weights.map(whole).fold(0, u64::saturating_add);
-            let large = total / options.ranks as u64 >= LARGE;
-            if large || !graph.states.is_empty() { Budget::Least } else { Budget::Free }
+struct Planner<'a> {
+    found: &'a Alternatives,
+    pricer: &'a Pricer<'a>,
+    units: &'a Units,
+    options: &'a PlanOptions,
+}
+
+impl Planner<'_> {
+    /// The best plan over all meshes of the wanted number of ranks.
+    fn best(&self) -> Result<Candidate, PlanError> {
+        let mut best: Option<Candidate> = None;
+        for mesh in meshes(&self.found.extended.graph, self.options.ranks) {
+            let next = self.candidate(&mesh, self.options.memory)?;
+            if best.as_ref().is_none_or(|b| next.cost < b.cost) {
+                best = Some(next);
+            }
         }
-    };
-    let extraction =
-        extract(&layouts, budget, options.limits).map_err(|error| match (error, options.memory) {
+        best.ok_or(PlanError::Ranks { found: self.options.ranks })
+    }
+
+    /// What one rank takes that has room for everything.
+    fn alone(&self) -> Result<Cost, PlanError> {
+        Ok(self.candidate(&Mesh::flat(1), MemoryGoal::Free)?.cost)
+    }
+
+    fn candidate(&self, mesh: &Mesh, memory: MemoryGoal) -> Result<Candidate, PlanError> {
+        let Planner { found, pricer, units, options } = *self;
+        let graph = &found.extended.graph;
+        let outputs: Vec<ValueId> = found.extended.outputs.iter().map(|o| o.value).collect();
+        let classes = Classes::new(graph, &outputs, &found.equal, pricer, mesh);
+        let model = Model { graph, outputs: &found.extended.outputs, classes: &classes, units, pricer, mesh };
+        let built = build(&model)?;
+        let focused: Vec<Pricer<'_>> = (0..options.entries.len()).map(|e| pricer.focused(e)).collect();
+        let layouts = match focused.as_slice() {
+            [_] => vec![built],
+            several => several.iter().map(|p| built.priced(p)).collect(),
+        };
+        let Joint { choices, total: extraction } = self.extract(&layouts, &classes, memory)?;
+        let mut emitted = Vec::new();
+        let (mut cost, mut bound) = (Cost::ZERO, extraction.bound);
+        for (entry, ((layouts, pricer), choices)) in layouts.iter().zip(&focused).zip(&choices).enumerate() {
+            let outputs = &found.extended.outputs;
+            let (steps, outputs) = emit(&Source { graph, outputs, classes: &classes, layouts, choices })?;
+            cost = cost + program_cost(graph, &steps, &outputs, pricer, mesh, entry);
+            bound = bound + least_cost(graph, layouts, &found.extended.outputs, pricer);
+            emitted.push(Emitted { steps, outputs });
+        }
+        Ok(Candidate { classes, layouts, extraction, emitted, cost, bound: bound.min(cost) })
+    }
+
+    fn extract(
+        &self,
+        layouts: &[LayoutGraph],
+        classes: &Classes,
+        memory: MemoryGoal,
+    ) -> Result<Joint, PlanError> {
+        let options = self.options;
+        let set_aside = classes.reserved.saturating_add(options.reserve);
+        let budget = match memory {
+            MemoryGoal::Free => Budget::Free,
+            MemoryGoal::Least => Budget::Least,
+            MemoryGoal::Bytes(bytes) => Budget::Bytes(bytes.saturating_sub(set_aside)),
+            MemoryGoal::Default => {
+                let weights = layouts.iter().take(1).flat_map(|l| &l.groups).filter(|g| !g.homes);
+                let whole = |g: &crate::layout_graph::Group| g.productions.first().map_or(0, |p| p.bytes);
+                let total = weights.map(whole).fold(0, u64::saturating_add);
+                let large = total / options.ranks as u64 >= LARGE;
+                let has_state = !self.found.extended.graph.states.is_empty();
+                if large || has_state { Budget::Least } else { Budget::Free }
+            }
+        };
+        extract_entries(layouts, budget, options.limits).map_err(|error| match (error, memory) {
             // What was set aside counts for whoever named the budget.
             (ExtractError::Budget { least, .. }, MemoryGoal::Bytes(budget)) => {
-                ExtractError::Budget { least: least.saturating_add(set_aside), budget }
+                ExtractError::Budget { least: least.saturating_add(set_aside), budget }.into()
             }
-            (error, _) => error,
-        })?;
-    Ok(Candidate { classes, layouts, extraction })
+            (error, _) => error.into(),
+        })
+    }
 }
 
 /// The flat mesh, and meshes whose axes divide the KV head counts where the ranks do not.

@@ -6,12 +6,12 @@ use crate::cost::price::Entry;
 use crate::cost::{Cost, Parts, Pricer};
 use crate::extract::Extraction;
 use crate::layout_graph::LayoutGraph;
-use crate::plan::PlanOptions;
-use std::collections::BTreeMap;
+use crate::plan::{Emitted, PlanOptions};
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::{self, Write};
 use tpshard_ir::op::Op;
 use tpshard_ir::weight::WeightExpr;
-use tpshard_ir::{Graph, Layout, Mesh, SpmdOutput, Step, StepId, StepKind};
+use tpshard_ir::{Graph, Layout, Mesh, SpmdOutput, Step, StepId, StepKind, ValueId};
 
 /// Whether to shard at all, as far as time goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -20,9 +20,9 @@ pub enum Verdict {
     OneRank,
     /// The ranks are faster than one would be.
     Faster,
-    /// One rank would be as fast, and the model fits it.
+    /// The ranks are no faster than one, and the model fits it.
     DoNotShard,
-    /// One rank would be as fast, but the model does not fit it.
+    /// The ranks are no faster than one would be, but the model does not fit it.
     ForMemory,
 }
 
@@ -34,10 +34,10 @@ pub struct Collective {
     /// What is exchanged, by the name of the ONNX node it came from.
     pub origin: String,
     pub ranks: usize,
-    /// Bytes per rank, one number per entry: of an all-reduce the tensor, of an all-gather and an all-to-all what is
-    /// received, of a reduce-scatter what is sent.
-    pub payload: Vec<u64>,
-    pub seconds: Vec<f64>,
+    /// Bytes per rank: of an all-reduce the tensor, of an all-gather and an all-to-all what is received, of a
+    /// reduce-scatter what is sent.
+    pub payload: u64,
+    pub seconds: f64,
 }
 
 /// Stored tensors that are alike: the same place in different layers.
@@ -53,11 +53,14 @@ pub struct StoredKind {
     pub bytes: u64,
 }
 
-/// The time of one entry.
+/// What one entry takes.
 #[derive(Clone, Debug, PartialEq)]
-pub struct EntryTime {
+pub struct EntryReport {
     pub entry: Entry,
+    /// Where its time goes; collecting outputs on rank 0 is communication, too.
     pub parts: Parts,
+    pub collectives: Vec<Collective>,
+    pub outputs: Vec<(String, Layout)>,
 }
 
 /// What a plan is and what it is predicted to cost.
@@ -65,7 +68,7 @@ pub struct EntryTime {
 pub struct PlanReport {
     pub profile: String,
     pub mesh: Mesh,
-    pub times: Vec<EntryTime>,
+    pub entries: Vec<EntryReport>,
     /// Weighted over the entries, as the planner compares plans.
     pub seconds: f64,
     /// The same for one rank.
@@ -77,9 +80,7 @@ pub struct PlanReport {
     pub bytes_alone: u64,
     pub budget: Option<u64>,
     pub least_bytes: u64,
-    pub collectives: Vec<Collective>,
     pub stored: Vec<StoredKind>,
-    pub outputs: Vec<(String, Layout)>,
     /// How far the plan may be above the optimum, as a share.
     pub gap: f64,
     pub segments: (usize, usize),
@@ -92,52 +93,35 @@ pub(crate) struct Summary<'a> {
     pub(crate) extraction: &'a Extraction,
     pub(crate) layouts: &'a LayoutGraph,
     pub(crate) reserved: u64,
+    pub(crate) cost: Cost,
+    pub(crate) bound: Cost,
     pub(crate) alone: Cost,
     pub(crate) options: &'a PlanOptions,
 }
 
 pub(crate) fn report(
     graph: &Graph,
-    steps: &[Step],
-    outputs: &[SpmdOutput],
+    programs: &[Emitted],
     pricer: &Pricer<'_>,
     summary: &Summary<'_>,
 ) -> PlanReport {
     let Summary { extraction, layouts, options, .. } = *summary;
     let mesh = &layouts.mesh;
-    let mut times: Vec<EntryTime> =
-        options.entries.iter().map(|e| EntryTime { entry: e.clone(), parts: Parts::default() }).collect();
-    let mut collectives = Vec::new();
-    let layout_of = |id: &StepId| steps.get(id.index()).map(|s| &s.layout);
-    for (index, step) in steps.iter().enumerate() {
-        let operands: Vec<&Layout> = step.args.iter().filter_map(layout_of).collect();
-        match &step.kind {
-            StepKind::Compute => {
-                for (entry, time) in times.iter_mut().enumerate() {
-                    let parts = pricer.compute_parts(step.value, &operands, &step.layout, mesh, entry);
-                    time.parts.add(&parts, 1.0);
-                }
-            }
-            StepKind::Convert(conversion) => {
-                let Some(from) = operands.first() else { continue };
-                let priced: Vec<(Parts, u64)> = (0..times.len())
-                    .map(|e| pricer.convert_parts(step.value, conversion, from, &step.layout, mesh, e))
-                    .collect();
-                times.iter_mut().zip(&priced).for_each(|(t, (parts, _))| t.parts.add(parts, 1.0));
-                if conversion.communicates() {
-                    collectives.push(Collective {
-                        step: StepId(index as u32),
-                        kind: conversion.name(),
-                        origin: graph.node(step.value).origin.to_string(),
-                        ranks: conversion.axes().iter().filter_map(|&a| mesh.0.get(a)).product(),
-                        payload: priced.iter().map(|p| p.1).collect(),
-                        seconds: priced.iter().map(|p| p.0.communication).collect(),
-                    });
-                }
-            }
+    let of_entry = |(index, (entry, program)): (usize, (&Entry, &Emitted))| {
+        let mut found = EntryReport {
+            entry: entry.clone(),
+            parts: Parts::default(),
+            collectives: Vec::new(),
+            outputs: outputs(program),
+        };
+        for priced in priced_steps(graph, &program.steps, &program.outputs, pricer, mesh, index) {
+            found.parts.add(&priced.parts, 1.0);
+            found.collectives.extend(priced.collective);
         }
-    }
-    let stored = stored(graph, steps, pricer, mesh);
+        found
+    };
+    let entries = options.entries.iter().zip(programs).enumerate().map(of_entry).collect();
+    let stored = stored(graph, programs, pricer, mesh);
     let bytes = |state| stored.iter().filter(|s| s.is_state == state).map(|s| s.bytes).sum();
     let bytes_alone = layouts
         .groups
@@ -145,30 +129,107 @@ pub(crate) fn report(
         .filter_map(|g| g.productions.first())
         .map(|p| p.bytes)
         .fold(summary.reserved, u64::saturating_add);
-    let seconds = extraction.cost.seconds();
-    let seconds_alone = summary.alone.seconds();
+    let steps = || programs.iter().flat_map(|p| &p.steps);
     PlanReport {
         profile: options.profile.name.clone(),
         mesh: mesh.clone(),
-        times,
-        seconds,
-        seconds_alone,
-        verdict: verdict(options, extraction.cost, summary.alone, bytes_alone),
+        entries,
+        seconds: summary.cost.seconds(),
+        seconds_alone: summary.alone.seconds(),
+        verdict: verdict(options, summary.cost, summary.alone, bytes_alone),
         weight_bytes: bytes(false),
         state_bytes: bytes(true),
         bytes_alone,
         budget: extraction.budget.map(|b| b.saturating_add(summary.reserved)),
         least_bytes: extraction.least_bytes.saturating_add(summary.reserved),
-        collectives,
-        idle_ranks: steps.iter().any(|s| leaves_ranks_idle(graph, s, pricer, mesh)),
+        idle_ranks: steps().any(|s| leaves_ranks_idle(graph, s, pricer, mesh)),
         stored,
-        outputs: outputs
-            .iter()
-            .filter_map(|o| Some((o.name.to_string(), layout_of(&o.step)?.clone())))
-            .collect(),
-        gap: extraction.gap(),
+        gap: gap(summary.cost, summary.bound),
         segments: extraction.segments,
     }
+}
+
+/// How far a plan is above what no plan is below, as a share of the latter.
+fn gap(cost: Cost, bound: Cost) -> f64 {
+    let (cost, bound) = (cost.picoseconds(), bound.picoseconds());
+    match bound {
+        0 => f64::from(u8::from(cost > 0)),
+        bound => cost.saturating_sub(bound) as f64 / bound as f64,
+    }
+}
+
+/// What a step takes.
+struct Priced {
+    parts: Parts,
+    collective: Option<Collective>,
+}
+
+/// Prices the steps of a program under one entry, and then collecting its outputs.
+fn priced_steps(
+    graph: &Graph,
+    steps: &[Step],
+    outputs: &[SpmdOutput],
+    pricer: &Pricer<'_>,
+    mesh: &Mesh,
+    entry: usize,
+) -> Vec<Priced> {
+    let of_step = |(index, step): (usize, &Step)| {
+        let operands: Vec<&Layout> =
+            step.args.iter().filter_map(|a| steps.get(a.index())).map(|s| &s.layout).collect();
+        match (&step.kind, operands.first()) {
+            (StepKind::Convert(conversion), Some(from)) => {
+                let (parts, payload) =
+                    pricer.convert_parts(step.value, conversion, from, &step.layout, mesh, entry);
+                let collective = conversion.communicates().then(|| Collective {
+                    step: StepId(index as u32),
+                    kind: conversion.name(),
+                    origin: graph.node(step.value).origin.to_string(),
+                    ranks: conversion.axes().iter().filter_map(|&a| mesh.0.get(a)).product(),
+                    payload,
+                    seconds: parts.communication,
+                });
+                Priced { parts, collective }
+            }
+            _ => {
+                let parts = pricer.compute_parts(step.value, &operands, &step.layout, mesh, entry);
+                Priced { parts, collective: None }
+            }
+        }
+    };
+    let mut all: Vec<Priced> = steps.iter().enumerate().map(of_step).collect();
+    let stays = |output: &&SpmdOutput| !graph.states.iter().any(|s| s.output == output.name);
+    let collected = outputs.iter().filter(stays).filter_map(|o| steps.get(o.step.index()));
+    all.extend(collected.map(|step| Priced {
+        parts: pricer.collect_parts(step.value, &step.layout, mesh, entry),
+        collective: None,
+    }));
+    all
+}
+
+/// What a program takes: its steps, and collecting its outputs.
+pub(crate) fn program_cost(
+    graph: &Graph,
+    steps: &[Step],
+    outputs: &[SpmdOutput],
+    pricer: &Pricer<'_>,
+    mesh: &Mesh,
+    entry: usize,
+) -> Cost {
+    let share = pricer.share(entry);
+    let cost = |priced: &Priced| {
+        let seconds = share * priced.parts.total();
+        match &priced.collective {
+            Some(collective) => Cost::collective(seconds, collective.payload),
+            None => Cost::local(seconds),
+        }
+    };
+    priced_steps(graph, steps, outputs, pricer, mesh, entry).iter().map(cost).sum()
+}
+
+fn outputs(program: &Emitted) -> Vec<(String, Layout)> {
+    let layout =
+        |o: &SpmdOutput| Some((o.name.to_string(), program.steps.get(o.step.index())?.layout.clone()));
+    program.outputs.iter().filter_map(layout).collect()
 }
 
 fn verdict(options: &PlanOptions, cost: Cost, alone: Cost, bytes_alone: u64) -> Verdict {
@@ -197,15 +258,21 @@ fn leaves_ranks_idle(graph: &Graph, step: &Step, pricer: &Pricer<'_>, mesh: &Mes
     })
 }
 
-fn stored(graph: &Graph, steps: &[Step], pricer: &Pricer<'_>, mesh: &Mesh) -> Vec<StoredKind> {
+fn stored(graph: &Graph, programs: &[Emitted], pricer: &Pricer<'_>, mesh: &Mesh) -> Vec<StoredKind> {
     let mut kinds: BTreeMap<(bool, String, String, Layout), (usize, u64)> = BTreeMap::new();
-    for step in steps.iter().filter(|s| s.kind == StepKind::Compute) {
+    let mut seen: BTreeSet<(ValueId, &Layout)> = BTreeSet::new();
+    let steps = programs.iter().flat_map(|p| &p.steps).filter(|s| s.kind == StepKind::Compute);
+    for step in steps {
         let node = graph.node(step.value);
         let (name, is_state) = match &node.op {
             Op::Weight(expression) => (weight_name(expression), false),
             Op::Input { name } if graph.states.iter().any(|s| s.input == *name) => (name.to_string(), true),
             _ => continue,
         };
+        // Entries share what they store.
+        if !seen.insert((step.value, &step.layout)) {
+            continue;
+        }
         let key = (is_state, without_numbers(&name), node.ty.to_string(), step.layout.clone());
         let entry = kinds.entry(key).or_default();
         entry.0 += 1;
@@ -240,21 +307,21 @@ fn without_numbers(name: &str) -> String {
     text
 }
 
-/// `12.3 MB`.
-struct Bytes(u64);
+/// A number of bytes with a binary unit: `12.30 MiB`.
+pub struct Bytes(pub u64);
 
 impl fmt::Display for Bytes {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let scales = [(1e9, "GB"), (1e6, "MB"), (1e3, "kB")];
-        match scales.iter().find(|(scale, _)| self.0 as f64 >= *scale) {
-            Some((scale, unit)) => write!(f, "{:.2} {unit}", self.0 as f64 / scale),
-            None => write!(f, "{} B", self.0),
+        let scales = [(1u64 << 40, "TiB"), (1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")];
+        match scales.iter().find(|(scale, _)| self.0 >= *scale) {
+            Some((scale, unit)) => f.pad(&format!("{:.2} {unit}", self.0 as f64 / *scale as f64)),
+            None => f.pad(&format!("{} B", self.0)),
         }
     }
 }
 
-/// `12.3 µs`.
-struct Seconds(f64);
+/// A time with its unit: `12.30 µs`.
+pub struct Seconds(pub f64);
 
 impl fmt::Display for Seconds {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -263,7 +330,7 @@ impl fmt::Display for Seconds {
             s if s >= 1e-3 => (s * 1e3, "ms"),
             s => (s * 1e6, "µs"),
         };
-        write!(f, "{value:.2} {unit}")
+        f.pad(&format!("{value:.2} {unit}"))
     }
 }
 
@@ -282,28 +349,39 @@ impl fmt::Display for PlanReport {
 impl PlanReport {
     fn write_time(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "\npredicted time")?;
-        for time in &self.times {
+        for EntryReport { entry, parts, .. } in &self.entries {
             let mut bindings = String::new();
-            for (name, value) in &time.entry.bindings {
+            for (name, value) in &entry.bindings {
                 write!(bindings, " {name}={value}")?;
             }
-            let p = &time.parts;
-            writeln!(f, "  {}{bindings}: {}", time.entry.name, Seconds(p.total()))?;
+            let weight =
+                if self.entries.len() > 1 { format!(" (weight {})", entry.weight) } else { String::new() };
+            writeln!(f, "  {}{bindings}{weight}: {}", entry.name, Seconds(parts.total()))?;
             writeln!(
                 f,
                 "    compute {}, memory {}, launches {}, communication {}",
-                Seconds(p.compute),
-                Seconds(p.memory),
-                Seconds(p.launch),
-                Seconds(p.communication)
+                Seconds(parts.compute),
+                Seconds(parts.memory),
+                Seconds(parts.launch),
+                Seconds(parts.communication)
             )?;
         }
+        if self.entries.len() > 1 {
+            writeln!(f, "  weighted: {}", Seconds(self.seconds))?;
+        }
         writeln!(f, "  one rank: {}", Seconds(self.seconds_alone))?;
+        let ratio = self.seconds_alone / self.seconds.max(1e-12);
         let verdict = match self.verdict {
             Verdict::OneRank => return writeln!(f, "  gap {:.2} %", self.gap * 100.0),
-            Verdict::Faster => format!("{:.2}x one rank", self.seconds_alone / self.seconds.max(1e-12)),
-            Verdict::DoNotShard => "do not shard: one rank is predicted to be as fast, and holds it".into(),
-            Verdict::ForMemory => "slower than one rank would be, which cannot hold it".into(),
+            Verdict::Faster => format!("{ratio:.2}x as fast as one rank"),
+            Verdict::DoNotShard => {
+                format!("do not shard: {ratio:.2}x as fast as one rank, which has room for the model")
+            }
+            Verdict::ForMemory => {
+                format!(
+                    "for memory: {ratio:.2}x as fast as one rank would be, which has no room for the model"
+                )
+            }
         };
         writeln!(f, "  verdict: {verdict}")?;
         if self.idle_ranks {
@@ -345,32 +423,42 @@ impl PlanReport {
             )?;
         }
         writeln!(f, "\noutputs")?;
-        self.outputs.iter().try_for_each(|(name, layout)| writeln!(f, "  {name}: {layout}"))
+        for found in &self.entries {
+            let entry = self.entry_suffix(found);
+            found.outputs.iter().try_for_each(|(name, layout)| writeln!(f, "  {name}: {layout}{entry}"))?;
+        }
+        Ok(())
+    }
+
+    /// Names the entry where there are several.
+    fn entry_suffix(&self, entry: &EntryReport) -> String {
+        if self.entries.len() > 1 { format!(" ({})", entry.entry.name) } else { String::new() }
     }
 
     fn write_collectives(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let entries: Vec<&str> = self.times.iter().map(|t| t.entry.name.as_str()).collect();
-        writeln!(
-            f,
-            "\ncollectives: {} (bytes per rank under {})",
-            self.collectives.len(),
-            entries.join(", ")
-        )?;
-        let mut kinds: BTreeMap<(&str, String, usize, &[u64]), usize> = BTreeMap::new();
-        for c in &self.collectives {
-            *kinds.entry((c.kind, without_numbers(&c.origin), c.ranks, &c.payload)).or_default() += 1;
-        }
-        for ((kind, origin, ranks, payload), count) in kinds {
-            let bytes: Vec<String> = payload.iter().map(|&b| Bytes(b).to_string()).collect();
-            writeln!(f, "  {count:4}x {kind} over {ranks} of {origin}: {}", bytes.join(", "))?;
+        for found in &self.entries {
+            let entry = self.entry_suffix(found);
+            writeln!(f, "\ncollectives{entry}: {} (bytes per rank)", found.collectives.len())?;
+            let mut kinds: BTreeMap<(&str, String, usize, u64), usize> = BTreeMap::new();
+            for c in &found.collectives {
+                *kinds.entry((c.kind, without_numbers(&c.origin), c.ranks, c.payload)).or_default() += 1;
+            }
+            for ((kind, origin, ranks, payload), count) in kinds {
+                writeln!(f, "  {count:4}x {kind} over {ranks} of {origin}: {}", Bytes(payload))?;
+            }
         }
         Ok(())
+    }
+
+    /// The collectives of all entries.
+    pub fn collectives(&self) -> impl Iterator<Item = &Collective> {
+        self.entries.iter().flat_map(|e| &e.collectives)
     }
 
     /// How many collectives of each kind run.
     pub fn collective_counts(&self) -> BTreeMap<&'static str, usize> {
         let mut counts = BTreeMap::new();
-        self.collectives.iter().for_each(|c| *counts.entry(c.kind).or_default() += 1);
+        self.collectives().for_each(|c| *counts.entry(c.kind).or_default() += 1);
         counts
     }
 }

@@ -44,7 +44,7 @@ fn inputs(graph: &Graph, bindings: &Bindings) -> Inputs<<Field as Domain>::Eleme
 
 fn check(graph: &Graph, options: &PlanOptions, bindings: &Bindings) -> Plan {
     let plan = plan(Extended::new(graph.clone()), options).unwrap();
-    if let Err(findings) = tpshard_checker::check(&plan.program, graph) {
+    if let Err(findings) = tpshard_checker::check(&plan.programs[0].1, graph) {
         panic!("the checker refuses the plan: {findings:#?}\n{}", plan.report);
     }
     let weights = |expr: &WeightExpr| random_weight(&Field, expr, 5, LIMIT);
@@ -52,7 +52,7 @@ fn check(graph: &Graph, options: &PlanOptions, bindings: &Bindings) -> Plan {
     let inputs = inputs(graph, bindings);
     let expected = interpreter.run(graph, &inputs).unwrap();
     let found = interpreter
-        .run_program(&plan.program, &inputs, Split::Random(3))
+        .run_program(&plan.programs[0].1, &inputs, Split::Random(3))
         .unwrap_or_else(|e| panic!("{e}\n{}", plan.report));
     for ((name, a), (_, b)) in expected.iter().zip(&found) {
         assert_eq!(a, b, "{name}\n{}", plan.report);

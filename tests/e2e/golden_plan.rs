@@ -54,7 +54,7 @@ fn plan(ranks: usize) -> Value {
 fn every_layer_has_two_all_reduces_and_nothing_else() {
     for ranks in [2, 4] {
         let plan = plan(ranks);
-        let collectives: Vec<(&str, &str)> = plan["collectives"]
+        let collectives: Vec<(&str, &str)> = plan["entries"][0]["collectives"]
             .as_array()
             .unwrap()
             .iter()

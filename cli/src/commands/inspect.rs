@@ -1,7 +1,6 @@
 //! `tpshard inspect`: what a model, a folder or an executable consists of.
 
 use super::planning::import_model;
-use super::reporting::bytes;
 use crate::arguments::{InspectArguments, ModelArguments};
 use crate::failure::{Failure, Kind, Outcome};
 use crate::folder::Folder;
@@ -13,6 +12,7 @@ use std::path::Path;
 use tpshard_codegen::build::PLAN_TEXT;
 use tpshard_frontend::Imported;
 use tpshard_ir::Op;
+use tpshard_passes::report::Bytes;
 
 pub(crate) fn inspect(arguments: &InspectArguments, json: bool) -> Outcome<()> {
     let path = &arguments.path;
@@ -101,7 +101,7 @@ fn executable(path: &Path, tir: bool, json: bool) -> Outcome<()> {
             file.ranks(),
             program.mesh,
             program.weights.len(),
-            bytes(weight_bytes)
+            Bytes(weight_bytes)
         );
         println!("inputs  {}", file.input_names.join(", "));
         println!("outputs {}", file.output_names.join(", "));

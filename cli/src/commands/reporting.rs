@@ -3,7 +3,7 @@
 use serde_json::{Value, json};
 use std::fmt::Write;
 use tpshard_passes::PlanReport;
-use tpshard_passes::report::Verdict;
+use tpshard_passes::report::{Bytes, EntryReport, Seconds, Verdict};
 
 /// One line that says what was decided.
 pub(crate) fn summary(report: &PlanReport) -> String {
@@ -14,10 +14,10 @@ pub(crate) fn summary(report: &PlanReport) -> String {
         "{} ranks (mesh {}): {} and {} state per rank, {collectives}, predicted {} against {} on one rank, gap {:.2} %",
         report.mesh.ranks(),
         report.mesh,
-        bytes(report.weight_bytes),
-        bytes(report.state_bytes),
-        time(report.seconds),
-        time(report.seconds_alone),
+        Bytes(report.weight_bytes),
+        Bytes(report.state_bytes),
+        Seconds(report.seconds),
+        Seconds(report.seconds_alone),
         report.gap * 100.0,
     )
 }
@@ -26,10 +26,11 @@ pub(crate) fn summary(report: &PlanReport) -> String {
 pub(crate) fn warn(report: &PlanReport) {
     if report.verdict == Verdict::DoNotShard {
         eprintln!(
-            "warning: on {} one rank is predicted to be as fast ({} against {}); do not shard for speed",
+            "warning: on {} one rank is predicted to take {}, {} ranks {}; do not shard for speed",
             report.profile,
-            time(report.seconds_alone),
-            time(report.seconds)
+            Seconds(report.seconds_alone),
+            report.mesh.ranks(),
+            Seconds(report.seconds)
         );
     }
     if report.idle_ranks {
@@ -50,9 +51,10 @@ fn verdict_name(verdict: Verdict) -> &'static str {
 pub(crate) fn table(reports: &[&PlanReport]) -> String {
     let mut text = String::new();
     if let Some(first) = reports.first() {
-        let bindings = first.times.first().map(|t| &t.entry.bindings);
-        let dims: Vec<String> = bindings.into_iter().flatten().map(|(k, v)| format!("{k}={v}")).collect();
-        let _ = writeln!(text, "{} at {}", first.profile, dims.join(", "));
+        for found in &first.entries {
+            let dims: Vec<String> = found.entry.bindings.iter().map(|(k, v)| format!("{k}={v}")).collect();
+            let _ = writeln!(text, "{}, {} at {}", first.profile, found.entry.name, dims.join(", "));
+        }
     }
     let header = [
         "ranks",
@@ -64,68 +66,67 @@ pub(crate) fn table(reports: &[&PlanReport]) -> String {
         "weights/rank",
         "state/rank",
         "collectives",
+        "gap",
         "verdict",
     ];
     let mut rows = vec![header.map(str::to_owned).to_vec()];
     for report in reports {
+        let total: f64 = report.entries.iter().map(|e| e.entry.weight).sum();
         let part = |get: fn(&tpshard_passes::cost::Parts) -> f64| {
-            time(report.times.iter().map(|t| get(&t.parts) * t.entry.weight).sum())
+            let share = |e: &EntryReport| get(&e.parts) * e.entry.weight / total;
+            Seconds(report.entries.iter().map(share).sum()).to_string()
         };
         rows.push(vec![
             report.mesh.ranks().to_string(),
-            time(report.seconds),
+            Seconds(report.seconds).to_string(),
             part(|p| p.compute),
             part(|p| p.memory),
             part(|p| p.launch),
             part(|p| p.communication),
-            bytes(report.weight_bytes),
-            bytes(report.state_bytes),
-            report.collectives.len().to_string(),
+            Bytes(report.weight_bytes).to_string(),
+            Bytes(report.state_bytes).to_string(),
+            report.collectives().count().to_string(),
+            format!("{:.2} %", report.gap * 100.0),
             verdict_name(report.verdict).into(),
         ]);
     }
-    let width = |column: usize| rows.iter().map(|r| r[column].len()).max().unwrap_or(0);
+    let width = |column: usize| rows.iter().map(|r| r[column].chars().count()).max().unwrap_or(0);
     let widths: Vec<usize> = (0..header.len()).map(width).collect();
     for row in &rows {
         let cells: Vec<String> = row.iter().zip(&widths).map(|(cell, w)| format!("{cell:>w$}")).collect();
         let _ = writeln!(text, "{}", cells.join("  "));
     }
-    let best = reports.iter().min_by(|a, b| a.seconds.total_cmp(&b.seconds));
-    if let Some(best) = best {
-        let ranks = best.mesh.ranks();
-        let verdict = match ranks {
-            1 => "one rank is predicted to be fastest: do not shard for speed".to_owned(),
-            n => format!("{n} ranks are predicted to be fastest of these"),
-        };
-        let _ = writeln!(text, "{verdict}");
-    }
+    text.push_str(&conclusion(reports));
     text
+}
+
+/// What the table says about how many ranks to take.
+fn conclusion(reports: &[&PlanReport]) -> String {
+    let Some(best) = reports.iter().min_by(|a, b| a.seconds.total_cmp(&b.seconds)) else {
+        return String::new();
+    };
+    let pays = reports.iter().filter(|r| matches!(r.verdict, Verdict::Faster));
+    let most = pays.map(|r| r.mesh.ranks()).max();
+    let needs = reports.iter().filter(|r| r.verdict == Verdict::ForMemory).map(|r| r.mesh.ranks()).min();
+    let alone = Seconds(best.seconds_alone);
+    match (most, needs) {
+        (Some(most), _) => format!(
+            "up to {most} ranks pay: {} are fastest, {} against {alone} on one rank\n",
+            best.mesh.ranks(),
+            Seconds(best.seconds)
+        ),
+        (None, Some(ranks)) => {
+            format!(
+                "no more ranks are faster than one would be, but one has no room for the model: take {ranks}\n"
+            )
+        }
+        (None, None) => format!("do not shard: one rank takes {alone}, and none of these takes less\n"),
+    }
 }
 
 /// Everything a machine may want to know about a plan.
 pub(crate) fn report_json(report: &PlanReport) -> Value {
-    let times: Vec<Value> = report
-        .times
-        .iter()
-        .map(|t| {
-            let dims: Value =
-                t.entry.bindings.iter().map(|(k, v)| (k.to_string(), Value::from(*v))).collect();
-            json!({
-                "entry": t.entry.name,
-                "dims": dims,
-                "weight": t.entry.weight,
-                "compute_seconds": t.parts.compute,
-                "memory_seconds": t.parts.memory,
-                "launch_seconds": t.parts.launch,
-                "communication_seconds": t.parts.communication,
-            })
-        })
-        .collect();
-    let collectives: Vec<Value> = report
-        .collectives
-        .iter()
-        .map(|c| json!({ "step": c.step.0, "kind": c.kind, "node": c.origin, "ranks": c.ranks, "payload_bytes": c.payload }))
-        .collect();
+    let entries: Vec<Value> = report.entries.iter().map(entry_json).collect();
     let stored: Vec<Value> = report
         .stored
         .iter()
@@ -140,12 +141,10 @@ pub(crate) fn report_json(report: &PlanReport) -> Value {
             })
         })
         .collect();
-    let outputs: Value =
-        report.outputs.iter().map(|(k, l)| (k.clone(), Value::from(l.to_string()))).collect();
     json!({
         "profile": report.profile,
         "mesh": report.mesh.0,
-        "times": times,
+        "entries": entries,
         "seconds": report.seconds,
         "seconds_one_rank": report.seconds_alone,
         "verdict": verdict_name(report.verdict),
@@ -154,32 +153,32 @@ pub(crate) fn report_json(report: &PlanReport) -> Value {
         "bytes_one_rank": report.bytes_alone,
         "budget_bytes": report.budget,
         "least_bytes": report.least_bytes,
-        "collectives": collectives,
         "collective_counts": report.collective_counts(),
         "stored": stored,
-        "outputs": outputs,
         "gap": report.gap,
         "segments": { "total": report.segments.0, "distinct": report.segments.1 },
         "idle_ranks": report.idle_ranks,
     })
 }
 
-fn time(seconds: f64) -> String {
-    match seconds {
-        s if s >= 1.0 => format!("{s:.2} s"),
-        s if s >= 1e-3 => format!("{:.2} ms", s * 1e3),
-        s => format!("{:.1} us", s * 1e6),
-    }
-}
-
-/// Bytes with a binary unit.
-pub(crate) fn bytes(count: u64) -> String {
-    const UNITS: [&str; 5] = ["B", "KiB", "MiB", "GiB", "TiB"];
-    let mut value = count as f64;
-    let mut unit = 0;
-    while value >= 1024.0 && unit + 1 < UNITS.len() {
-        value /= 1024.0;
-        unit += 1;
-    }
-    if unit == 0 { format!("{count} B") } else { format!("{value:.2} {}", UNITS[unit]) }
+fn entry_json(found: &EntryReport) -> Value {
+    let EntryReport { entry, parts, collectives, outputs } = found;
+    let dims: Value = entry.bindings.iter().map(|(k, v)| (k.to_string(), Value::from(*v))).collect();
+    let collectives: Vec<Value> = collectives
+        .iter()
+        .map(|c| json!({ "step": c.step.0, "kind": c.kind, "node": c.origin, "ranks": c.ranks, "payload_bytes": c.payload, "seconds": c.seconds }))
+        .collect();
+    let outputs: Value = outputs.iter().map(|(k, l)| (k.clone(), Value::from(l.to_string()))).collect();
+    json!({
+        "entry": entry.name,
+        "dims": dims,
+        "weight": entry.weight,
+        "seconds": parts.total(),
+        "compute_seconds": parts.compute,
+        "memory_seconds": parts.memory,
+        "launch_seconds": parts.launch,
+        "communication_seconds": parts.communication,
+        "collectives": collectives,
+        "outputs": outputs,
+    })
 }

@@ -34,11 +34,10 @@ pub(crate) fn shard(arguments: &ShardArguments, json: bool, quiet: bool) -> Outc
     check(&plan, &imported)?;
     let plan_text = plan.report.to_string();
     let source = ModelWeights { imported: &imported };
-    let entries = [("main".to_owned(), plan.program.clone())];
     let inputs = build_inputs(arguments, &imported, &plan)?;
     let request = Build {
         imported: &imported.graph,
-        entries: &entries,
+        entries: &plan.programs,
         plan_text: &plan_text,
         runner: &runner,
         source: &source,
@@ -81,16 +80,16 @@ fn read_runner(path: Option<&Path>) -> Outcome<Vec<u8>> {
 
 /// The certificate is checked before anything is written: a planner's mistake never leaves the house.
 fn check(plan: &Plan, imported: &Imported) -> Outcome<()> {
-    match tpshard_checker::check(&plan.program, &imported.graph) {
-        Ok(_) => Ok(()),
-        Err(findings) => {
+    for (_, program) in &plan.programs {
+        tpshard_checker::check(program, &imported.graph).map_err(|findings| {
             let message = format!(
                 "the plan does not pass its own check; nothing was written\n{}\nhelp: please report this model",
                 findings_text(&findings)
             );
-            Err(Failure::new(Kind::Internal, message))
-        }
+            Failure::new(Kind::Internal, message)
+        })?;
     }
+    Ok(())
 }
 
 /// Everything that decided what was built, apart from the model's weights.

@@ -22,7 +22,11 @@ fn divide_scores(r: &mut Rewriter<'_>, v: ValueId) -> Option<ValueId> {
     if r.ty(scores).rank() != 4 {
         return None;
     }
-    let factor = literal_like(r.ty(divisor), 1.0 / value)?;
+    let inverse = 1.0 / value;
+    if !(inverse as f32).is_normal() {
+        return None;
+    }
+    let factor = literal_like(r.ty(divisor), inverse)?;
     let factor = r.make(factor, &[]).ok()?;
     r.make(Op::Map(Scalar::Mul), &[scores, factor]).ok()
 }

@@ -50,11 +50,14 @@ impl Parts {
 type Extents = Vec<Vec<u64>>;
 
 /// Prices the steps of one graph on one kind of device.
+#[derive(Clone)]
 pub struct Pricer<'a> {
     profile: &'a Profile,
     graph: &'a Graph,
     entries: &'a [Entry],
     total_weight: f64,
+    /// The entry whose share of the weighted time is asked for; all of them if none.
+    focus: Option<usize>,
     /// Per value.
     extents: Vec<Extents>,
     /// Per value: it is computed inside the kernel of its users.
@@ -129,10 +132,16 @@ impl<'a> Pricer<'a> {
             graph,
             entries,
             total_weight: if total > 0.0 { total } else { 1.0 },
+            focus: None,
             extents: graph.nodes().iter().map(|n| per_value(&n.ty)).collect(),
             fused,
             read_bits: graph.nodes().iter().map(|n| read_bits(graph, n)).collect(),
         }
+    }
+
+    /// The same prices, as far as they come from one entry: over all entries they add up to those of `self`.
+    pub fn focused(&self, entry: usize) -> Pricer<'a> {
+        Pricer { focus: Some(entry), ..self.clone() }
     }
 
     pub fn kernel_launch(&self) -> f64 {
@@ -174,15 +183,24 @@ impl<'a> Pricer<'a> {
         let seconds = self.weighted(|e| self.convert_parts(value, conversion, from, to, mesh, e).0.total());
         if conversion.communicates() {
             let payload = |e| self.convert_parts(value, conversion, from, to, mesh, e).1;
-            Cost::collective(seconds, (0..self.entries.len()).map(payload).max().unwrap_or(0))
+            Cost::collective(seconds, self.counted().map(payload).max().unwrap_or(0))
         } else {
             Cost::local(seconds)
         }
     }
 
+    /// The entries whose time counts.
+    fn counted(&self) -> std::ops::Range<usize> {
+        self.focus.map_or(0..self.entries.len(), |entry| entry..entry + 1)
+    }
+
     fn weighted(&self, seconds: impl Fn(usize) -> f64) -> f64 {
-        let sum: f64 = self.entries.iter().enumerate().map(|(e, entry)| entry.weight * seconds(e)).sum();
-        sum / self.total_weight
+        self.counted().map(|e| self.share(e) * seconds(e)).sum()
+    }
+
+    /// How much an entry's time counts; all shares add up to one.
+    pub fn share(&self, entry: usize) -> f64 {
+        self.entries.get(entry).map_or(0.0, |e| e.weight / self.total_weight)
     }
 
     /// Where the time of a computation goes under one entry.
@@ -307,16 +325,20 @@ impl<'a> Pricer<'a> {
 
     /// The weighted time of collecting an output on rank 0.
     pub fn collect(&self, value: ValueId, layout: &Layout, mesh: &Mesh) -> Cost {
+        Cost::local(self.weighted(|e| self.collect_parts(value, layout, mesh, e).total()))
+    }
+
+    /// Where the time of collecting an output goes under one entry.
+    pub fn collect_parts(&self, value: ValueId, layout: &Layout, mesh: &Mesh, entry: usize) -> Parts {
         if layout.is_replicated() {
-            return Cost::ZERO;
+            return Parts::default();
         }
         let dtype = self.graph.ty(value).dtype;
-        let seconds = self.weighted(|e| {
-            let whole = bytes(dtype, &self.extents[value.index()][e]);
-            let own = bytes(dtype, &self.local(value, layout, mesh, e));
-            self.profile.collective((mesh.ranks().max(1) - 1) as f64, whole.saturating_sub(own) as f64)
-        });
-        Cost::local(seconds)
+        let whole = bytes(dtype, &self.extents[value.index()][entry]);
+        let own = bytes(dtype, &self.local(value, layout, mesh, entry));
+        let steps = (mesh.ranks().max(1) - 1) as f64;
+        let communication = self.profile.collective(steps, whole.saturating_sub(own) as f64);
+        Parts { communication, ..Parts::default() }
     }
 }
 

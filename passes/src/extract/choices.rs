@@ -128,8 +128,8 @@ fn satisfy(graph: &LayoutGraph, group: &Group, demand: Slots) -> Vec<Choice> {
     };
     let count = group.productions.len();
     (0..count).for_each(|p| consider(&[p]));
-    // A state lies in one layout. Elsewhere two productions are considered if the results of both are wanted.
-    if demand.count_ones() > 1 && !group.homes {
+    // Two productions are considered if the results of both are wanted.
+    if demand.count_ones() > 1 && !group.single {
         let wanted = |p: usize| demand & bit(group.productions[p].out) != 0;
         for a in 0..count {
             for b in a + 1..count {

@@ -7,9 +7,11 @@
 //! What must not live here: operations, layouts, hardware. The search sees costs, bytes and who needs what.
 
 mod choices;
+mod joint;
 mod search;
 
 pub use choices::{Choice, Choices, Slots};
+pub use joint::{Joint, extract_entries};
 pub use search::{Aim, Limits};
 
 use crate::cost::Cost;

@@ -90,6 +90,7 @@ impl Builder<'_> {
             kind: class.kind,
             layouts: Vec::new(),
             homes: class.state.is_some(),
+            single: class.state.is_some(),
             productions: Vec::new(),
             conversions: Vec::new(),
             exits: Vec::new(),
@@ -359,7 +360,7 @@ impl Builder<'_> {
                     // A state that is only read.
                     Some(past) if past == index => {
                         let slot = (group.layouts.len() + slot) as u8;
-                        exits.push(Exit { slot, cost: Cost::ZERO, also: Vec::new() });
+                        exits.push(Exit { slot, cost: Cost::ZERO, collected: 0, also: Vec::new() });
                         continue;
                     }
                     Some(past) => {
@@ -368,9 +369,10 @@ impl Builder<'_> {
                         Some(Operand { group: past as u32, slot: past_group.layouts.len() as u8 + found })
                     }
                 };
+                let collected = u32::from(pair.is_none());
                 let cost =
-                    if home.is_some() { Cost::ZERO } else { pricer.collect(output.value, layout, mesh) };
-                exits.push(Exit { slot: slot as u8, cost, also: home.into_iter().collect() });
+                    if pair.is_some() { Cost::ZERO } else { pricer.collect(output.value, layout, mesh) };
+                exits.push(Exit { slot: slot as u8, cost, collected, also: home.into_iter().collect() });
             }
             self.groups[index].exits = join(std::mem::take(&mut self.groups[index].exits), exits);
         }
@@ -402,7 +404,7 @@ fn join(first: Vec<Exit>, second: Vec<Exit>) -> Vec<Exit> {
     let with = |a: &Exit| {
         let b = second.iter().find(|b| b.slot == a.slot)?;
         let also = a.also.iter().chain(&b.also).copied().collect();
-        Some(Exit { slot: a.slot, cost: a.cost + b.cost, also })
+        Some(Exit { slot: a.slot, cost: a.cost + b.cost, collected: a.collected + b.collected, also })
     };
     first.iter().filter_map(with).collect()
 }

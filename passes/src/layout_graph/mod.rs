@@ -11,6 +11,9 @@
 
 mod build;
 mod classes;
+mod entries;
+
+pub use entries::Unfolded;
 
 pub use build::{BuildError, Model, build};
 pub use classes::{Class, Classes};
@@ -54,6 +57,8 @@ pub struct Edge {
 pub struct Exit {
     pub slot: u8,
     pub cost: Cost,
+    /// How many outputs are collected on rank 0; states stay where they are.
+    pub collected: u32,
     pub also: Vec<Operand>,
 }
 
@@ -77,6 +82,8 @@ pub struct Group {
     pub layouts: Vec<Layout>,
     /// True if slots `layouts.len()..` are the home slots of a state.
     pub homes: bool,
+    /// True if at most one production may be chosen: a state lies in one layout.
+    pub single: bool,
     pub productions: Vec<Production>,
     pub conversions: Vec<Edge>,
     /// Not empty for outputs: exactly one of them is chosen.

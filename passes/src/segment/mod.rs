@@ -144,7 +144,13 @@ fn signature(graph: &LayoutGraph, segment: &Segment) -> Vec<u64> {
     let inside = segment.low..segment.high;
     for index in inside.chain(segment.touched.iter().copied()) {
         let group = &graph.groups[index as usize];
-        words.extend([FREE, group.kind as u64, u64::from(group.homes), group.slots() as u64]);
+        words.extend([
+            FREE,
+            group.kind as u64,
+            u64::from(group.homes),
+            u64::from(group.single),
+            group.slots() as u64,
+        ]);
         for edge in &group.conversions {
             words.extend([u64::from(edge.from), u64::from(edge.to)]);
             words.extend(halves(edge.cost.raw()));

@@ -1,0 +1,159 @@
+//! One decision about weights and state for several entries.
+//!
+//! Each entry alone gives a lower bound, and a proposal for what lies in memory. The other entries are solved again for
+//! each proposal; most often one of them serves all entries as well as their own, which proves it best. Otherwise the
+//! entries are searched side by side over what any of them proposed, and the gap to the bound remains in sight.
+
+use super::{Budget, Choice, ExtractError, Extraction, Limits, extract};
+use crate::cost::Cost;
+use crate::layout_graph::{GroupKind, LayoutGraph, Unfolded};
+use std::collections::{BTreeMap, BTreeSet};
+
+/// What is chosen for all entries.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Joint {
+    /// Per entry, the choices in terms of its graph.
+    pub choices: Vec<BTreeMap<u32, Choice>>,
+    /// The extraction of all together; its choices are those of the first entry.
+    pub total: Extraction,
+}
+
+/// Per stored group, the productions that may be chosen.
+type Stored = BTreeMap<u32, BTreeSet<u16>>;
+
+/// The best plan for entries whose layout graphs differ in prices only.
+///
+/// # Errors
+/// The budget is below what any plan takes.
+pub fn extract_entries(
+    graphs: &[LayoutGraph],
+    budget: Budget,
+    limits: Limits,
+) -> Result<Joint, ExtractError> {
+    let alone = graphs.iter().map(|g| extract(g, budget, limits)).collect::<Result<Vec<_>, _>>()?;
+    if let [only] = alone.as_slice() {
+        return Ok(Joint { choices: vec![only.choices.clone()], total: only.clone() });
+    }
+    let least_bytes = alone.iter().map(|e| e.least_bytes).max().unwrap_or(0);
+    let budget = alone.iter().filter_map(|e| e.budget).max();
+    let bound: Cost = alone.iter().map(|e| e.bound).sum();
+    let within = budget.map_or(Budget::Free, Budget::Bytes);
+    let mut best: Option<Joint> = None;
+    let mut consider = |found: Joint| {
+        if best.as_ref().is_none_or(|b| found.total.cost < b.total.cost) {
+            best = Some(found);
+        }
+    };
+    let proposals: Vec<Stored> = graphs.iter().zip(&alone).map(|(g, e)| stored(g, &e.choices)).collect();
+    for (master, proposal) in proposals.iter().enumerate() {
+        let followed = graphs.iter().zip(&alone).enumerate().map(|(entry, (graph, own))| {
+            if entry == master { Ok(own.clone()) } else { follow(graph, proposal, within, limits) }
+        });
+        // A proposal may leave no plan to another entry.
+        let Ok(all) = followed.collect::<Result<Vec<_>, ExtractError>>() else { continue };
+        consider(together(&all, bound, least_bytes, budget));
+    }
+    let settled = best.as_ref().is_some_and(|b| b.total.cost.picoseconds() <= bound.picoseconds());
+    if !settled {
+        let any = proposals.into_iter().fold(Stored::new(), |mut all, proposal| {
+            proposal.into_iter().for_each(|(group, some)| all.entry(group).or_default().extend(some));
+            all
+        });
+        if let Ok(found) = side_by_side(graphs, &any, within, limits, bound, least_bytes) {
+            let better = best.as_ref().is_none_or(|b| found.total.cost < b.total.cost);
+            if better {
+                best = Some(found);
+            }
+        }
+    }
+    match best {
+        Some(best) => Ok(best),
+        None => side_by_side(graphs, &Stored::new(), within, limits, bound, least_bytes),
+    }
+}
+
+/// What lies in memory in a plan.
+fn stored(graph: &LayoutGraph, choices: &BTreeMap<u32, Choice>) -> Stored {
+    let is_stored = |group: u32| graph.groups[group as usize].kind == GroupKind::Stored;
+    choices
+        .iter()
+        .filter(|(group, _)| is_stored(**group))
+        .map(|(&group, choice)| (group, choice.productions.iter().copied().collect()))
+        .collect()
+}
+
+/// The graph with no other productions of stored groups than these, and per group those that were kept. Groups that
+/// are not named keep all.
+fn restricted(graph: &LayoutGraph, allowed: &Stored) -> (LayoutGraph, BTreeMap<u32, Vec<u16>>) {
+    let mut graph = graph.clone();
+    let mut kept = BTreeMap::new();
+    for (&group, allowed) in allowed {
+        let productions = std::mem::take(&mut graph.groups[group as usize].productions);
+        let chosen = productions.into_iter().enumerate().filter(|(i, _)| allowed.contains(&(*i as u16)));
+        let (names, chosen): (Vec<u16>, Vec<_>) = chosen.map(|(i, p)| (i as u16, p)).unzip();
+        graph.groups[group as usize].productions = chosen;
+        kept.insert(group, names);
+    }
+    (graph, kept)
+}
+
+/// Names the productions of a restricted graph as in the whole one.
+fn unrestricted(choices: &mut BTreeMap<u32, Choice>, kept: &BTreeMap<u32, Vec<u16>>) {
+    for (group, choice) in choices {
+        let Some(names) = kept.get(group) else { continue };
+        for production in &mut choice.productions {
+            *production = names.get(usize::from(*production)).copied().unwrap_or(*production);
+        }
+    }
+}
+
+fn follow(
+    graph: &LayoutGraph,
+    proposal: &Stored,
+    budget: Budget,
+    limits: Limits,
+) -> Result<Extraction, ExtractError> {
+    let (graph, kept) = restricted(graph, proposal);
+    let mut found = extract(&graph, budget, limits)?;
+    unrestricted(&mut found.choices, &kept);
+    Ok(found)
+}
+
+fn together(all: &[Extraction], bound: Cost, least_bytes: u64, budget: Option<u64>) -> Joint {
+    let cost: Cost = all.iter().map(|e| e.cost).sum();
+    let choices: Vec<BTreeMap<u32, Choice>> = all.iter().map(|e| e.choices.clone()).collect();
+    let total = Extraction {
+        choices: choices.first().cloned().unwrap_or_default(),
+        cost,
+        bytes: all.iter().map(|e| e.bytes).max().unwrap_or(0),
+        least_bytes,
+        budget,
+        bound: bound.min(cost),
+        segments: all.first().map_or((0, 0), |e| e.segments),
+    };
+    Joint { choices, total }
+}
+
+fn side_by_side(
+    graphs: &[LayoutGraph],
+    allowed: &Stored,
+    budget: Budget,
+    limits: Limits,
+    bound: Cost,
+    least_bytes: u64,
+) -> Result<Joint, ExtractError> {
+    let (graphs, kept): (Vec<LayoutGraph>, Vec<_>) = graphs.iter().map(|g| restricted(g, allowed)).unzip();
+    let unfolded = Unfolded::new(&graphs);
+    let mut total = extract(&unfolded.graph, budget, limits)?;
+    let mut choices = Vec::new();
+    for (entry, (graph, kept)) in graphs.iter().zip(&kept).enumerate() {
+        let mut folded = unfolded.fold(entry, graph, &total.choices);
+        unrestricted(&mut folded, kept);
+        choices.push(folded);
+    }
+    // Its own bound is about the restricted choice only, unless nothing was restricted.
+    total.bound = if allowed.is_empty() { total.bound.max(bound) } else { bound }.min(total.cost);
+    total.least_bytes = least_bytes;
+    total.choices = choices.first().cloned().unwrap_or_default();
+    Ok(Joint { choices, total })
+}
