@@ -8,6 +8,7 @@ pub mod egraph;
 mod emit;
 pub mod extended;
 pub mod extract;
+pub mod fit;
 pub mod layout_graph;
 pub mod logical;
 mod plan;

@@ -1,6 +1,6 @@
 //! The planner: from a logical graph and a machine to the typed program of all ranks.
 
-use crate::cost::price::Entry;
+use crate::cost::price::{Entry, complete};
 use crate::cost::{Cost, Pricer, Profile};
 use crate::emit::{EmitError, Source, emit};
 use crate::extended::Extended;
@@ -83,6 +83,10 @@ pub enum PlanError {
     Emit(#[from] EmitError),
     #[error(transparent)]
     Infer(#[from] tpshard_ir::InferError),
+    #[error("{0}\nhelp: this is a fault of the planner, please report it with the model")]
+    Instantiate(#[from] tpshard_ir::spmd::InstantiateError),
+    #[error("planning the memory of a rank: {0}\nhelp: plan for smaller dims (--dim)")]
+    Memory(#[from] tpshard_ir::program::PlanError),
 }
 
 /// One mesh with its best plan.
@@ -100,6 +104,7 @@ struct Candidate {
 }
 
 /// The steps of one entry.
+#[derive(Clone)]
 pub(crate) struct Emitted {
     pub(crate) steps: Vec<Step>,
     pub(crate) outputs: Vec<SpmdOutput>,
@@ -124,24 +129,20 @@ pub fn plan(extended: Extended, options: &PlanOptions) -> Result<Plan, PlanError
     let live: Vec<ValueId> = found.live();
     let units = candidate_units(&found.extended.graph, &live);
     let planner = Planner { found: &found, pricer: &pricer, units: &units, options };
-    let best = planner.best()?;
+    let (best, programs, activations) = planner.within_budget()?;
     let alone = if options.ranks == 1 { best.cost } else { planner.alone()? };
     let summary = Summary {
         extraction: &best.extraction,
         layouts: &best.layouts[0],
         reserved: best.classes.reserved,
+        activations,
         cost: best.cost,
         bound: best.bound,
         alone,
         options,
     };
     let report = report(&found.extended.graph, &best.emitted, &pricer, &summary);
-    let mesh = &best.layouts[0].mesh;
-    let program = |(entry, emitted): (&Entry, Emitted)| {
-        let program = found.clone().into_program(mesh.clone(), emitted.steps, emitted.outputs);
-        (entry.name.clone(), program)
-    };
-    Ok(Plan { programs: options.entries.iter().zip(best.emitted).map(program).collect(), report })
+    Ok(Plan { programs, report })
 }
 
 struct Planner<'a> {
@@ -151,12 +152,45 @@ struct Planner<'a> {
     options: &'a PlanOptions,
 }
 
+/// By entry name.
+type Programs = Vec<(String, Spmd)>;
+
 impl Planner<'_> {
-    /// The best plan over all meshes of the wanted number of ranks.
-    fn best(&self) -> Result<Candidate, PlanError> {
+    /// The best plan, its programs, and the bytes of their activations. Under a budget, what activations need is set
+    /// aside and the plan made again until it holds.
+    fn within_budget(&self) -> Result<(Candidate, Programs, u64), PlanError> {
+        let mut reserve = 0;
+        loop {
+            let best = self.best(reserve)?;
+            let programs = self.programs(&best);
+            let activations = activation_bytes(&programs, &self.options.entries)?;
+            let MemoryGoal::Bytes(budget) = self.options.memory else {
+                return Ok((best, programs, activations));
+            };
+            let stored = best.extraction.bytes.saturating_add(best.classes.reserved);
+            let needed = stored.saturating_add(activations).saturating_add(self.options.reserve);
+            if needed <= budget {
+                return Ok((best, programs, activations));
+            }
+            // A plan that needs no more than was set aside fits; so this grows every time, and ends when nothing fits.
+            reserve = activations.max(reserve.saturating_add(1));
+        }
+    }
+
+    fn programs(&self, candidate: &Candidate) -> Programs {
+        let mesh = &candidate.layouts[0].mesh;
+        let program = |(entry, emitted): (&Entry, &Emitted)| {
+            let Emitted { steps, outputs } = emitted.clone();
+            (entry.name.clone(), self.found.clone().into_program(mesh.clone(), steps, outputs))
+        };
+        self.options.entries.iter().zip(&candidate.emitted).map(program).collect()
+    }
+
+    /// The best plan over all meshes of the wanted number of ranks, with `reserve` bytes set aside.
+    fn best(&self, reserve: u64) -> Result<Candidate, PlanError> {
         let mut best: Option<Candidate> = None;
         for mesh in meshes(&self.found.extended.graph, self.options.ranks) {
-            let next = self.candidate(&mesh, self.options.memory)?;
+            let next = self.candidate(&mesh, self.options.memory, reserve)?;
             if best.as_ref().is_none_or(|b| next.cost < b.cost) {
                 best = Some(next);
             }
@@ -166,10 +200,10 @@ impl Planner<'_> {
 
     /// What one rank takes that has room for everything.
     fn alone(&self) -> Result<Cost, PlanError> {
-        Ok(self.candidate(&Mesh::flat(1), MemoryGoal::Free)?.cost)
+        Ok(self.candidate(&Mesh::flat(1), MemoryGoal::Free, 0)?.cost)
     }
 
-    fn candidate(&self, mesh: &Mesh, memory: MemoryGoal) -> Result<Candidate, PlanError> {
+    fn candidate(&self, mesh: &Mesh, memory: MemoryGoal, reserve: u64) -> Result<Candidate, PlanError> {
         let Planner { found, pricer, units, options } = *self;
         let graph = &found.extended.graph;
         let outputs: Vec<ValueId> = found.extended.outputs.iter().map(|o| o.value).collect();
@@ -181,7 +215,7 @@ impl Planner<'_> {
             [_] => vec![built],
             several => several.iter().map(|p| built.priced(p)).collect(),
         };
-        let Joint { choices, total: extraction } = self.extract(&layouts, &classes, memory)?;
+        let Joint { choices, total: extraction } = self.extract(&layouts, &classes, memory, reserve)?;
         let mut emitted = Vec::new();
         let (mut cost, mut bound) = (Cost::ZERO, extraction.bound);
         for (entry, ((layouts, pricer), choices)) in layouts.iter().zip(&focused).zip(&choices).enumerate() {
@@ -199,9 +233,10 @@ impl Planner<'_> {
         layouts: &[LayoutGraph],
         classes: &Classes,
         memory: MemoryGoal,
+        reserve: u64,
     ) -> Result<Joint, PlanError> {
         let options = self.options;
-        let set_aside = classes.reserved.saturating_add(options.reserve);
+        let set_aside = classes.reserved.saturating_add(options.reserve).saturating_add(reserve);
         let budget = match memory {
             MemoryGoal::Free => Budget::Free,
             MemoryGoal::Least => Budget::Least,
@@ -223,6 +258,17 @@ impl Planner<'_> {
             (error, _) => error.into(),
         })
     }
+}
+
+/// What the buffers of rank 0 take, which holds no less than any other rank: the most over all entries.
+fn activation_bytes(programs: &[(String, Spmd)], entries: &[Entry]) -> Result<u64, PlanError> {
+    let mut most = 0;
+    for ((_, program), entry) in programs.iter().zip(entries) {
+        let local = tpshard_ir::spmd::instantiate(program, 0)?;
+        let bindings = complete(&program.logical, &entry.bindings);
+        most = most.max(tpshard_ir::program::lower(&local).plan(&local, &bindings)?.bytes);
+    }
+    Ok(most)
 }
 
 /// The flat mesh, and meshes whose axes divide the KV head counts where the ranks do not.

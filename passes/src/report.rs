@@ -76,6 +76,8 @@ pub struct PlanReport {
     pub verdict: Verdict,
     pub weight_bytes: u64,
     pub state_bytes: u64,
+    /// What the buffers of a step take on rank 0, the most over all entries.
+    pub activation_bytes: u64,
     /// Weights and state on one rank.
     pub bytes_alone: u64,
     pub budget: Option<u64>,
@@ -93,6 +95,7 @@ pub(crate) struct Summary<'a> {
     pub(crate) extraction: &'a Extraction,
     pub(crate) layouts: &'a LayoutGraph,
     pub(crate) reserved: u64,
+    pub(crate) activations: u64,
     pub(crate) cost: Cost,
     pub(crate) bound: Cost,
     pub(crate) alone: Cost,
@@ -139,6 +142,7 @@ pub(crate) fn report(
         verdict: verdict(options, summary.cost, summary.alone, bytes_alone),
         weight_bytes: bytes(false),
         state_bytes: bytes(true),
+        activation_bytes: summary.activations,
         bytes_alone,
         budget: extraction.budget.map(|b| b.saturating_add(summary.reserved)),
         least_bytes: extraction.least_bytes.saturating_add(summary.reserved),
@@ -398,7 +402,13 @@ impl PlanReport {
 
     fn write_memory(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "\nmemory of rank 0")?;
-        writeln!(f, "  weights {}, state {}", Bytes(self.weight_bytes), Bytes(self.state_bytes))?;
+        writeln!(
+            f,
+            "  weights {}, state {}, activations {}",
+            Bytes(self.weight_bytes),
+            Bytes(self.state_bytes),
+            Bytes(self.activation_bytes)
+        )?;
         let budget = self.budget.map_or_else(|| "free".to_owned(), |b| Bytes(b).to_string());
         writeln!(
             f,

@@ -8,6 +8,7 @@ use tpshard_ir::{DType, Op};
 use tpshard_passes::cost::Profile;
 use tpshard_passes::extended::Extended;
 use tpshard_passes::extract::ExtractError;
+use tpshard_passes::fit;
 use tpshard_passes::report::Verdict;
 use tpshard_passes::{Entry, MemoryGoal, Plan, PlanError, PlanOptions, PlanReport, plan};
 
@@ -206,6 +207,36 @@ fn what_cannot_be_planned_is_refused() {
     let mut lost = graph();
     lost.graph.states[0].input = "nowhere".into();
     assert!(matches!(plan(lost, &options(2, "l4")), Err(PlanError::Build(_))));
+}
+
+#[test]
+fn a_budget_holds_with_activations_or_says_what_would_fit() {
+    let extended = || Extended::new(llama(Sizes { layers: 2, ..LLAMA_8B }, DType::BF16));
+    let mut options = options(2, "h100-sxm");
+    options.entries = vec![common::entry("prefill", &[("batch", 4), ("seq", 256), ("past", 1)])];
+    let least = fit::least_bytes(&extended(), &options).unwrap();
+    let stored = plan(extended(), &options).unwrap().report;
+    assert!(stored.activation_bytes > 0 && least > stored.weight_bytes + stored.state_bytes);
+    for budget in [least, least + least / 10, 2 * least] {
+        options.memory = MemoryGoal::Bytes(budget);
+        let report = plan(extended(), &options).unwrap().report;
+        let used = report.weight_bytes + report.state_bytes + report.activation_bytes;
+        assert!(used <= budget, "{used} of {budget}\n{report}");
+    }
+    // Weights and state alone would fit, activations do not.
+    let budget = stored.weight_bytes + stored.state_bytes + stored.activation_bytes / 2;
+    options.memory = MemoryGoal::Bytes(budget);
+    let error = plan(extended(), &options).unwrap_err();
+    assert!(matches!(error, PlanError::Extract(ExtractError::Budget { .. })), "{error}");
+    let ranks = fit::smallest_ranks(&extended(), &options, budget).unwrap().unwrap();
+    let with = |ranks| fit::least_bytes(&extended(), &PlanOptions { ranks, ..options.clone() }).unwrap();
+    assert!(with(ranks) <= budget && with(ranks - 1) > budget, "{ranks}");
+    let seq = fit::largest_size(&extended(), &options, &"seq".into(), budget).unwrap().unwrap();
+    let at = |seq| {
+        let entries = vec![common::entry("prefill", &[("batch", 4), ("seq", seq), ("past", 1)])];
+        fit::least_bytes(&extended(), &PlanOptions { entries, ..options.clone() }).unwrap()
+    };
+    assert!(at(seq) <= budget && at(seq + 1) > budget, "{seq}");
 }
 
 #[test]

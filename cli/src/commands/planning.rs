@@ -221,10 +221,12 @@ pub(crate) fn plan_model(imported: &Imported, ranks: usize, arguments: &PricingA
     tpshard_passes::plan(extended, &options).map_err(|error| {
         let kind = match &error {
             PlanError::Ranks { .. } | PlanError::NoEntry => Kind::Usage,
-            PlanError::Extract(_) => Kind::Resource,
-            PlanError::NotLogical { .. } | PlanError::Build(_) | PlanError::Emit(_) | PlanError::Infer(_) => {
-                Kind::Internal
-            }
+            PlanError::Extract(_) | PlanError::Memory(_) => Kind::Resource,
+            PlanError::NotLogical { .. }
+            | PlanError::Build(_)
+            | PlanError::Emit(_)
+            | PlanError::Infer(_)
+            | PlanError::Instantiate(_) => Kind::Internal,
         };
         Failure::new(kind, error)
     })

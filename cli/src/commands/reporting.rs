@@ -150,6 +150,7 @@ pub(crate) fn report_json(report: &PlanReport) -> Value {
         "verdict": verdict_name(report.verdict),
         "weight_bytes_per_rank": report.weight_bytes,
         "state_bytes_per_rank": report.state_bytes,
+        "activation_bytes_per_rank": report.activation_bytes,
         "bytes_one_rank": report.bytes_alone,
         "budget_bytes": report.budget,
         "least_bytes": report.least_bytes,

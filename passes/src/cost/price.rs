@@ -66,25 +66,36 @@ pub struct Pricer<'a> {
     read_bits: Vec<f64>,
 }
 
+/// A value for every symbol of `graph`: the given one, or 128 within the symbol's range.
+pub fn complete(graph: &Graph, bindings: &Bindings) -> Bindings {
+    let value = |(name, range): (&std::sync::Arc<str>, &tpshard_ir::graph::SymbolRange)| {
+        let unbound = || UNBOUND.max(range.low).min(range.high.max(range.low));
+        (name.clone(), bindings.get(name).copied().unwrap_or_else(unbound))
+    };
+    let mut all: Bindings = graph.symbols.iter().map(value).collect();
+    for (name, &size) in bindings {
+        all.entry(name.clone()).or_insert(size);
+    }
+    all
+}
+
 /// The extents of a type under a binding. Symbols without a value are taken for 128, within their range.
 pub fn extents(graph: &Graph, ty: &Type, bindings: &Bindings) -> Vec<u64> {
-    ty.shape
-        .iter()
-        .map(|dim| {
-            if let Some(size) = dim.as_const() {
-                return size.max(0).unsigned_abs();
-            }
-            let complete = |name: &std::sync::Arc<str>| {
-                let unbound = || {
-                    let range = graph.symbols.get(name);
-                    range.map_or(UNBOUND, |r| UNBOUND.max(r.low).min(r.high.max(r.low)))
-                };
-                bindings.get(name).copied().unwrap_or_else(unbound)
+    extents_complete(ty, &complete(graph, bindings))
+}
+
+fn extents_complete(ty: &Type, bindings: &Bindings) -> Vec<u64> {
+    let size = |dim: &tpshard_ir::Dim| match dim.as_const() {
+        Some(size) => size,
+        None => dim.eval(bindings).unwrap_or_else(|_| {
+            let value = |name: std::sync::Arc<str>| {
+                let value = bindings.get(&name).copied().unwrap_or(UNBOUND);
+                (name, value)
             };
-            let values: Bindings = dim.symbols().into_iter().map(|s| (s.clone(), complete(&s))).collect();
-            dim.eval(&values).map_or(0, |size| size.max(0).unsigned_abs())
-        })
-        .collect()
+            dim.eval(&dim.symbols().into_iter().map(value).collect()).unwrap_or(0)
+        }),
+    };
+    ty.shape.iter().map(|dim| size(dim).max(0).unsigned_abs()).collect()
 }
 
 /// What rank 0 holds of a tensor of these extents.
@@ -107,7 +118,8 @@ fn product(extents: &[u64]) -> f64 {
 
 impl<'a> Pricer<'a> {
     pub fn new(profile: &'a Profile, graph: &'a Graph, entries: &'a [Entry]) -> Pricer<'a> {
-        let per_value = |ty: &Type| entries.iter().map(|e| extents(graph, ty, &e.bindings)).collect();
+        let bindings: Vec<Bindings> = entries.iter().map(|e| complete(graph, &e.bindings)).collect();
+        let per_value = |ty: &Type| bindings.iter().map(|b| extents_complete(ty, b)).collect();
         let users = graph.users();
         let outputs: BTreeSet<ValueId> = graph.outputs.iter().map(|o| o.value).collect();
         let fused = graph
