@@ -46,7 +46,7 @@ pub struct PlanOptions {
 
 impl PlanOptions {
     pub fn new(ranks: usize, profile: Profile) -> PlanOptions {
-        let entry = Entry { name: "default".into(), bindings: Default::default(), weight: 1.0 };
+        let entry = Entry::new("default", Default::default());
         PlanOptions {
             ranks,
             profile,
@@ -71,6 +71,10 @@ pub struct Plan {
 pub enum PlanError {
     #[error("{found} ranks\nhelp: 1 to {MAX_RANKS} ranks are possible")]
     Ranks { found: usize },
+    #[error(
+        "entry `{entry}`: symbol `{symbol}` is to be {wanted}, the model allows {allowed}\nhelp: give sizes the model allows (--dim)"
+    )]
+    Range { entry: String, symbol: String, wanted: String, allowed: String },
     #[error("no binding of the symbolic dims was given\nhelp: give at least one entry; it may be empty")]
     NoEntry,
     #[error("value {value} is a {op}, which stands for the work of a rank, in a logical graph")]
@@ -124,6 +128,7 @@ pub fn plan(extended: Extended, options: &PlanOptions) -> Result<Plan, PlanError
     if let Some((value, node)) = extended.graph.values().find(|(_, n)| matches!(n.op, Op::Convert(_))) {
         return Err(PlanError::NotLogical { value, op: node.op.name().into() });
     }
+    check_ranges(&extended.graph, &options.entries)?;
     let found = alternatives(extended)?;
     let pricer = Pricer::new(&options.profile, &found.extended.graph, &options.entries);
     let live: Vec<ValueId> = found.live();
@@ -150,6 +155,24 @@ struct Planner<'a> {
     pricer: &'a Pricer<'a>,
     units: &'a Units,
     options: &'a PlanOptions,
+}
+
+/// Every range must hold a size that the model allows.
+fn check_ranges(graph: &Graph, entries: &[Entry]) -> Result<(), PlanError> {
+    for entry in entries {
+        for (name, wanted) in &entry.ranges {
+            let Some(allowed) = graph.symbols.get(name) else { continue };
+            if wanted.low > wanted.high || wanted.low > allowed.high || wanted.high < allowed.low {
+                return Err(PlanError::Range {
+                    entry: entry.name.clone(),
+                    symbol: name.to_string(),
+                    wanted: format!("{}..{}", wanted.low, wanted.high),
+                    allowed: format!("{}..{}", allowed.low, allowed.high),
+                });
+            }
+        }
+    }
+    Ok(())
 }
 
 /// By entry name.
@@ -181,7 +204,14 @@ impl Planner<'_> {
         let mesh = &candidate.layouts[0].mesh;
         let program = |(entry, emitted): (&Entry, &Emitted)| {
             let Emitted { steps, outputs } = emitted.clone();
-            (entry.name.clone(), self.found.clone().into_program(mesh.clone(), steps, outputs))
+            let mut program = self.found.clone().into_program(mesh.clone(), steps, outputs);
+            for (name, range) in &mut program.logical.symbols {
+                if let Some(wanted) = entry.ranges.get(name) {
+                    range.low = range.low.max(wanted.low);
+                    range.high = range.high.min(wanted.high);
+                }
+            }
+            (entry.name.clone(), program)
         };
         self.options.entries.iter().zip(&candidate.emitted).map(program).collect()
     }
@@ -265,7 +295,7 @@ fn activation_bytes(programs: &[(String, Spmd)], entries: &[Entry]) -> Result<u6
     let mut most = 0;
     for ((_, program), entry) in programs.iter().zip(entries) {
         let local = tpshard_ir::spmd::instantiate(program, 0)?;
-        let bindings = complete(&program.logical, &entry.bindings);
+        let bindings = complete(&program.logical, &entry.largest());
         most = most.max(tpshard_ir::program::lower(&local).plan(&local, &bindings)?.bytes);
     }
     Ok(most)

@@ -215,12 +215,12 @@ pub(crate) fn plan_model(imported: &Imported, ranks: usize, arguments: &PricingA
     let mut options = PlanOptions::new(ranks, profile(&arguments.profile)?);
     options.memory = memory(&arguments.memory)?;
     let bindings = bindings(imported, arguments)?;
-    options.entries = vec![Entry { name: "main".into(), bindings, weight: 1.0 }];
+    options.entries = vec![Entry::new("main", bindings)];
     let mut extended = Extended::new(imported.graph.clone());
     tpshard_passes::canonical::canonicalise(&mut extended);
     tpshard_passes::plan(extended, &options).map_err(|error| {
         let kind = match &error {
-            PlanError::Ranks { .. } | PlanError::NoEntry => Kind::Usage,
+            PlanError::Ranks { .. } | PlanError::NoEntry | PlanError::Range { .. } => Kind::Usage,
             PlanError::Extract(_) | PlanError::Memory(_) => Kind::Resource,
             PlanError::NotLogical { .. }
             | PlanError::Build(_)

@@ -6,6 +6,8 @@ use crate::equations::{Executor, How};
 use crate::finding::{Finding, Report};
 use crate::square::square_fault;
 use std::collections::HashMap;
+use std::sync::Arc;
+use tpshard_ir::graph::SymbolRange;
 use tpshard_ir::{
     AxisLayout, Conversion, Graph, Layout, Monoid, Node, Op, Spmd, Step, StepId, StepKind, Type, ValueId,
     infer,
@@ -86,7 +88,13 @@ fn same_model(program: &Spmd, imported: &Graph) -> Vec<Finding> {
     if logical.outputs != imported.outputs {
         wrong("its outputs are not those of the model");
     }
-    if logical.guards != imported.guards || logical.symbols != imported.symbols {
+    // An entry may be for some of the model's dims only.
+    let within = |(name, range): (&Arc<str>, &SymbolRange)| {
+        let whole = imported.symbols.get(name);
+        whole.is_some_and(|w| w.low <= range.low && range.low <= range.high && range.high <= w.high)
+    };
+    let narrowed = logical.symbols.len() == imported.symbols.len() && logical.symbols.iter().all(within);
+    if logical.guards != imported.guards || !narrowed {
         wrong("its dims are not those of the model");
     }
     if logical.states != imported.states {

@@ -7,7 +7,9 @@
 
 use super::Cost;
 use super::profile::Profile;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use tpshard_ir::graph::SymbolRange;
 use tpshard_ir::{AxisLayout, Bindings, Conversion, DType, Graph, Layout, Mesh, Op, Type, ValueId};
 
 /// What an unbound symbol is taken for.
@@ -15,12 +17,29 @@ const UNBOUND: i64 = 128;
 /// A step that only looks at memory another way still costs more than none.
 const LOOK: f64 = 1e-9;
 
-/// A binding of the symbols, and how much its time counts.
+/// A use of the model: sizes of the symbolic dims, and how much its time counts.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Entry {
     pub name: String,
+    /// The sizes that time is predicted for.
     pub bindings: Bindings,
+    /// The sizes the entry is for; symbols without a range may have any. Memory is counted at the upper ends.
+    pub ranges: BTreeMap<Arc<str>, SymbolRange>,
     pub weight: f64,
+}
+
+impl Entry {
+    /// An entry of weight 1 for these sizes, which takes all others as well.
+    pub fn new(name: &str, bindings: Bindings) -> Entry {
+        Entry { name: name.into(), bindings, ranges: BTreeMap::new(), weight: 1.0 }
+    }
+
+    /// The largest sizes the entry is for, as far as it has limits.
+    pub fn largest(&self) -> Bindings {
+        let mut largest = self.bindings.clone();
+        largest.extend(self.ranges.iter().map(|(name, range)| (name.clone(), range.high)));
+        largest
+    }
 }
 
 /// Where the seconds of a step go.
@@ -60,6 +79,10 @@ pub struct Pricer<'a> {
     focus: Option<usize>,
     /// Per value.
     extents: Vec<Extents>,
+    /// Per value, at the upper ends of all ranges.
+    largest: Vec<Extents>,
+    /// Per entry.
+    largest_bindings: Vec<Bindings>,
     /// Per value: it is computed inside the kernel of its users.
     fused: Vec<bool>,
     /// Per value: bits read per element.
@@ -68,7 +91,7 @@ pub struct Pricer<'a> {
 
 /// A value for every symbol of `graph`: the given one, or 128 within the symbol's range.
 pub fn complete(graph: &Graph, bindings: &Bindings) -> Bindings {
-    let value = |(name, range): (&std::sync::Arc<str>, &tpshard_ir::graph::SymbolRange)| {
+    let value = |(name, range): (&Arc<str>, &SymbolRange)| {
         let unbound = || UNBOUND.max(range.low).min(range.high.max(range.low));
         (name.clone(), bindings.get(name).copied().unwrap_or_else(unbound))
     };
@@ -88,7 +111,7 @@ fn extents_complete(ty: &Type, bindings: &Bindings) -> Vec<u64> {
     let size = |dim: &tpshard_ir::Dim| match dim.as_const() {
         Some(size) => size,
         None => dim.eval(bindings).unwrap_or_else(|_| {
-            let value = |name: std::sync::Arc<str>| {
+            let value = |name: Arc<str>| {
                 let value = bindings.get(&name).copied().unwrap_or(UNBOUND);
                 (name, value)
             };
@@ -119,7 +142,11 @@ fn product(extents: &[u64]) -> f64 {
 impl<'a> Pricer<'a> {
     pub fn new(profile: &'a Profile, graph: &'a Graph, entries: &'a [Entry]) -> Pricer<'a> {
         let bindings: Vec<Bindings> = entries.iter().map(|e| complete(graph, &e.bindings)).collect();
-        let per_value = |ty: &Type| bindings.iter().map(|b| extents_complete(ty, b)).collect();
+        let largest_bindings: Vec<Bindings> = entries.iter().map(|e| complete(graph, &e.largest())).collect();
+        let all = |bindings: &[Bindings]| -> Vec<Extents> {
+            let of = |ty: &Type| bindings.iter().map(|b| extents_complete(ty, b)).collect();
+            graph.nodes().iter().map(|n| of(&n.ty)).collect()
+        };
         let users = graph.users();
         let outputs: BTreeSet<ValueId> = graph.outputs.iter().map(|o| o.value).collect();
         let fused = graph
@@ -145,7 +172,9 @@ impl<'a> Pricer<'a> {
             entries,
             total_weight: if total > 0.0 { total } else { 1.0 },
             focus: None,
-            extents: graph.nodes().iter().map(|n| per_value(&n.ty)).collect(),
+            extents: all(&bindings),
+            largest: if largest_bindings == bindings { Vec::new() } else { all(&largest_bindings) },
+            largest_bindings,
             fused,
             read_bits: graph.nodes().iter().map(|n| read_bits(graph, n)).collect(),
         }
@@ -168,10 +197,12 @@ impl<'a> Pricer<'a> {
         &self.extents[value.index()]
     }
 
-    /// Bytes of `value` on rank 0, the most over all entries.
+    /// Bytes of `value` on rank 0, the most over all entries and their ranges.
     pub fn local_bytes(&self, value: ValueId, layout: &Layout, mesh: &Mesh) -> u64 {
         let dtype = self.graph.ty(value).dtype;
-        (0..self.entries.len()).map(|e| bytes(dtype, &self.local(value, layout, mesh, e))).max().unwrap_or(0)
+        let extents = self.largest.get(value.index()).unwrap_or(&self.extents[value.index()]);
+        let local = extents.iter().zip(&self.largest_bindings);
+        local.map(|(e, b)| bytes(dtype, &local_extents(e, layout, mesh, b))).max().unwrap_or(0)
     }
 
     fn local(&self, value: ValueId, layout: &Layout, mesh: &Mesh, entry: usize) -> Vec<u64> {

@@ -86,7 +86,7 @@ pub fn dim(value: usize) -> Dim {
 
 pub fn entry(name: &str, bindings: &[(&str, i64)]) -> Entry {
     let bindings: Bindings = bindings.iter().map(|&(n, v)| (Arc::from(n), v)).collect();
-    Entry { name: name.into(), bindings, weight: 1.0 }
+    Entry::new(name, bindings)
 }
 
 pub fn decode() -> Entry {
