@@ -19,5 +19,6 @@ mod unplanned;
 
 pub use cost::price::Entry;
 pub use emit::EmitError;
+pub use layout_graph::{Pin, PinError};
 pub use plan::{MAX_RANKS, MemoryGoal, Plan, PlanError, PlanOptions, plan};
 pub use report::PlanReport;

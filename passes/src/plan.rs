@@ -5,7 +5,7 @@ use crate::cost::{Cost, Pricer, Profile};
 use crate::emit::{EmitError, Source, emit};
 use crate::extended::Extended;
 use crate::extract::{Budget, ExtractError, Extraction, Joint, Limits, extract_entries};
-use crate::layout_graph::{BuildError, Classes, LayoutGraph, Model, build};
+use crate::layout_graph::{BuildError, Classes, LayoutGraph, Model, Pin, PinError, apply_pins, build};
 use crate::logical::{Alternatives, alternatives};
 use crate::report::{PlanReport, Summary, program_cost, report};
 use crate::sharding::{Units, candidate_units};
@@ -42,6 +42,8 @@ pub struct PlanOptions {
     /// Bytes per rank that are not available to weights and state.
     pub reserve: u64,
     pub limits: Limits,
+    /// Layouts that are not to be decided.
+    pub pins: Vec<Pin>,
 }
 
 impl PlanOptions {
@@ -54,6 +56,7 @@ impl PlanOptions {
             memory: MemoryGoal::Default,
             reserve: 0,
             limits: Limits::default(),
+            pins: Vec::new(),
         }
     }
 }
@@ -81,6 +84,8 @@ pub enum PlanError {
     NotLogical { value: ValueId, op: String },
     #[error(transparent)]
     Build(#[from] BuildError),
+    #[error(transparent)]
+    Pin(#[from] PinError),
     #[error(transparent)]
     Extract(#[from] ExtractError),
     #[error(transparent)]
@@ -220,7 +225,13 @@ impl Planner<'_> {
     fn best(&self, reserve: u64) -> Result<Candidate, PlanError> {
         let mut best: Option<Candidate> = None;
         for mesh in meshes(&self.found.extended.graph, self.options.ranks) {
-            let next = self.candidate(&mesh, self.options.memory, reserve)?;
+            let next = match self.candidate(&mesh, self.options.memory, reserve) {
+                // The flat mesh comes first and has the message; a factored one need not allow every pin.
+                Err(PlanError::Pin(_) | PlanError::Extract(ExtractError::Impossible)) if best.is_some() => {
+                    continue;
+                }
+                other => other?,
+            };
             if best.as_ref().is_none_or(|b| next.cost < b.cost) {
                 best = Some(next);
             }
@@ -239,7 +250,10 @@ impl Planner<'_> {
         let outputs: Vec<ValueId> = found.extended.outputs.iter().map(|o| o.value).collect();
         let classes = Classes::new(graph, &outputs, &found.equal, pricer, mesh);
         let model = Model { graph, outputs: &found.extended.outputs, classes: &classes, units, pricer, mesh };
-        let built = build(&model)?;
+        let mut built = build(&model)?;
+        if mesh.ranks() > 1 {
+            apply_pins(&mut built, &options.pins)?;
+        }
         let focused: Vec<Pricer<'_>> = (0..options.entries.len()).map(|e| pricer.focused(e)).collect();
         let layouts = match focused.as_slice() {
             [_] => vec![built],

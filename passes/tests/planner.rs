@@ -10,7 +10,7 @@ use tpshard_passes::extended::Extended;
 use tpshard_passes::extract::ExtractError;
 use tpshard_passes::fit;
 use tpshard_passes::report::Verdict;
-use tpshard_passes::{Entry, MemoryGoal, Plan, PlanError, PlanOptions, PlanReport, plan};
+use tpshard_passes::{Entry, MemoryGoal, Pin, PinError, Plan, PlanError, PlanOptions, PlanReport, plan};
 
 fn options(ranks: usize, profile: &str) -> PlanOptions {
     let mut options = PlanOptions::new(ranks, Profile::built_in(profile).unwrap());
@@ -237,6 +237,56 @@ fn a_budget_holds_with_activations_or_says_what_would_fit() {
         fit::least_bytes(&extended(), &PlanOptions { entries, ..options.clone() }).unwrap()
     };
     assert!(at(seq) <= budget && at(seq + 1) > budget, "{seq}");
+}
+
+/// The value of the first weight whose name ends like this.
+fn weight_named(graph: &tpshard_ir::Graph, end: &str) -> tpshard_ir::ValueId {
+    let is_it = |op: &Op| match op {
+        Op::Weight(w) => w.initializers().iter().any(|n| n.ends_with(end)),
+        _ => false,
+    };
+    graph.values().find(|(_, n)| is_it(&n.op)).unwrap().0
+}
+
+#[test]
+fn pins_are_kept_priced_and_refused_where_they_cannot_be() {
+    let graph = || llama(Sizes { layers: 2, ..LLAMA_8B }, DType::BF16);
+    let base = graph();
+    let down = weight_named(&base, "layers.0.mlp.down_proj.weight");
+    let best = plan(Extended::new(graph()), &options(2, "h100-sxm")).unwrap().report;
+    let pinned = |value, dim| {
+        let mut options = options(2, "h100-sxm");
+        options.pins = vec![Pin { value, dim, name: "it".into() }];
+        plan(Extended::new(graph()), &options)
+    };
+    let held = |plan: &Plan| {
+        let program = &plan.programs[0].1;
+        program.steps.iter().find(|s| s.value == down).unwrap().layout.to_string()
+    };
+    let same = pinned(down, Some(0)).unwrap();
+    assert_eq!(same.report.seconds, best.seconds);
+    let other = pinned(down, Some(1)).unwrap();
+    assert_eq!(held(&other), "S(1)");
+    assert!(other.report.seconds > best.seconds, "{}", other.report);
+    tpshard_checker::check(&other.programs[0].1, &base).unwrap();
+    // A computed value: the result of the projection is made whole, or cut along the hidden dim.
+    let (result, _) = base.values().find(|(_, n)| n.args.contains(&down)).unwrap();
+    for dim in [None, Some(2)] {
+        let plan = pinned(result, dim).unwrap();
+        let steps = &plan.programs[0].1.steps;
+        let kinds: Vec<String> =
+            steps.iter().filter(|s| s.value == result).map(|s| s.layout.to_string()).collect();
+        let wanted = dim.map_or("R".to_owned(), |d| format!("S({d})"));
+        let first_whole = kinds.iter().find(|k| !k.starts_with('P')).unwrap();
+        assert_eq!(*first_whole, wanted, "{kinds:?}");
+    }
+    assert!(matches!(pinned(down, Some(5)), Err(PlanError::Pin(PinError::Layout { .. }))));
+    let (ids, ..) = base.inputs().next().unwrap();
+    assert!(matches!(pinned(ids, Some(0)), Err(PlanError::Pin(PinError::Whole { .. }))));
+    let mut both = options(2, "h100-sxm");
+    both.pins = [Some(0), Some(1)].map(|dim| Pin { value: down, dim, name: format!("{dim:?}") }).to_vec();
+    let error = plan(Extended::new(graph()), &both).unwrap_err();
+    assert!(matches!(error, PlanError::Pin(PinError::Contradiction { .. })), "{error}");
 }
 
 #[test]

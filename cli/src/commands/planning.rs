@@ -220,7 +220,9 @@ pub(crate) fn plan_model(imported: &Imported, ranks: usize, arguments: &PricingA
     tpshard_passes::canonical::canonicalise(&mut extended);
     tpshard_passes::plan(extended, &options).map_err(|error| {
         let kind = match &error {
-            PlanError::Ranks { .. } | PlanError::NoEntry | PlanError::Range { .. } => Kind::Usage,
+            PlanError::Ranks { .. } | PlanError::NoEntry | PlanError::Range { .. } | PlanError::Pin(_) => {
+                Kind::Usage
+            }
             PlanError::Extract(_) | PlanError::Memory(_) => Kind::Resource,
             PlanError::NotLogical { .. }
             | PlanError::Build(_)

@@ -12,8 +12,12 @@
 mod build;
 mod classes;
 mod entries;
+mod pins;
 
 pub use entries::Unfolded;
+pub use pins::{Pin, PinError};
+
+pub(crate) use pins::apply as apply_pins;
 
 pub use build::{BuildError, Model, build};
 pub use classes::{Class, Classes};
