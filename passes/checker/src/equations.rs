@@ -8,12 +8,13 @@
 
 use crate::congruence::Classes;
 use crate::field::Strict;
+use crate::finding::TOO_LARGE;
 use crate::symbols::{assignments, mix};
 use crate::weights::{nameless, source, unflat};
 use std::collections::{BTreeMap, BTreeSet, HashSet, VecDeque};
 use std::fmt::Write;
 use std::sync::Arc;
-use tpshard_ir::interp::{Array, Domain, Inputs, Interpreter, MODULUS, Num, OpError, Real};
+use tpshard_ir::interp::{Array, Domain, Inputs, InterpError, Interpreter, MODULUS, Num, OpError, Real};
 use tpshard_ir::op::Literal;
 use tpshard_ir::weight::WeightExpr;
 use tpshard_ir::{Bindings, DType, Data, Dim, Graph, Op, Output, Scalar, Tensor, Type, ValueId};
@@ -303,7 +304,12 @@ fn run<D: Domain>(
     concrete.outputs.clone_from(&graph.outputs);
     let no_weights = |_: &WeightExpr| Err(OpError::Other("weights are variables".into()));
     let interpreter = Interpreter { domain, weights: &no_weights, element_limit: ELEMENT_LIMIT };
-    let outputs = interpreter.run(&concrete, &inputs).map_err(|e| format!("it cannot be executed: {e}"))?;
+    let outputs = interpreter.run(&concrete, &inputs).map_err(|e| match e {
+        InterpError::Node { error: OpError::Limit { needed, .. }, .. } => {
+            format!("a result of {needed} elements is {TOO_LARGE}")
+        }
+        e => format!("it cannot be executed: {e}"),
+    })?;
     let [(_, left), (_, right)] = outputs.as_slice() else { return Err("it has no two sides".into()) };
     if left.shape() != right.shape() {
         return Err(format!("the sides have shapes {:?} and {:?}", left.shape(), right.shape()));
@@ -315,7 +321,7 @@ fn array<E: Clone>(ty: &Type, element: impl FnMut(usize) -> Result<E, String>) -
     let shape: Option<Vec<usize>> = ty.shape.iter().map(Dim::as_size).collect();
     let shape = shape.ok_or_else(|| format!("{ty} has no size"))?;
     let count = shape.iter().try_fold(1usize, |n, &d| n.checked_mul(d)).filter(|&n| n <= ELEMENT_LIMIT);
-    let count = count.ok_or_else(|| format!("{ty} is too large to check"))?;
+    let count = count.ok_or_else(|| format!("{ty} is {TOO_LARGE}"))?;
     let data = (0..count).map(element).collect::<Result<Vec<E>, String>>()?;
     Array::new(ty.dtype, shape, data).ok_or_else(|| format!("{ty} has no size"))
 }
@@ -393,7 +399,7 @@ fn check_work(graph: &Graph) -> Result<(), String> {
         work = work.saturating_add(size(&node.ty).saturating_mul(inner).max(largest));
     }
     if work > WORK_LIMIT {
-        return Err(format!("about {work} operations to execute it are too many: too large to check"));
+        return Err(format!("about {work} operations to execute it are too many: {TOO_LARGE}"));
     }
     Ok(())
 }

@@ -19,6 +19,16 @@ pub enum Finding {
     Program { what: String },
 }
 
+impl Finding {
+    /// True if nothing is known to be wrong: the dims that the guards demand are too large to execute an equation with.
+    pub fn is_about_size(&self) -> bool {
+        matches!(self, Finding::Equation { what, .. } if what.contains(TOO_LARGE))
+    }
+}
+
+/// How errors end that say that something could not be executed within the limits.
+pub(crate) const TOO_LARGE: &str = "too large to check";
+
 /// What was checked.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Report {

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
+use tpshard_ir::graph::Guard;
 use tpshard_ir::{Bindings, Dim, Graph, Relation};
 
 /// A well mixed function of its argument (the finaliser of SplitMix64).
@@ -52,8 +53,13 @@ fn draw(graph: &Graph, symbols: &BTreeSet<Arc<str>>, attempt: u64) -> Bindings {
             (name.clone(), low.saturating_add(offset).min(high.max(low)))
         })
         .collect();
-    // What guards say equals something takes its value.
-    for _ in 0..3 {
+    // What guards say equals something takes its value; what has to be large is raised.
+    for round in 0..3u64 {
+        let unequal = graph.guards.iter().filter(|g| g.relation == Relation::LessEqual);
+        for (i, guard) in unequal.enumerate() {
+            let spread = (mix(attempt * 1013 + i as u64 + round) % 3) as i64;
+            raise(graph, guard, spread, &mut drawn);
+        }
         for guard in graph.guards.iter().filter(|g| g.relation == Relation::Equal) {
             let (symbol, value) = match (guard.left.as_symbol(), guard.right.as_symbol()) {
                 (Some(symbol), _) => (symbol, guard.right.eval(&drawn)),
@@ -68,9 +74,71 @@ fn draw(graph: &Graph, symbols: &BTreeSet<Arc<str>>, attempt: u64) -> Bindings {
     drawn
 }
 
+/// Raises one symbol so that `left <= right` holds, with some room to spare. Nothing else can repair a guard that small
+/// values break: symbols on the left are as small as they may be, or will be in another attempt.
+fn raise(graph: &Graph, guard: &Guard, spare: i64, drawn: &mut Bindings) {
+    let room = |drawn: &Bindings| -> Option<i64> {
+        guard.right.eval(drawn).ok()?.checked_sub(guard.left.eval(drawn).ok()?)
+    };
+    let Some(lack) = room(drawn).filter(|&room| room < 0).and_then(i64::checked_neg) else { return };
+    for name in guard.right.symbols() {
+        let Some(&value) = drawn.get(&name) else { continue };
+        let mut raised = drawn.clone();
+        raised.insert(name.clone(), value.saturating_add(1));
+        let Some(gain) = room(&raised).and_then(|room| room.checked_add(lack)).filter(|&gain| gain > 0)
+        else {
+            continue;
+        };
+        let steps = lack.saturating_add(gain - 1) / gain;
+        let high = graph.symbols.get(&name).map_or(i64::MAX, |range| range.high);
+        let wanted = value.saturating_add(steps).saturating_add(spare).min(high);
+        drawn.insert(name, wanted);
+        return;
+    }
+}
+
 fn in_range(graph: &Graph, drawn: &Bindings) -> bool {
     graph
         .symbols
         .iter()
         .all(|(name, range)| drawn.get(name).is_none_or(|&value| (range.low..=range.high).contains(&value)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tpshard_ir::{DType, SymbolRange, Type};
+
+    fn with_guard(left: Dim, right: Dim) -> Graph {
+        let mut graph = Graph::new("guarded");
+        graph.input("x", Type::new(DType::F32, vec![Dim::symbol("batch"), Dim::symbol("seq")]));
+        for name in ["batch", "seq"] {
+            graph.symbols.insert(name.into(), SymbolRange { low: 0, high: i64::from(i32::MAX) });
+        }
+        graph.guards.push(Guard { left, relation: Relation::LessEqual, right, reason: "".into() });
+        graph
+    }
+
+    #[test]
+    fn dims_that_must_be_large_are_as_large_as_they_must_be() {
+        for (left, right) in [
+            (Dim::constant(100_000), Dim::symbol("seq")),
+            (Dim::constant(7), Dim::symbol("seq") - Dim::constant(99_993)),
+            (Dim::constant(200_000), Dim::constant(2) * Dim::symbol("seq")),
+        ] {
+            let graph = with_guard(left, right);
+            let found = assignments(&graph, 2);
+            assert_eq!(found.len(), 2, "{found:?}");
+            for point in found {
+                assert!((100_000..100_100).contains(&point["seq"]), "{point:?}");
+                assert!(point["batch"] < 100, "{point:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn guards_that_cannot_hold_have_no_assignment() {
+        let graph = with_guard(Dim::constant(1 << 40), Dim::symbol("seq"));
+        assert!(assignments(&graph, 2).is_empty());
+    }
 }
