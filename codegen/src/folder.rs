@@ -101,6 +101,14 @@ impl OutputFolder {
         Ok(OutputFolder { target, overwrite, workspace })
     }
 
+    /// Checks that `needed` bytes are free, once it is known how many will be written.
+    ///
+    /// # Errors
+    /// [`FolderError::Space`].
+    pub fn require_space(&self, needed: u64) -> Result<(), FolderError> {
+        checks::has_space(self.target.parent().unwrap_or(&self.target), needed)
+    }
+
     /// Where the folder will appear.
     pub fn target(&self) -> &Path {
         &self.target
