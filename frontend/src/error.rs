@@ -24,6 +24,8 @@ pub enum ErrorKind {
     Resource,
     /// The operating system refused.
     Io,
+    /// What was asked for on the way in (outputs, bound inputs, roles) does not fit the model.
+    Request,
 }
 
 /// A node as error messages name it.
@@ -110,6 +112,11 @@ impl Fault {
     /// The operating system refused.
     pub fn io(message: impl Into<String>, help: impl Into<String>) -> Fault {
         Fault::new(ErrorKind::Io, message, help)
+    }
+
+    /// What was asked for does not fit the model.
+    pub fn request(message: impl Into<String>, help: impl Into<String>) -> Fault {
+        Fault::new(ErrorKind::Request, message, help)
     }
 
     /// Says which node it is about.

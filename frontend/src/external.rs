@@ -81,7 +81,8 @@ impl Storage {
     pub fn to_tensor(&self, tensor: &TensorRef) -> Result<Tensor, Fault> {
         let bytes = self.bytes(tensor)?;
         let shape: Option<Vec<usize>> = tensor.dims.iter().map(|&dim| usize::try_from(dim).ok()).collect();
-        let shape = shape.ok_or_else(|| Fault::resource("a dim exceeds the address space", "none"))?;
+        let shape = shape
+            .ok_or_else(|| Fault::invalid("a dim exceeds the address space", "export the model again"))?;
         Tensor::from_le_bytes(tensor.dtype, shape, &bytes).map_err(|error| {
             Fault::invalid(error.to_string(), "export the model again").at_value(&tensor.name)
         })

@@ -67,7 +67,7 @@ fn check_interface(graph: &Graph, faults: &mut Faults) {
             Some(ValueType::Tensor(tensor)) if !addressable(tensor) => {
                 let message = format!("the graph input {tensor} has more elements than can be addressed");
                 faults.push(
-                    Fault::resource(message, "declare the sizes that are really used").at_value(&input.name),
+                    Fault::invalid(message, "declare the sizes that are really used").at_value(&input.name),
                 );
             }
             Some(_) => {}

@@ -129,10 +129,10 @@ pub(crate) fn describe(proto: &TensorProto, limits: &Limits) -> Result<(DType, V
     }
     let Some(count) = element_count(&dims).filter(|&count| count <= limits.elements) else {
         let message = format!("a tensor of shape {dims:?} has more than {} elements", limits.elements);
-        return Err(Fault::resource(message, "no such tensor can be stored; the model is damaged"));
+        return Err(Fault::invalid(message, "no such tensor can be stored; the model is damaged"));
     };
     let Some(bytes) = dtype.byte_len(count) else {
-        return Err(Fault::resource(format!("a tensor of shape {dims:?} is too large to address"), AGAIN));
+        return Err(Fault::invalid(format!("a tensor of shape {dims:?} is too large to address"), AGAIN));
     };
     Ok((dtype, dims, bytes))
 }
@@ -163,7 +163,7 @@ pub fn read_tensor(bytes: &[u8]) -> Result<(String, Tensor), Fault> {
     let (dtype, dims, needed) = describe(&proto, &crate::limits::Limits::default())?;
     let content = inline_bytes(&mut proto, dtype, needed)?;
     let shape: Option<Vec<usize>> = dims.iter().map(|&dim| usize::try_from(dim).ok()).collect();
-    let shape = shape.ok_or_else(|| Fault::resource("a dim exceeds the address space", "none"))?;
+    let shape = shape.ok_or_else(|| Fault::invalid("a dim exceeds the address space", AGAIN))?;
     let tensor = Tensor::from_le_bytes(dtype, shape, &content)
         .map_err(|error| Fault::invalid(error.to_string(), AGAIN))?;
     Ok((proto.name, tensor))
@@ -327,7 +327,7 @@ mod tests {
     fn impossible_shapes_are_refused_before_allocation() {
         assert!(message(tensor(1, &[-1])).contains("negative dim -1"));
         let huge = read(tensor(1, &[1 << 40, 1 << 40])).unwrap_err();
-        assert_eq!(huge.kind, ErrorKind::Resource);
+        assert_eq!(huge.kind, ErrorKind::Invalid);
         assert_eq!(read(tensor(1, &[1; 65])).unwrap_err().kind, ErrorKind::Resource);
     }
 

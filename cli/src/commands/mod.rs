@@ -2,6 +2,7 @@
 
 pub(crate) mod check;
 pub(crate) mod compare;
+mod dims;
 pub(crate) mod exec;
 pub(crate) mod inspect;
 pub(crate) mod plan;

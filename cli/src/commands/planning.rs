@@ -1,12 +1,12 @@
 //! From a model file to a checked plan: what `tpshard MODEL` and `tpshard plan` have in common.
 
+use super::dims;
 use crate::arguments::{ModelArguments, PricingArguments};
 use crate::failure::{Classify, Failure, Kind, Outcome};
-use std::collections::BTreeMap;
 use std::path::Path;
 use tpshard_frontend::error::ErrorKind;
 use tpshard_frontend::{ImportOptions, Imported, Limits, OutputRequest, Role, import};
-use tpshard_ir::{Bindings, Data, Tensor};
+use tpshard_ir::{Data, Tensor};
 use tpshard_passes::cost::Profile;
 use tpshard_passes::extended::Extended;
 use tpshard_passes::{Entry, MemoryGoal, Plan, PlanError, PlanOptions};
@@ -17,7 +17,9 @@ pub(crate) fn import_model(path: &Path, arguments: &ModelArguments, need_data: b
     let mut options = ImportOptions { limits, ..ImportOptions::default() };
     for text in &arguments.bind {
         let (name, value) = binding(text)?;
-        options.bindings.insert(name, value);
+        if options.bindings.insert(name, value).is_some() {
+            return Err(twice("--bind", text));
+        }
     }
     for text in &arguments.role {
         let (symbol, role) = pair(text, "--role", "s70=seq")?;
@@ -25,7 +27,9 @@ pub(crate) fn import_model(path: &Path, arguments: &ModelArguments, need_data: b
             let known = Role::ALL.map(Role::name).join(", ");
             Failure::new(Kind::Usage, format!("--role {text}: no such role\nhelp: the roles are {known}"))
         })?;
-        options.roles.insert(symbol.into(), role);
+        if options.roles.insert(symbol.into(), role).is_some() {
+            return Err(twice("--role", text));
+        }
     }
     for text in &arguments.output {
         options.outputs.push(text.parse::<OutputRequest>().or_fail(Kind::Usage)?);
@@ -34,12 +38,18 @@ pub(crate) fn import_model(path: &Path, arguments: &ModelArguments, need_data: b
         let kind = match error.kind() {
             ErrorKind::Invalid | ErrorKind::Unsupported => Kind::Model,
             ErrorKind::Resource | ErrorKind::Io => Kind::Resource,
+            ErrorKind::Request => Kind::Usage,
         };
         Failure::new(kind, error)
     })
 }
 
-fn pair<'a>(text: &'a str, flag: &str, example: &str) -> Outcome<(&'a str, &'a str)> {
+pub(super) fn twice(flag: &str, text: &str) -> Failure {
+    let message = format!("{flag} {text}: a value for this is given already\nhelp: give one {flag} for each");
+    Failure::new(Kind::Usage, message)
+}
+
+pub(super) fn pair<'a>(text: &'a str, flag: &str, example: &str) -> Outcome<(&'a str, &'a str)> {
     text.split_once('=').filter(|(name, value)| !name.is_empty() && !value.is_empty()).ok_or_else(|| {
         Failure::new(
             Kind::Usage,
@@ -117,96 +127,15 @@ fn memory(text: &Option<String>) -> Outcome<MemoryGoal> {
         "TiB" => 1024f64.powi(4),
         _ => 0.0,
     };
-    match number.parse::<f64>() {
-        Ok(number) if scale > 0.0 && number > 0.0 => Ok(MemoryGoal::Bytes((number * scale) as u64)),
-        _ => Err(Failure::new(
-            Kind::Usage,
-            format!("--memory {text}: not a size\nhelp: e.g. 80GiB, min or free"),
-        )),
-    }
-}
-
-/// The values of the model's symbols to plan for: what `--dim` says, and the defaults of the roles for the rest.
-fn bindings(imported: &Imported, arguments: &PricingArguments) -> Outcome<Bindings> {
-    let mut given: BTreeMap<String, i64> = BTreeMap::new();
-    for item in arguments.dim.iter().flat_map(|d| d.split(',')).filter(|d| !d.is_empty()) {
-        let (name, value) = pair(item, "--dim", "batch=1,seq=128")?;
-        let value = value.parse::<i64>().ok().filter(|v| *v >= 0);
-        let value = value.ok_or_else(|| {
-            let help = "help: sizes are numbers from 0, e.g. --dim batch=1,seq=128";
-            Failure::new(Kind::Usage, format!("--dim {item}: not a size\n{help}"))
-        })?;
-        given.insert(name.into(), value);
-    }
-    let graph = &imported.graph;
-    let mut bound = Bindings::new();
-    let mut used = Vec::new();
-    for symbol in graph.symbols.keys() {
-        let role = imported.report.roles.get(symbol);
-        let by_input = graph.inputs().find_map(|(_, name, ty)| {
-            let axis = ty.shape.iter().position(|d| d.as_symbol() == Some(symbol))?;
-            let key = format!("{name}[{axis}]");
-            given.contains_key(&key).then_some(key)
-        });
-        let by_role = role.map(|r| r.name().to_owned());
-        let key = [Some(symbol.to_string()), by_input, by_role]
-            .into_iter()
-            .flatten()
-            .find(|k| given.contains_key(k));
-        let value = match key {
-            Some(key) => {
-                let value = given[&key];
-                used.push(key);
-                value
-            }
-            None => default_size(role, !graph.states.is_empty()),
-        };
-        bound.insert(symbol.clone(), value);
-    }
-    derived_by_guards(imported, &given, &mut used, &mut bound)?;
-    if let Some(unknown) = given.keys().find(|name| !used.contains(name)) {
-        let symbols: Vec<&str> = graph.symbols.keys().map(|s| s.as_ref()).collect();
-        let roles: Vec<&str> = imported.report.roles.values().map(|r| r.name()).collect();
-        let message = format!(
-            "--dim {unknown}: the model has no such dim\nhelp: its symbols are {}; roles {}; or write INPUT[AXIS]",
-            symbols.join(", "),
-            roles.join(", ")
-        );
-        return Err(Failure::new(Kind::Usage, message));
-    }
-    Ok(bound)
-}
-
-/// Dims that the import replaced (`total = past + seq`) may be given as well, if they agree.
-fn derived_by_guards(
-    imported: &Imported,
-    given: &BTreeMap<String, i64>,
-    used: &mut Vec<String>,
-    bound: &mut Bindings,
-) -> Outcome<()> {
-    for equality in &imported.report.equalities {
-        let Some(&wanted) = given.get(equality.symbol.as_ref()) else { continue };
-        used.push(equality.symbol.to_string());
-        let value = equality.equals.eval(bound).or_fail(Kind::Usage)?;
-        if value != wanted {
-            let message = format!(
-                "--dim {}={wanted}: the model makes it {} = {value} for the other dims\n\
-                 help: leave it out, or give dims that agree",
-                equality.symbol, equality.equals
-            );
-            return Err(Failure::new(Kind::Usage, message));
-        }
-    }
-    Ok(())
-}
-
-/// Decode with a filled cache for models with state, one sequence of 128 otherwise.
-fn default_size(role: Option<&Role>, has_state: bool) -> i64 {
-    match role {
-        Some(Role::Batch) => 1,
-        Some(Role::Sequence) if has_state => 1,
-        Some(Role::Past) => 2048,
-        Some(Role::Sequence | Role::Total) | None => 128,
+    let refuse = |what: &str| {
+        let help = "help: a number is in bytes unless B, KB, MB, GB, TB, KiB, MiB, GiB or TiB follows: 80GiB, min or free";
+        Err(Failure::new(Kind::Usage, format!("--memory {text}: {what}\n{help}")))
+    };
+    match number.parse::<f64>().map(|number| number * scale) {
+        Ok(bytes) if scale == 1.0 && bytes.fract() != 0.0 => refuse("not a whole number of bytes"),
+        Ok(bytes) if bytes >= u64::MAX as f64 => refuse("more than can be addressed"),
+        Ok(bytes) if bytes >= 1.0 => Ok(MemoryGoal::Bytes(bytes as u64)),
+        _ => refuse("not a size"),
     }
 }
 
@@ -214,7 +143,7 @@ fn default_size(role: Option<&Role>, has_state: bool) -> i64 {
 pub(crate) fn plan_model(imported: &Imported, ranks: usize, arguments: &PricingArguments) -> Outcome<Plan> {
     let mut options = PlanOptions::new(ranks, profile(&arguments.profile)?);
     options.memory = memory(&arguments.memory)?;
-    let bindings = bindings(imported, arguments)?;
+    let bindings = dims::bindings(imported, &arguments.dim)?;
     options.entries = vec![Entry::new("main", bindings)];
     let mut extended = Extended::new(imported.graph.clone());
     tpshard_passes::canonical::canonicalise(&mut extended);

@@ -117,7 +117,8 @@ impl<'m> Lowering<'m> {
             unique.push('\'');
         }
         let shape: Option<Vec<usize>> = tensor.dims.iter().map(|&dim| usize::try_from(dim).ok()).collect();
-        let shape = shape.ok_or_else(|| Fault::resource("a dim exceeds the address space", "none"))?;
+        let shape = shape
+            .ok_or_else(|| Fault::invalid("a dim exceeds the address space", "export the model again"))?;
         let expr = WeightExpr::initializer(unique.clone(), tensor.dtype, shape)
             .map_err(|error| invalid(error.to_string()))?;
         self.tensors.insert(unique, tensor.clone());

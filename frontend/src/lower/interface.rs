@@ -27,7 +27,7 @@ impl Lowering<'_> {
         if let Some(name) = options.bindings.keys().find(|name| !known.contains(&name.as_str())) {
             let help = format!("the inputs are {}", known.join(", ").escape_debug());
             return Err(
-                Fault::invalid("a value is bound to an input the model does not have", help).at_value(name)
+                Fault::request("a value is bound to an input the model does not have", help).at_value(name)
             );
         }
         for input in &model.graph.inputs {
@@ -76,7 +76,8 @@ impl Lowering<'_> {
                     let size = i64::try_from(*size).ok().filter(|&size| size <= LARGEST);
                     let size = size.ok_or_else(|| {
                         let message = format!("dim {axis} of the input is larger than {LARGEST}");
-                        Fault::resource(message, "no such tensor can be computed with").at_value(&input.name)
+                        Fault::unsupported(message, "no such tensor can be computed with")
+                            .at_value(&input.name)
                     })?;
                     Dim::constant(size)
                 }
@@ -91,7 +92,7 @@ impl Lowering<'_> {
         let shape: Vec<Dim> = tensor.shape().iter().map(|&extent| Dim::from(extent)).collect();
         if tensor.dtype() != ty.dtype || shape.len() != ty.rank() {
             let found = Type::new(tensor.dtype(), shape);
-            return Err(Fault::invalid(
+            return Err(Fault::request(
                 format!("the bound value is {found}, the input {ty}"),
                 "bind a value of its type",
             ));
@@ -102,7 +103,7 @@ impl Lowering<'_> {
         }
         let known = Known::from_tensor(tensor).filter(|known| known.elements.len() <= KNOWN_LIMIT);
         let known = known.ok_or_else(|| {
-            Fault::resource(
+            Fault::request(
                 format!("values of more than {KNOWN_LIMIT} elements cannot be bound"),
                 "feed it as an input",
             )

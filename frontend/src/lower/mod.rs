@@ -116,9 +116,23 @@ pub fn lower(model: Model, options: &ImportOptions) -> Result<Imported, ImportEr
         }
         finish(faults, &file)?;
         let graph = lowering.finish(outputs.unwrap_or_default(), options, &mut report);
+        check_roles(&graph, options).map_err(|fault| LoadError::new(&file, fault))?;
         (graph, lowering.tensors, report)
     };
     Ok(Imported { graph, model, tensors, report })
+}
+
+/// Refuses roles for symbols that the graph does not have.
+fn check_roles(graph: &Graph, options: &ImportOptions) -> Result<(), Fault> {
+    let Some(unknown) = options.roles.keys().find(|name| !graph.symbols.contains_key(name.as_str())) else {
+        return Ok(());
+    };
+    let known: Vec<&str> = graph.symbols.keys().map(|symbol| &**symbol).collect();
+    let help = match known.as_slice() {
+        [] => "all its sizes are numbers".to_owned(),
+        known => format!("its dims are {}", known.join(", ").escape_debug()),
+    };
+    Err(Fault::request("a role is given to a dim the model does not have", help).at_value(unknown))
 }
 
 fn finish(faults: Faults, file: &Path) -> Result<(), ImportError> {

@@ -57,6 +57,9 @@ impl FromStr for OutputRequest {
             Some((rest, other)) => {
                 let count = other.strip_prefix("topk:").ok_or_else(|| error("unknown selection"))?;
                 let count: u32 = count.parse().map_err(|_| error("topk needs a count"))?;
+                if count == 0 {
+                    return Err(error("topk needs a count of at least 1"));
+                }
                 (rest, Selection::TopK(count))
             }
         };
@@ -69,7 +72,7 @@ impl FromStr for OutputRequest {
                     name,
                     parts
                         .collect::<Option<Vec<_>>>()
-                        .ok_or_else(|| error("an index is not a:b or a number"))?,
+                        .ok_or_else(|| error("an index is not a:b or a number of 31 bits"))?,
                 )
             }
         };
@@ -82,11 +85,16 @@ impl FromStr for OutputRequest {
 
 fn parse_part(text: &str) -> Option<Part> {
     let bound =
-        |text: &str| if text.trim().is_empty() { Some(None) } else { text.trim().parse().ok().map(Some) };
+        |text: &str| if text.trim().is_empty() { Some(None) } else { position(text.trim()).map(Some) };
     match text.split_once(':') {
-        None => text.parse().ok().map(Part::At),
+        None => position(text).map(Part::At),
         Some((start, end)) => Some(Part::Range { start: bound(start)?, end: bound(end)? }),
     }
+}
+
+/// A position in a dim; no dim is larger than 31 bits.
+fn position(text: &str) -> Option<i64> {
+    text.parse::<i32>().ok().map(i64::from)
 }
 
 impl Lowering<'_> {
@@ -117,14 +125,18 @@ impl Lowering<'_> {
         for request in requests {
             let Some((name, value)) = made.iter().find(|(name, _)| *name == request.name) else {
                 let help = format!("the outputs are {}", all.join(", ").escape_debug());
-                return Err(Fault::invalid("the model has no such output", help).at_value(&request.name));
+                return Err(Fault::request("the model has no such output", help).at_value(&request.name));
             };
             self.site = format!("output {}", quote(name));
-            self.select(name, *value, request, &mut outputs).map_err(|fault| fault.at_value(name))?;
+            self.select(name, *value, request, &mut outputs).map_err(|fault| {
+                // The model is right; what is asked of its output is not.
+                let help = format!("the output is {}", self.graph.ty(*value));
+                Fault::request(fault.message, help).at_value(name)
+            })?;
         }
         for (at, output) in outputs.iter().enumerate() {
             if outputs[..at].iter().any(|other| other.name == output.name) {
-                let fault = Fault::invalid(
+                let fault = Fault::request(
                     "the output is asked for twice",
                     "ask once, or add =topk:N to one of them",
                 );
@@ -226,7 +238,7 @@ mod tests {
         );
         assert_eq!(parse("y[2:-1]").unwrap().parts, [Part::Range { start: Some(2), end: Some(-1) }]);
         assert_eq!(parse("y=argmax").unwrap().selection, Selection::ArgMax);
-        for text in ["", "y[", "y[a]", "y=topk", "y=topk:x", "y=nothing", "[0]"] {
+        for text in ["", "y[", "y[a]", "y=topk", "y=topk:x", "y=topk:0", "y=nothing", "[0]"] {
             assert!(parse(text).is_err(), "{text}");
         }
     }
