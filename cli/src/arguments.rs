@@ -1,7 +1,11 @@
 //! The flags of every command, once: parsing and help both derive from these types.
 
+use crate::failure::{Failure, Kind, Outcome};
+use crate::output;
+use clap::builder::RangedU64ValueParser;
 use clap::{Args, CommandFactory, Parser, Subcommand};
 use std::ffi::OsString;
+use std::io::IsTerminal;
 use std::path::PathBuf;
 
 /// Shards an ONNX model over N ranks and runs it.
@@ -10,12 +14,12 @@ use std::path::PathBuf;
 #[command(override_usage = "tpshard MODEL --tp N [OPTIONS]\n       tpshard COMMAND [OPTIONS]")]
 #[command(
     after_help = "Exit codes: 0 ok, 1 internal, 2 usage, 3 model invalid or not supported, 4 mismatch, \
-                        5 resources, 6 a rank or collective failed."
+                  5 resources, 6 a rank or collective failed. A closed pipe (`| head`) only ends the output."
 )]
 pub(crate) struct Arguments {
     #[command(subcommand)]
     pub(crate) command: Command,
-    /// Print one JSON object on standard output instead of text.
+    /// Print one JSON object on standard output instead of text; errors too.
     #[arg(long, global = true)]
     pub(crate) json: bool,
     /// No progress bars.
@@ -25,8 +29,7 @@ pub(crate) struct Arguments {
 
 impl Arguments {
     /// Parses a command line. Its first word may be a model instead of a command.
-    pub(crate) fn of(words: impl Iterator<Item = OsString>) -> Arguments {
-        let mut words: Vec<OsString> = words.collect();
+    pub(crate) fn of(mut words: Vec<OsString>) -> Result<Arguments, clap::Error> {
         let global = |word: &OsString| word == "--json" || word == "--quiet" || word == "-q";
         let first = words.iter().skip(1).position(|word| !global(word)).map(|i| i + 1);
         if let Some(first) = first {
@@ -36,7 +39,22 @@ impl Arguments {
                 words.insert(first, "shard".into());
             }
         }
-        Arguments::parse_from(words)
+        Arguments::try_parse_from(words)
+    }
+}
+
+/// What was parsed; nothing if help or the version was asked for and printed.
+pub(crate) fn parsed<T>(arguments: Result<T, clap::Error>) -> Outcome<Option<T>> {
+    match arguments {
+        Ok(arguments) => Ok(Some(arguments)),
+        Err(error) if error.use_stderr() => {
+            let _ = error.print();
+            let text = error.render().to_string();
+            Err(Failure::told(Kind::Usage, text.trim_start_matches("error: ").trim_end()))
+        }
+        // Help and version: with colours on terminals only.
+        Err(error) if std::io::stdout().is_terminal() => output::text(error.render().ansi()).map(|()| None),
+        Err(error) => output::text(error.render()).map(|()| None),
     }
 }
 
@@ -54,7 +72,9 @@ pub(crate) enum Command {
     Plan(PlanArguments),
     /// Show what a model or a sharded model consists of.
     Inspect(InspectArguments),
-    /// Run one rank's program with this executable, for folders whose own executables cannot be started.
+    /// Run a sharded model with this executable, where the folder's own cannot be started (noexec, stores).
+    ///
+    /// All ranks as `run` does, or one rank if a launcher (torchrun, mpirun, srun) says which.
     Exec(ExecArguments),
     /// Compare two files of tensors.
     Compare(CompareArguments),
@@ -81,7 +101,8 @@ pub(crate) struct PricingArguments {
     /// Hardware to plan for: a built-in profile or a file.
     #[arg(long, value_name = "NAME|FILE", default_value = "h100-sxm")]
     pub(crate) profile: String,
-    /// Bytes per rank for weights and state: a size such as 80GiB, `min`, or `free`.
+    /// Bytes per rank for weights and state: a number with its unit such as 80GiB or 500MB, `min` (the least that is
+    /// possible), or `free` (no limit).
     #[arg(long, value_name = "SIZE|min|free")]
     pub(crate) memory: Option<String>,
 }
@@ -125,14 +146,20 @@ pub(crate) struct ToleranceArguments {
 pub(crate) struct RunArguments {
     /// The folder that `tpshard MODEL --tp N` wrote.
     pub(crate) folder: PathBuf,
-    /// Also write this value, by ONNX node name, decoded from the ranks (all in this process). May be repeated.
-    #[arg(long, value_name = "NODE")]
+    /// Also write what this ONNX node computes, put together from the ranks, as output `tap:NODE`. All ranks run in
+    /// this process, with one thread each. May be repeated.
+    #[arg(long, value_name = "NODE", requires = "inputs", conflicts_with_all = ["threads", "timeout"])]
     pub(crate) tap: Vec<String>,
     #[command(flatten)]
     pub(crate) tensors: TensorArguments,
 }
 
-/// What a rank's executable takes as well.
+/// Longest time without progress that can be asked for.
+const MOST_SECONDS: u64 = 7 * 24 * 60 * 60;
+/// Most threads per rank that can be asked for.
+const MOST_THREADS: u64 = 1024;
+
+// What a rank's executable takes as well.
 #[derive(Debug, Args)]
 pub(crate) struct TensorArguments {
     /// Inputs: an `.npz`, a folder of `.npy`, or an ONNX `test_data_set_*` folder.
@@ -141,11 +168,11 @@ pub(crate) struct TensorArguments {
     /// Where to write the outputs, as `.npz`.
     #[arg(long, value_name = "FILE")]
     pub(crate) outputs: Option<PathBuf>,
-    /// Seconds without progress after which the ranks give up.
-    #[arg(long, value_name = "SECONDS")]
+    /// Seconds without progress after which the ranks give up, 1 to 604800 (a week). Default: 30.
+    #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=MOST_SECONDS))]
     pub(crate) timeout: Option<u64>,
-    /// Threads per rank. Default: the cores shared out among the ranks.
-    #[arg(long, value_name = "N")]
+    /// Threads per rank, 1 to 1024. Default: the cores shared out among the ranks.
+    #[arg(long, value_name = "N", value_parser = RangedU64ValueParser::<usize>::new().range(1..=MOST_THREADS))]
     pub(crate) threads: Option<usize>,
     /// Where to run.
     #[arg(long, value_name = "DEVICE", default_value = "cpu", value_parser = ["cpu"])]
@@ -154,14 +181,16 @@ pub(crate) struct TensorArguments {
 
 #[derive(Debug, Args)]
 pub(crate) struct CheckArguments {
+    /// The folder that `tpshard MODEL --tp N` wrote.
     pub(crate) folder: PathBuf,
     /// Compare every shard with the original model's bytes.
-    #[arg(long)]
+    #[arg(long, value_name = "FILE")]
     pub(crate) model: Option<PathBuf>,
 }
 
 #[derive(Debug, Args)]
 pub(crate) struct VerifyArguments {
+    /// The folder that `tpshard MODEL --tp N` wrote.
     pub(crate) folder: PathBuf,
     /// A folder with `inputs*.npz` and `outputs*.npz`, or with ONNX `test_data_set_*` folders.
     #[arg(long, value_name = "DIR")]
@@ -169,7 +198,8 @@ pub(crate) struct VerifyArguments {
     /// Compare with one rank running this model. Needs --inputs, or --golden for the inputs.
     #[arg(long, value_name = "FILE")]
     pub(crate) model: Option<PathBuf>,
-    #[arg(long, value_name = "FILE")]
+    /// Inputs for --model: an `.npz`, a folder of `.npy`, or an ONNX `test_data_set_*` folder.
+    #[arg(long, value_name = "FILE", conflicts_with = "golden")]
     pub(crate) inputs: Option<PathBuf>,
     /// Name the first ONNX node whose value differs from one rank's.
     #[arg(long)]
@@ -180,6 +210,7 @@ pub(crate) struct VerifyArguments {
 
 #[derive(Debug, Args)]
 pub(crate) struct PlanArguments {
+    /// The ONNX model.
     pub(crate) model: PathBuf,
     /// Numbers of ranks: `1,2,4,8` or `1-8`.
     #[arg(long, value_name = "LIST", default_value = "1,2,4,8")]
@@ -204,23 +235,31 @@ pub(crate) struct InspectArguments {
 
 #[derive(Debug, Args)]
 pub(crate) struct ExecArguments {
+    /// The folder that `tpshard MODEL --tp N` wrote.
     pub(crate) folder: PathBuf,
     #[command(flatten)]
     pub(crate) tensors: TensorArguments,
 }
 
-/// The flags of a rank's executable.
+/// Runs one rank of a sharded model, or, as `run`, all of them.
+///
+/// Start `run` alone to run all ranks on this machine, or `run` or `rankN` under torchrun, mpirun or srun. The command
+/// `tpshard inspect` shows the inputs and outputs of the folder this file is in.
 #[derive(Debug, Parser)]
 #[command(version, max_term_width = 100)]
+#[command(
+    after_help = "Exit codes: 0 ok, 1 internal, 2 usage, 4 mismatch, 5 resources, 6 a rank or collective failed."
+)]
 pub(crate) struct RunnerArguments {
     /// This process's rank. Default: from the launcher's variables.
-    #[arg(long)]
+    #[arg(long, value_name = "RANK")]
     pub(crate) rank: Option<usize>,
     /// Number of ranks. Default: from the launcher's variables.
-    #[arg(long)]
+    #[arg(long, value_name = "N")]
     pub(crate) world_size: Option<usize>,
     #[command(flatten)]
     pub(crate) tensors: TensorArguments,
+    /// Print one JSON object on standard output instead of text; errors too.
     #[arg(long)]
     pub(crate) json: bool,
 }

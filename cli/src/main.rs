@@ -6,34 +6,51 @@ mod commands;
 mod failure;
 mod folder;
 mod in_process;
+mod output;
 mod progress;
 mod rank_program;
 mod runner;
 mod tensors;
 
 use arguments::{Arguments, Command};
-use failure::{Classify, Kind, Outcome};
+use failure::{Classify, Failure, Kind, Outcome};
+use std::ffi::OsString;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    match run() {
+    failure::say_panics();
+    let words: Vec<OsString> = std::env::args_os().collect();
+    // Words that cannot be parsed may still ask for JSON.
+    let json = words.iter().any(|word| word == "--json");
+    match failure::guarded(|| run(words)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
-            if !failure.message.is_empty() {
-                eprintln!("error: {failure}");
-            }
+            report(&failure, json);
             ExitCode::from(failure.kind as u8)
         }
     }
 }
 
-fn run() -> Outcome<()> {
+/// Tells people and, if they asked, machines.
+fn report(failure: &Failure, json: bool) {
+    if !failure.message.is_empty() {
+        output::say(format_args!("error: {failure}"));
+    }
+    let silent = failure.message.is_empty() && failure.told.is_none();
+    if json && !silent && !commands::run::is_watched() {
+        // There is no third place to say that this failed as well.
+        let _ = output::line(failure.to_json());
+    }
+}
+
+fn run(words: Vec<OsString>) -> Outcome<()> {
     let payload = tpshard_runtime::elf::own_section(None).or_fail(Kind::Mismatch)?;
     if let Some(payload) = payload {
         let executable = std::env::current_exe().or_fail(Kind::Resource)?;
-        return runner::main(&payload, &executable);
+        return runner::main(&payload, &executable, words);
     }
-    let Arguments { command, json, quiet } = Arguments::of(std::env::args_os());
+    let arguments = arguments::parsed(Arguments::of(words))?;
+    let Some(Arguments { command, json, quiet }) = arguments else { return Ok(()) };
     match command {
         Command::Shard(arguments) => commands::shard::shard(&arguments, json, quiet),
         Command::Run(arguments) => commands::run::run(&arguments, json),

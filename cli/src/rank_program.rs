@@ -62,6 +62,10 @@ impl ShardFile {
 }
 
 impl WeightSource for ShardFile {
+    fn place(&self) -> Option<String> {
+        Some(self.place.clone())
+    }
+
     fn weights_hash(&self) -> Option<String> {
         self.file.metadata().get("weights_hash").cloned()
     }

@@ -2,13 +2,15 @@
 //!
 //! Standard output belongs to results; everything said to people goes to standard error.
 
-use crate::arguments::{RunnerArguments, TensorArguments};
+use crate::arguments::{RunnerArguments, TensorArguments, parsed};
 use crate::commands::run::{add_flags, spawn};
 use crate::failure::{Classify, Failure, Kind, Outcome};
+use crate::output;
 use crate::rank_program::{RankFile, ShardFile};
 use crate::tensors;
 use clap::Parser;
 use std::collections::BTreeMap;
+use std::ffi::OsString;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -16,13 +18,13 @@ use std::time::Duration;
 use tpshard_codegen::build::PART_LAUNCHER;
 use tpshard_ir::container;
 use tpshard_runtime::comm::CommOptions;
-use tpshard_runtime::io::{NamedTensors, write_npz};
+use tpshard_runtime::io::{IoError, NamedTensors, write_npz};
 use tpshard_runtime::launch::{Agreement, Flags, LaunchError, Place, Rendezvous, connect, find_place};
 use tpshard_runtime::session::{Session, SessionError, SessionOptions};
 
 /// Runs the executable's own payload; `executable` says where it lies.
-pub(crate) fn main(payload: &[u8], executable: &Path) -> Outcome<()> {
-    let arguments = RunnerArguments::try_parse().unwrap_or_else(|error| error.exit());
+pub(crate) fn main(payload: &[u8], executable: &Path, words: Vec<OsString>) -> Outcome<()> {
+    let Some(arguments) = parsed(RunnerArguments::try_parse_from(words))? else { return Ok(()) };
     let folder = executable.parent().map(Path::to_path_buf).unwrap_or_default();
     let parts = container::decode(payload).or_fail(Kind::Mismatch)?;
     if let Some(ranks) = parts.part(PART_LAUNCHER) {
@@ -53,15 +55,15 @@ fn launch(folder: &Path, ranks: usize, arguments: &RunnerArguments) -> Outcome<(
                 ),
             ))
         }
-        None => spawn(
-            (0..ranks)
-                .map(|rank| {
-                    let mut command = Command::new(folder.join(format!("rank{rank}")));
-                    add_flags(&mut command, &arguments.tensors, arguments.json);
-                    command
-                })
-                .collect(),
-        ),
+        None => {
+            check_outputs(&arguments.tensors)?;
+            let command = |rank| {
+                let mut command = Command::new(folder.join(format!("rank{rank}")));
+                add_flags(&mut command, &arguments.tensors, arguments.json);
+                command
+            };
+            spawn((0..ranks).map(command).collect())
+        }
     }
 }
 
@@ -101,13 +103,18 @@ pub(crate) fn run_rank(
 ) -> Outcome<()> {
     if file.program.rank != place.rank {
         let message = format!(
-            "this file holds the program of rank {}, but this process is rank {} ({:?})\n\
+            "this file holds the program of rank {}, but this process is rank {} ({})\n\
              help: start rank{} instead, or `run`, which picks the file itself",
             file.program.rank, place.rank, place.source, place.rank
         );
         return Err(Failure::new(Kind::Usage, message));
     }
-    let inputs = if place.rank == 0 { read_inputs(&file, arguments)? } else { NamedTensors::new() };
+    let inputs = if place.rank == 0 {
+        check_outputs(arguments)?;
+        read_inputs(&file, arguments)?
+    } else {
+        NamedTensors::new()
+    };
     let agreement = Agreement {
         tool_version: env!("CARGO_PKG_VERSION").into(),
         program_hash: file.program.program_hash.clone(),
@@ -117,7 +124,7 @@ pub(crate) fn run_rank(
     };
     let mut options = CommOptions::default();
     if let Some(seconds) = arguments.timeout {
-        options.stall = Duration::from_secs(seconds.max(1));
+        options.stall = Duration::from_secs(seconds);
     }
     let meeting = Rendezvous::of_place(place, &environment(), options).map_err(launch_failure)?;
     let communicator = connect(&meeting, &agreement).map_err(launch_failure)?;
@@ -171,29 +178,51 @@ fn read_inputs(file: &RankFile, arguments: &TensorArguments) -> Outcome<NamedTen
 pub(crate) fn write_outputs(outputs: &NamedTensors, arguments: &TensorArguments, json: bool) -> Outcome<()> {
     if let Some(path) = &arguments.outputs {
         let temporary = sibling(path);
-        let written = write_npz(&temporary, outputs).map_err(|e| e.to_string());
-        let written = written
-            .and_then(|()| std::fs::rename(&temporary, path).map_err(|e| format!("{}: {e}", path.display())));
+        // The user knows nothing of the temporary file, so that errors are told of the file asked for.
+        let written = write_npz(&temporary, outputs).map_err(|error| match error {
+            IoError::System { cause, .. } => cause.to_string(),
+            IoError::Invalid { what, .. } | IoError::Unsupported { what, .. } => what,
+            other @ IoError::TooLarge { .. } => other.to_string(),
+        });
+        let written = written.and_then(|()| std::fs::rename(&temporary, path).map_err(|e| e.to_string()));
         if written.is_err() {
             let _ = std::fs::remove_file(&temporary);
         }
-        written.map_err(|error| {
-            let help = "help: --outputs names a file in a folder that exists and can be written";
-            Failure::new(Kind::Resource, format!("{error}\n{help}"))
-        })?;
+        written.map_err(|error| outputs_failure(path, &error))?;
     }
     if json {
         let list: Vec<serde_json::Value> = outputs
             .iter()
             .map(|(name, t)| serde_json::json!({ "name": name, "dtype": t.dtype().name(), "shape": t.shape() }))
             .collect();
-        println!("{}", serde_json::json!({ "outputs": list }));
+        output::line(serde_json::json!({ "outputs": list }))?;
     } else if arguments.outputs.is_none() {
         for (name, tensor) in outputs {
-            println!("{name}: {}{:?}", tensor.dtype(), tensor.shape());
+            output::line(format_args!("{name}: {}{:?}", tensor.dtype(), tensor.shape()))?;
         }
     }
     Ok(())
+}
+
+/// Refuses a file that the outputs cannot be written to, before any work.
+pub(crate) fn check_outputs(arguments: &TensorArguments) -> Outcome<()> {
+    let Some(path) = &arguments.outputs else { return Ok(()) };
+    if path.is_dir() || path.file_name().is_none() {
+        return Err(outputs_failure(path, "is a folder, not a file"));
+    }
+    let parent = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    // Whether files can be made is found out by making the one that will be written first.
+    let temporary = sibling(path);
+    let made = std::fs::metadata(parent).and_then(|_| {
+        let file = std::fs::OpenOptions::new().write(true).create(true).truncate(false).open(&temporary);
+        file.and_then(|_| std::fs::remove_file(&temporary))
+    });
+    made.map_err(|error| outputs_failure(path, &error.to_string()))
+}
+
+fn outputs_failure(path: &Path, what: &str) -> Failure {
+    let help = "help: --outputs names a file in a folder that exists and can be written";
+    Failure::new(Kind::Resource, format!("{}: cannot be written: {what}\n{help}", path.display()))
 }
 
 fn sibling(path: &Path) -> PathBuf {
@@ -209,12 +238,14 @@ fn launch_failure(error: LaunchError) -> Failure {
     Failure::new(kind, error)
 }
 
-/// A step's error as this rank tells it: what another rank could not do is said by that rank and by rank 0.
+/// A step's error as this rank tells it: what another rank could not do is said by that rank and by rank 0, what the
+/// inputs did is said by rank 0, which has them.
 fn step_failure(error: &SessionError, own_rank: usize) -> Failure {
     match error {
         SessionError::Refused { rank, .. } if own_rank != 0 && *rank != own_rank => {
             Failure::new(Kind::Rank, "")
         }
+        SessionError::Index { .. } if own_rank != 0 => Failure::new(Kind::Usage, ""),
         _ => session_failure(error),
     }
 }
@@ -225,6 +256,7 @@ pub(crate) fn session_failure(error: &SessionError) -> Failure {
         SessionError::Inputs(_)
         | SessionError::UnknownInput { .. }
         | SessionError::NoEntry { .. }
+        | SessionError::Index { .. }
         | SessionError::Usage { .. } => Kind::Usage,
         SessionError::Program { .. } | SessionError::Lowering { .. } | SessionError::Weights { .. } => {
             Kind::Mismatch

@@ -10,6 +10,7 @@ use super::verify::as_built;
 use crate::arguments::CheckArguments;
 use crate::failure::{Classify, Failure, Kind, Outcome};
 use crate::folder::Folder;
+use crate::output;
 use crate::rank_program::payload;
 use serde_json::Value;
 use sha2::{Digest, Sha256};
@@ -34,17 +35,17 @@ pub(crate) fn check(arguments: &CheckArguments, json: bool) -> Outcome<()> {
     let mut findings = Vec::new();
     let mut summary = Vec::new();
     examine(&folder, arguments, &mut findings, &mut summary)?;
-    if json {
-        let value =
-            serde_json::json!({ "passed": findings.is_empty(), "findings": findings, "checked": summary });
-        println!("{value}");
-    }
+    let result = json.then(
+        || serde_json::json!({ "passed": findings.is_empty(), "findings": findings, "checked": summary }),
+    );
     if findings.is_empty() {
-        if !json {
-            summary.iter().for_each(|line| println!("{line}"));
-            println!("{}: everything holds", folder.path.display());
-        }
-        return Ok(());
+        return match result {
+            Some(result) => output::line(result),
+            None => {
+                summary.push(format!("{}: everything holds", folder.path.display()));
+                output::line(summary.join("\n"))
+            }
+        };
     }
     let listed: Vec<String> = findings.iter().take(LISTED).map(|f| format!("  {f}")).collect();
     let more = findings.len().saturating_sub(LISTED);
@@ -52,7 +53,8 @@ pub(crate) fn check(arguments: &CheckArguments, json: bool) -> Outcome<()> {
     Err(Failure::new(
         Kind::Mismatch,
         format!("{} does not hold\n{}{more}", folder.path.display(), listed.join("\n")),
-    ))
+    )
+    .with_result(result))
 }
 
 fn examine(

@@ -5,7 +5,7 @@ use crate::arguments::ExecArguments;
 use crate::failure::{Classify, Kind, Outcome};
 use crate::folder::Folder;
 use crate::rank_program::RankFile;
-use crate::runner::{environment, run_rank};
+use crate::runner::{check_outputs, environment, run_rank};
 use std::process::Command;
 use tpshard_runtime::launch::{Flags, find_place};
 
@@ -13,6 +13,7 @@ pub(crate) fn exec(arguments: &ExecArguments, json: bool) -> Outcome<()> {
     let folder = Folder::open(&arguments.folder)?;
     let place = find_place(&Flags::default(), &environment(), Some(folder.ranks)).or_fail(Kind::Usage)?;
     let Some(place) = place else {
+        check_outputs(&arguments.tensors)?;
         let own = std::env::current_exe().or_fail(Kind::Resource)?;
         let commands = (0..folder.ranks)
             .map(|_| {

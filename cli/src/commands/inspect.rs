@@ -2,14 +2,16 @@
 
 use super::planning::import_model;
 use crate::arguments::{InspectArguments, ModelArguments};
-use crate::failure::{Failure, Kind, Outcome};
+use crate::failure::{Classify, Failure, Kind, Outcome};
 use crate::folder::Folder;
 use crate::in_process::program_of;
-use crate::rank_program::RankFile;
+use crate::output;
+use crate::rank_program::{RankFile, payload};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
+use std::fmt::Write;
 use std::path::Path;
-use tpshard_codegen::build::PLAN_TEXT;
+use tpshard_codegen::build::{PART_LAUNCHER, PLAN_TEXT};
 use tpshard_frontend::Imported;
 use tpshard_ir::Op;
 use tpshard_passes::report::Bytes;
@@ -18,6 +20,13 @@ pub(crate) fn inspect(arguments: &InspectArguments, json: bool) -> Outcome<()> {
     let path = &arguments.path;
     if path.is_dir() {
         return folder(arguments, json);
+    }
+    if let Some(rank) = arguments.rank {
+        let message = format!(
+            "--rank {rank}: {} is not a folder\nhelp: --rank chooses an executable of a folder that `tpshard MODEL --tp N` wrote",
+            path.display()
+        );
+        return Err(Failure::new(Kind::Usage, message));
     }
     if is_elf(path) {
         return executable(path, arguments.tir, json);
@@ -45,35 +54,68 @@ fn folder(arguments: &InspectArguments, json: bool) -> Outcome<()> {
         return executable(&folder.executable(rank), arguments.tir, json);
     }
     if arguments.tir {
-        print!("{}", tpshard_ir::text::print_program(&program_of(&folder)?));
-        return Ok(());
+        return tir_text(&tpshard_ir::text::print_program(&program_of(&folder)?), json);
     }
     if json {
-        println!("{}", folder.config);
-        return Ok(());
+        return output::line(&folder.config);
     }
     let field = |key: &str| folder.config.get(key).and_then(Value::as_str).unwrap_or("?").to_owned();
-    println!("{} ranks, weights {}, program {}", folder.ranks, field("weights_hash"), field("program_hash"));
+    let mut lines = format!(
+        "{} ranks, weights {}, program {}\n",
+        folder.ranks,
+        field("weights_hash"),
+        field("program_hash")
+    );
     for (kind, list) in [("input ", "inputs"), ("output", "outputs")] {
         let ports = folder.config.pointer(&format!("/entries/0/{list}")).and_then(Value::as_array);
         for port in ports.into_iter().flatten() {
             let text = |key: &str| port.get(key).and_then(Value::as_str).unwrap_or("?");
-            println!("{kind} {}: {}", text("name"), text("type"));
+            let _ = writeln!(lines, "{kind} {}: {}", text("name"), text("type"));
         }
     }
-    print!("{}", folder.text(PLAN_TEXT)?);
-    Ok(())
+    lines.push_str(&folder.text(PLAN_TEXT)?);
+    output::text(lines)
+}
+
+/// A text in the form `.tir`, or for machines an object with it.
+fn tir_text(text: &str, json: bool) -> Outcome<()> {
+    if json { output::line(json!({ "tir": text })) } else { output::text(text) }
+}
+
+/// `out/run` holds no program of its own; what it says is the number of ranks that it starts.
+fn launcher(ranks: &[u8], tir: bool, path: &Path, json: bool) -> Outcome<()> {
+    let ranks = std::str::from_utf8(ranks).ok().and_then(|text| text.parse::<usize>().ok());
+    let ranks = ranks.ok_or_else(|| {
+        let message =
+            format!("{}: the launcher does not know its ranks\nhelp: build the folder again", path.display());
+        Failure::new(Kind::Mismatch, message)
+    })?;
+    if tir {
+        let message = format!(
+            "{}: is the launcher of {ranks} ranks and holds no program\nhelp: name the folder or one of its rank0, rank1, …",
+            path.display()
+        );
+        return Err(Failure::new(Kind::Usage, message));
+    }
+    if json {
+        return output::line(json!({ "launcher": true, "ranks": ranks }));
+    }
+    output::line(format_args!(
+        "the launcher of {ranks} ranks: starts all of them, or becomes the one that torchrun, mpirun or srun ask for"
+    ))
 }
 
 fn executable(path: &Path, tir: bool, json: bool) -> Outcome<()> {
-    let file = RankFile::read(path)?;
+    let payload = payload(path)?;
+    let parts = tpshard_ir::container::decode(&payload).or_fail(Kind::Mismatch)?;
+    if let Some(ranks) = parts.part(PART_LAUNCHER) {
+        return launcher(ranks, tir, path, json);
+    }
+    let file = RankFile::decode(&payload)?;
     let program = &file.program;
     let entry = program.entries.first();
     if tir {
-        if let Some(entry) = entry {
-            print!("{}", tpshard_ir::text::print_graph(&entry.graph));
-        }
-        return Ok(());
+        return tir_text(&entry.map(|e| tpshard_ir::text::print_graph(&e.graph)).unwrap_or_default(), json);
     }
     let weight_bytes: u64 = program
         .weights
@@ -93,61 +135,62 @@ fn executable(path: &Path, tir: bool, json: bool) -> Outcome<()> {
         "program_hash": program.program_hash,
     });
     if json {
-        println!("{summary}");
-    } else {
-        println!(
-            "rank {} of {} (mesh {}): {} weights, {}",
-            program.rank,
-            file.ranks(),
-            program.mesh,
-            program.weights.len(),
-            Bytes(weight_bytes)
-        );
-        println!("inputs  {}", file.input_names.join(", "));
-        println!("outputs {}", file.output_names.join(", "));
+        return output::line(summary);
     }
-    Ok(())
+    output::line(format_args!(
+        "rank {} of {} (mesh {}): {} weights, {}\ninputs  {}\noutputs {}",
+        program.rank,
+        file.ranks(),
+        program.mesh,
+        program.weights.len(),
+        Bytes(weight_bytes),
+        file.input_names.join(", "),
+        file.output_names.join(", ")
+    ))
 }
 
 fn model(path: &Path, tir: bool, json: bool) -> Outcome<()> {
     let none = ModelArguments { bind: vec![], output: vec![], role: vec![] };
     let imported = import_model(path, &none, false)?;
     if tir {
-        print!("{}", tpshard_ir::text::print_graph(&imported.graph));
-        return Ok(());
+        return tir_text(&tpshard_ir::text::print_graph(&imported.graph), json);
     }
     let summary = summary(&imported).ok_or_else(|| Failure::new(Kind::Internal, "no summary"))?;
     if json {
-        println!("{summary}");
-        return Ok(());
+        return output::line(summary);
     }
+    output::text(description(&imported))
+}
+
+/// What a model consists of, for people.
+fn description(imported: &Imported) -> String {
     let graph = &imported.graph;
-    println!(
-        "{} ONNX nodes, {} values, {} weights",
+    let mut text = format!(
+        "{} ONNX nodes, {} values, {} weights\n",
         imported.report.nodes,
         graph.len(),
         imported.tensors.len()
     );
     for (_, name, ty) in graph.inputs() {
-        println!("input  {name}: {ty}");
+        let _ = writeln!(text, "input  {name}: {ty}");
     }
     for output in &graph.outputs {
-        println!("output {}: {}", output.name, graph.ty(output.value));
+        let _ = writeln!(text, "output {}: {}", output.name, graph.ty(output.value));
     }
     for (symbol, range) in &graph.symbols {
         let role = imported.report.roles.get(symbol).map_or(String::new(), |r| format!(" ({})", r.name()));
-        println!("dim    {symbol}{role}: {} to {}", range.low, range.high);
+        let _ = writeln!(text, "dim    {symbol}{role}: {} to {}", range.low, range.high);
     }
     for state in &graph.states {
-        println!("state  {} -> {} along axis {}", state.input, state.output, state.axis);
+        let _ = writeln!(text, "state  {} -> {} along axis {}", state.input, state.output, state.axis);
     }
     for equality in &imported.report.equalities {
-        println!("guard  {} = {} ({})", equality.symbol, equality.equals, equality.reason);
+        let _ = writeln!(text, "guard  {} = {} ({})", equality.symbol, equality.equals, equality.reason);
     }
     for note in &imported.report.notes {
-        println!("note   {note}");
+        let _ = writeln!(text, "note   {note}");
     }
-    Ok(())
+    text
 }
 
 fn summary(imported: &Imported) -> Option<Value> {

@@ -13,7 +13,7 @@ pub(crate) mod shard;
 pub(crate) mod verify;
 
 use crate::arguments::ToleranceArguments;
-use crate::failure::{Classify, Kind, Outcome};
+use crate::failure::{Classify, Failure, Kind, Outcome};
 use serde_json::{Value, json};
 use tpshard_runtime::io::{Comparison, Tolerance, Tolerances, Verdict};
 
@@ -32,13 +32,20 @@ pub(crate) fn tolerances(arguments: &ToleranceArguments) -> Outcome<Tolerances> 
     Ok(tolerances)
 }
 
-pub(crate) fn print_comparison(label: &str, comparison: &Comparison, json: bool) {
-    if json {
-        println!("{}", comparison_json(label, comparison));
-    } else {
-        println!("{label}");
-        println!("{comparison}");
-    }
+/// Refuses tolerances for outputs that are not compared.
+pub(crate) fn check_tolerances<'a>(
+    tolerances: &Tolerances,
+    outputs: impl Iterator<Item = &'a String> + Clone,
+) -> Outcome<()> {
+    let Some(unknown) = tolerances.outputs().find(|name| outputs.clone().all(|known| known != name)) else {
+        return Ok(());
+    };
+    let known: Vec<&str> = outputs.map(String::as_str).collect();
+    let message = format!(
+        "a tolerance is given for `{unknown}`, which is not compared\nhelp: the outputs are {}",
+        known.join(", ")
+    );
+    Err(Failure::new(Kind::Usage, message))
 }
 
 pub(crate) fn comparison_json(label: &str, comparison: &Comparison) -> Value {

@@ -4,6 +4,7 @@ use super::planning::{check_ranks, import_model, plan_model};
 use super::reporting::{report_json, table};
 use crate::arguments::PlanArguments;
 use crate::failure::{Failure, Kind, Outcome};
+use crate::output;
 use serde_json::{Value, json};
 use std::time::Instant;
 use tpshard_passes::PlanReport;
@@ -22,12 +23,10 @@ pub(crate) fn plan(arguments: &PlanArguments, json: bool) -> Outcome<()> {
             .iter()
             .map(|(n, report, seconds)| json!({ "ranks": n, "plan": report_json(report), "planning_seconds": seconds }))
             .collect();
-        println!("{}", json!({ "model": arguments.model.display().to_string(), "plans": rows }));
-        return Ok(());
+        return output::line(json!({ "model": arguments.model.display().to_string(), "plans": rows }));
     }
     let reports: Vec<&PlanReport> = plans.iter().map(|(_, report, _)| report).collect();
-    print!("{}", table(&reports));
-    Ok(())
+    output::text(table(&reports))
 }
 
 /// `1,2,4,8` or `1-8` or a mixture.

@@ -1,5 +1,6 @@
 //! Plans as tables, lines and JSON.
 
+use crate::output;
 use serde_json::{Value, json};
 use std::fmt::Write;
 use tpshard_passes::PlanReport;
@@ -25,16 +26,16 @@ pub(crate) fn summary(report: &PlanReport) -> String {
 /// Says once if the ranks do not pay.
 pub(crate) fn warn(report: &PlanReport) {
     if report.verdict == Verdict::DoNotShard {
-        eprintln!(
+        output::say(format_args!(
             "warning: on {} one rank is predicted to take {}, {} ranks {}; do not shard for speed",
             report.profile,
             Seconds(report.seconds_alone),
             report.mesh.ranks(),
             Seconds(report.seconds)
-        );
+        ));
     }
     if report.idle_ranks {
-        eprintln!("warning: some ranks own no part of a split tensor; fewer ranks would do");
+        output::say("warning: some ranks own no part of a split tensor; fewer ranks would do");
     }
 }
 

@@ -4,13 +4,14 @@ use super::verify::tapped;
 use crate::arguments::{RunArguments, TensorArguments};
 use crate::failure::{Failure, Kind, Outcome};
 use crate::folder::Folder;
-use crate::runner::write_outputs;
+use crate::runner::{check_outputs, write_outputs};
 use crate::tensors;
 use std::path::Path;
 use std::process::Command;
 use tpshard_runtime::launch::{SpawnError, spawn_ranks};
 
 pub(crate) fn run(arguments: &RunArguments, json: bool) -> Outcome<()> {
+    check_outputs(&arguments.tensors)?;
     let folder = Folder::open(&arguments.folder)?;
     if !arguments.tap.is_empty() {
         let path = arguments.tensors.inputs.as_deref();
@@ -29,6 +30,14 @@ pub(crate) fn run(arguments: &RunArguments, json: bool) -> Outcome<()> {
     spawn(commands)
 }
 
+/// The variable that tells a rank that the process that started it reports its end.
+const WATCHED: &str = "TPSHARD_WATCHED";
+
+/// True in a rank whose errors are reported by the process that started it.
+pub(crate) fn is_watched() -> bool {
+    std::env::var_os(WATCHED).is_some()
+}
+
 /// Starts the ranks and waits for them. A failed rank has said why on standard error; its exit code is ours.
 pub(crate) fn spawn(commands: Vec<Command>) -> Outcome<()> {
     spawn_ranks(commands).map_err(|error| {
@@ -43,7 +52,14 @@ pub(crate) fn spawn(commands: Vec<Command>) -> Outcome<()> {
             }
             _ => "",
         };
-        Failure::new(kind, format!("{error}{help}"))
+        let message = format!("{error}{help}");
+        match error {
+            // For machines, what the rank said; people have read it above.
+            SpawnError::Failed { said, .. } if !said.is_empty() => {
+                Failure { told: Some(said), ..Failure::new(kind, message) }
+            }
+            _ => Failure::new(kind, message),
+        }
     })
 }
 
@@ -73,6 +89,7 @@ pub(crate) fn add_flags(command: &mut Command, tensors: &TensorArguments, json: 
     if json {
         command.arg("--json");
     }
+    command.env(WATCHED, "1");
 }
 
 fn absolute(path: &Path) -> std::path::PathBuf {

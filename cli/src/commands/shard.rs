@@ -4,17 +4,18 @@ use super::planning::{check_ranks, findings_text, import_model, plan_model};
 use super::reporting::{report_json, summary, warn};
 use crate::arguments::ShardArguments;
 use crate::failure::{Classify, Failure, Kind, Outcome};
-use crate::progress;
+use crate::{output, progress};
 use serde_json::{Map, Value, json};
 use std::path::{Path, PathBuf};
-use tpshard_codegen::build::{Build, build};
-use tpshard_codegen::folder::OutputFolder;
-use tpshard_codegen::weights::{SourceError, WeightSource};
+use tpshard_checker::Finding;
+use tpshard_codegen::build::{Build, BuildError, build};
+use tpshard_codegen::elf::with_program;
+use tpshard_codegen::folder::{FolderError, OutputFolder};
+use tpshard_codegen::weights::{SourceError, WeightError, WeightSource};
 use tpshard_frontend::Imported;
+use tpshard_ir::graph::Node;
+use tpshard_ir::{Op, Spmd};
 use tpshard_passes::Plan;
-
-/// A runner and the texts, per rank, beside the weights.
-const OVERHEAD_PER_RANK: u64 = 64 << 20;
 
 pub(crate) fn shard(arguments: &ShardArguments, json: bool, quiet: bool) -> Outcome<()> {
     check_ranks(arguments.tp)?;
@@ -25,14 +26,16 @@ pub(crate) fn shard(arguments: &ShardArguments, json: bool, quiet: bool) -> Outc
     let runner = read_runner(arguments.runner.as_deref())?;
     let model_folder =
         arguments.model.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    // Everything that can be refused is refused before any work; the space is checked again with the real sizes.
-    let overhead = (runner.len() as u64 + OVERHEAD_PER_RANK).saturating_mul(arguments.tp as u64 + 1);
-    let folder = OutputFolder::create(&target, arguments.overwrite, overhead, &[model_folder]);
+    // Everything that can be refused is refused before any work; the space is checked again when sizes are known.
+    let runners = (runner.len() as u64).saturating_mul(arguments.tp as u64 + 1);
+    let folder = OutputFolder::create(&target, arguments.overwrite, runners, &[model_folder]);
     let folder = folder.or_fail(Kind::Resource)?;
     let imported = import_model(&arguments.model, &arguments.from, true)?;
     let plan = plan_model(&imported, arguments.tp, &arguments.pricing)?;
-    check(&plan, &imported)?;
+    check(&plan, &imported, arguments)?;
     let plan_text = plan.report.to_string();
+    let needed = Sizes::of(&plan, &imported, &runner).folder(arguments.tp);
+    folder.require_space(needed).or_fail(Kind::Resource)?;
     let source = ModelWeights { imported: &imported };
     let inputs = build_inputs(arguments, &imported, &plan)?;
     let request = Build {
@@ -48,7 +51,7 @@ pub(crate) fn shard(arguments: &ShardArguments, json: bool, quiet: bool) -> Outc
         "writing weights",
         quiet || json,
     );
-    let built = build(folder, &request, &mut |bytes| bar.inc(bytes)).or_fail(Kind::Resource)?;
+    let built = build(folder, &request, &mut |bytes| bar.inc(bytes)).map_err(build_failure)?;
     bar.finish_and_clear();
     if json {
         let result = json!({
@@ -59,10 +62,9 @@ pub(crate) fn shard(arguments: &ShardArguments, json: bool, quiet: bool) -> Outc
             "weight_bytes": built.weight_bytes,
             "plan": report_json(&plan.report),
         });
-        println!("{result}");
+        output::line(result)?;
     } else {
-        println!("{}", summary(&plan.report));
-        println!("wrote {}", target.display());
+        output::line(format_args!("{}\nwrote {}", summary(&plan.report), target.display()))?;
     }
     warn(&plan.report);
     Ok(())
@@ -73,23 +75,139 @@ fn default_folder(model: &Path, ranks: usize) -> PathBuf {
     PathBuf::from(format!("{stem}-tp{ranks}"))
 }
 
+/// Largest file that is taken for a runner.
+const MAX_RUNNER: u64 = 1 << 30;
+
+/// The executable to copy, after trying whether a program can be put into it.
 fn read_runner(path: Option<&Path>) -> Outcome<Vec<u8>> {
-    let path = path.unwrap_or(Path::new("/proc/self/exe"));
-    std::fs::read(path).map_err(|e| Failure::new(Kind::Resource, format!("{}: {e}", path.display())))
+    let (path, kind) = match path {
+        Some(path) => (path, Kind::Usage),
+        None => (Path::new("/proc/self/exe"), Kind::Resource),
+    };
+    let refuse = |what: String| Failure::new(kind, format!("--runner {}: {what}", path.display()));
+    let help = "help: name a tpshard executable for the machines that are to run the ranks";
+    let found = std::fs::metadata(path).map_err(|e| refuse(format!("{e}\n{help}")))?;
+    if !found.is_file() || found.len() > MAX_RUNNER {
+        return Err(refuse(format!("is not an executable file of at most {MAX_RUNNER} bytes\n{help}")));
+    }
+    let runner = std::fs::read(path).map_err(|e| refuse(format!("{e}\n{help}")))?;
+    with_program(&runner, &[]).map_err(|e| refuse(e.to_string()))?;
+    Ok(runner)
+}
+
+/// What is lost at the ends of a rank's files, which are padded to pages.
+const ROOM_PER_RANK: u64 = 16 << 10;
+/// A tensor's line in the header of a weight file, in the program's table and in `config.json`.
+const ROOM_PER_TENSOR: u64 = 2 << 10;
+
+/// Bytes of what a folder is made of.
+struct Sizes {
+    runner: u64,
+    /// The certificates, which every rank has.
+    certificate: u64,
+    /// The model's graph.
+    model: u64,
+    /// Tensors of a weight file.
+    tensors: u64,
+    /// The tensors' bytes on one rank.
+    weights: u64,
+}
+
+impl Sizes {
+    fn of(plan: &Plan, imported: &Imported, runner: &[u8]) -> Sizes {
+        let is_weight = |node: &&Node| matches!(node.op, Op::Weight(_));
+        let sum = |size: &dyn Fn(&Spmd) -> u64| plan.programs.iter().map(|(_, program)| size(program)).sum();
+        Sizes {
+            runner: runner.len() as u64,
+            certificate: sum(&|program| tpshard_ir::text::print_program(program).len() as u64),
+            model: tpshard_ir::text::print_graph(&imported.graph).len() as u64,
+            tensors: sum(&|program| program.logical.nodes().iter().filter(is_weight).count() as u64),
+            weights: plan.report.weight_bytes,
+        }
+    }
+
+    /// What the folder takes, and a hundredth more.
+    fn folder(&self, ranks: usize) -> u64 {
+        // A rank's graph and tables are about as long as its certificate; the folder has the model's graph once more.
+        let programs = self.certificate.saturating_mul(2).saturating_add(ROOM_PER_RANK);
+        let tables = self.tensors.saturating_mul(ROOM_PER_TENSOR);
+        let parts = [programs, tables, self.weights, self.runner];
+        let rank = parts.into_iter().fold(0, u64::saturating_add);
+        let whole = rank.saturating_mul(ranks as u64).saturating_add(self.runner).saturating_add(self.model);
+        whole.saturating_add(whole / 100)
+    }
+}
+
+/// The exit code that fits what went wrong while the folder was written.
+fn build_failure(error: BuildError) -> Failure {
+    let kind = match &error {
+        BuildError::Folder(FolderError::FileName { .. } | FolderError::Unmarked) => Kind::Internal,
+        BuildError::Folder(_) | BuildError::Write { .. } => Kind::Resource,
+        BuildError::Weights(error) => weight_kind(error),
+        // The runner has been tried before; a rank's program must fit.
+        BuildError::Elf(_)
+        | BuildError::Container(_)
+        | BuildError::Program(_)
+        | BuildError::Instantiate(_)
+        | BuildError::Empty => Kind::Internal,
+    };
+    let text = error.to_string();
+    let help = match kind {
+        Kind::Internal if !text.contains("help: ") => "\nhelp: please report this model",
+        _ => "",
+    };
+    Failure::new(kind, format!("{text}{help}"))
+}
+
+fn weight_kind(error: &WeightError) -> Kind {
+    match error {
+        WeightError::Tensor { error, .. } => weight_kind(error),
+        WeightError::Source { .. } | WeightError::Write { .. } | WeightError::FileTooLarge { .. } => {
+            Kind::Resource
+        }
+        WeightError::Length { .. } | WeightError::Name { .. } | WeightError::Unaligned { .. } => Kind::Model,
+        WeightError::Region { .. }
+        | WeightError::Expression(_)
+        | WeightError::Duplicate { .. }
+        | WeightError::FileCount { .. } => Kind::Internal,
+    }
 }
 
 /// The certificate is checked before anything is written: a planner's mistake never leaves the house.
-fn check(plan: &Plan, imported: &Imported) -> Outcome<()> {
+fn check(plan: &Plan, imported: &Imported, arguments: &ShardArguments) -> Outcome<()> {
     for (_, program) in &plan.programs {
-        tpshard_checker::check(program, &imported.graph).map_err(|findings| {
-            let message = format!(
-                "the plan does not pass its own check; nothing was written\n{}\nhelp: please report this model",
-                findings_text(&findings)
-            );
-            Failure::new(Kind::Internal, message)
-        })?;
+        tpshard_checker::check(program, &imported.graph)
+            .map_err(|findings| refuted(&findings, &arguments.from.output))?;
     }
     Ok(())
+}
+
+fn refuted(findings: &[Finding], outputs: &[String]) -> Failure {
+    if let Some(finding) = too_large(findings).filter(|_| !outputs.is_empty()) {
+        let message = format!(
+            "--output {}: the dims that the model needs for this are too large to check a plan with
+{}
+\
+             help: name positions closer to the start, or from the end, such as NAME[:, -1]",
+            outputs.join(" --output "),
+            findings_text(&[finding])
+        );
+        return Failure::new(Kind::Usage, message);
+    }
+    let message = format!(
+        "the plan does not pass its own check; nothing was written
+{}
+help: please report this model",
+        findings_text(findings)
+    );
+    Failure::new(Kind::Internal, message)
+}
+
+/// An equation that could not be executed because its dims are too large, if that is all that is wrong.
+fn too_large(findings: &[Finding]) -> Option<&Finding> {
+    // Outputs are found not to follow because of such equations.
+    let known = |finding: &Finding| finding.is_about_size() || matches!(finding, Finding::Output { .. });
+    findings.iter().find(|finding| finding.is_about_size()).filter(|_| findings.iter().all(known))
 }
 
 /// Everything that decided what was built, apart from the model's weights.
@@ -127,5 +245,32 @@ impl WeightSource for ModelWeights<'_> {
             Some(TensorSource::External { offset, .. }) => *offset,
             _ => 0,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn many_ranks_of_a_small_model_need_little_more_than_their_runners() {
+        let runner = 10 << 20;
+        let sizes = Sizes { runner, certificate: 100 << 10, model: 50 << 10, tensors: 40, weights: 1 << 20 };
+        let (needed, runners) = (sizes.folder(1024), 1025 * runner);
+        assert!(needed > runners + (1 << 30) && needed < runners + runners / 4, "{needed}");
+        assert_eq!(Sizes { weights: u64::MAX, ..sizes }.folder(2), u64::MAX);
+    }
+
+    #[test]
+    fn what_goes_wrong_inside_is_not_a_matter_of_resources() {
+        assert_eq!(build_failure(BuildError::Empty).kind, Kind::Internal);
+        let full = std::io::Error::from(std::io::ErrorKind::StorageFull);
+        let write = BuildError::Write { name: "rank0".into(), error: full };
+        assert_eq!(build_failure(write).kind, Kind::Resource);
+        let file = BuildError::Folder(FolderError::FileName { name: "a/b".into() });
+        assert_eq!(build_failure(file).kind, Kind::Internal);
+        let twice = WeightError::Duplicate { rank: 0, name: "w".into() };
+        let within = WeightError::Tensor { tensor: "w".into(), error: Box::new(twice) };
+        assert_eq!(build_failure(BuildError::Weights(within)).kind, Kind::Internal);
     }
 }

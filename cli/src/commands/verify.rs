@@ -1,11 +1,12 @@
 //! `tpshard verify`: a folder against golden outputs, or against one rank running the model.
 
 use super::planning::import_model;
-use super::{comparison_json, tolerances};
+use super::{check_tolerances, comparison_json, tolerances};
 use crate::arguments::{ModelArguments, VerifyArguments};
 use crate::failure::{Classify, Failure, Kind, Outcome};
 use crate::folder::Folder;
 use crate::in_process::{observe, program_of};
+use crate::output;
 use crate::tensors::{self, GoldenPair};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -23,6 +24,7 @@ const REFERENCE_LIMIT: usize = 1 << 30;
 pub(crate) fn verify(arguments: &VerifyArguments, json: bool) -> Outcome<()> {
     let folder = Folder::open(&arguments.folder)?;
     let tolerances = tolerances(&arguments.tolerance)?;
+    check_tolerances(&tolerances, folder.names("outputs").iter())?;
     if arguments.bisect {
         return bisect(arguments, &folder, &tolerances, json);
     }
@@ -51,15 +53,19 @@ pub(crate) fn verify(arguments: &VerifyArguments, json: bool) -> Outcome<()> {
 
 fn report(results: &[(String, Comparison)], json: bool) -> Outcome<()> {
     let passed = results.iter().all(|(_, c)| c.passed());
-    if json {
+    let result = json.then(|| {
         let list: Vec<serde_json::Value> = results.iter().map(|(l, c)| comparison_json(l, c)).collect();
-        println!("{}", serde_json::json!({ "passed": passed, "results": list }));
-    } else {
+        serde_json::json!({ "passed": passed, "results": list })
+    });
+    if result.is_none() {
         for (label, comparison) in results {
-            super::print_comparison(label, comparison, false);
+            output::line(format_args!("{label}\n{comparison}"))?;
         }
     }
-    if passed { Ok(()) } else { Err(Failure::new(Kind::Mismatch, "outputs are out of tolerance")) }
+    if !passed {
+        return Err(Failure::new(Kind::Mismatch, "outputs are out of tolerance").with_result(result));
+    }
+    result.map_or(Ok(()), output::line)
 }
 
 fn golden_result(folder: &Folder, pair: &GoldenPair, tolerances: &Tolerances) -> Outcome<Comparison> {
@@ -192,27 +198,26 @@ fn bisect(arguments: &VerifyArguments, folder: &Folder, tolerances: &Tolerances,
         };
         let layout = &program.steps[step.index()].layout;
         let origin = if node.origin.is_empty() { "(no ONNX node)" } else { node.origin.as_ref() };
-        if json {
-            let found = serde_json::json!({
+        let result = json.then(|| {
+            serde_json::json!({
                 "passed": false, "node": origin, "op": node.op.name(), "step": step.0,
                 "layout": layout.to_string(), "detail": what,
-            });
-            println!("{found}");
-        }
+            })
+        });
         return Err(Failure::new(
             Kind::Mismatch,
             format!(
                 "the first value that differs from one rank's: node {origin}, {name} ({}) in {layout}\n{what}",
                 node.op.name()
             ),
-        ));
+        )
+        .with_result(result));
     }
     if json {
-        println!("{}", serde_json::json!({ "passed": true, "compared": steps.len() }));
+        output::line(serde_json::json!({ "passed": true, "compared": steps.len() }))
     } else {
-        println!("{} values agree with one rank's", steps.len());
+        output::line(format_args!("{} values agree with one rank's", steps.len()))
     }
-    Ok(())
 }
 
 /// The first step of every value that is computed from something.

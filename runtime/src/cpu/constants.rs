@@ -4,6 +4,7 @@
 //! made in turn, packed for the matrix products that take it as their columns, and dropped again unless some step
 //! reads it as it is.
 
+use super::convert::StepError;
 use super::gemm::Contraction;
 use super::kernels::{Context, run_kernel};
 use super::value::Value;
@@ -203,5 +204,9 @@ fn compute(op: &Op, ty: &Type, args: &[Value], gemm: &GemmExecutor) -> Result<Va
     let region = lowering.regions.last().ok_or("a constant without region")?;
     let bindings = Bindings::new();
     let context = Context { gemm, bindings: &bindings, graph: &graph };
-    run_kernel(&context, region, args, Vec::new(), None, None)
+    run_kernel(&context, region, args, Vec::new(), None, None).map_err(|error| match error {
+        StepError::Local(what) => what,
+        StepError::Index { index, extent } => format!("index {index} is outside of a table of {extent}"),
+        StepError::Collective(error) => error.to_string(),
+    })
 }

@@ -12,6 +12,8 @@ use tpshard_ir::{AxisLayout, Conversion, DType, Data, Tensor};
 pub(crate) enum StepError {
     /// Here only; other ranks go on and have to be told.
     Local(String),
+    /// Here only: an index that comes from the inputs is not below `extent`.
+    Index { index: i64, extent: i64 },
     /// In a collective; all ranks know.
     Collective(CommError),
 }
@@ -19,6 +21,12 @@ pub(crate) enum StepError {
 impl From<String> for StepError {
     fn from(what: String) -> StepError {
         StepError::Local(what)
+    }
+}
+
+impl From<&str> for StepError {
+    fn from(what: &str) -> StepError {
+        StepError::Local(what.into())
     }
 }
 

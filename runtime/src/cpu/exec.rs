@@ -87,7 +87,18 @@ pub(crate) struct Finished {
     /// The tapped values, local.
     pub(crate) taps: BTreeMap<ValueId, Value>,
     /// The first step that failed on this rank.
-    pub(crate) failure: Option<String>,
+    pub(crate) failure: Option<Failed>,
+}
+
+/// A step that failed.
+pub(crate) enum Failed {
+    Step(String),
+    /// The inputs hold an index that is not below `extent`.
+    Index {
+        node: String,
+        index: i64,
+        extent: i64,
+    },
 }
 
 impl Prepared {
@@ -164,8 +175,8 @@ impl Run<'_> {
                 let value = match made.and_then(|v| self.checked(result, v)) {
                     Ok(value) => value,
                     Err(StepError::Collective(error)) => return Err(error),
-                    Err(StepError::Local(what)) => {
-                        finished.failure.get_or_insert_with(|| self.describe(result, &what));
+                    Err(error) => {
+                        finished.failure.get_or_insert_with(|| self.describe(result, error));
                         self.zeros(result)
                     }
                 };
@@ -195,10 +206,15 @@ impl Run<'_> {
         self.plan.slot_of.get(value.index()).copied().flatten()
     }
 
-    fn describe(&self, value: ValueId, what: &str) -> String {
+    fn describe(&self, value: ValueId, error: StepError) -> Failed {
         let node = self.graph().node(value);
         let origin = if node.origin.is_empty() { String::new() } else { format!(" ({})", node.origin) };
-        format!("rank {}, {value} = {}{origin}: {what}", self.rank, node.op.name())
+        let name = format!("{value} = {}{origin}", node.op.name());
+        match error {
+            StepError::Index { index, extent } => Failed::Index { node: name, index, extent },
+            StepError::Local(what) => Failed::Step(format!("{name}: {what}")),
+            StepError::Collective(error) => Failed::Step(format!("{name}: {error}")),
+        }
     }
 
     /// Zeros in place of a value that could not be computed; nothing if even that is impossible.

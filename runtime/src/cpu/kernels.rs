@@ -1,6 +1,7 @@
 //! From a region to its kernel: everything but leaves, appends and conversions.
 
 use super::attention::Attention;
+use super::convert::StepError;
 use super::gemm::Contraction;
 use super::pointwise::Program;
 use super::value::Value;
@@ -45,12 +46,12 @@ pub(crate) fn run_kernel(
     spare: Vec<f32>,
     program: Option<&Program>,
     contraction: Option<(&Contraction, Option<&PackedBMatrix<f32>>)>,
-) -> Result<Value, String> {
+) -> Result<Value, StepError> {
     let node = context.graph.node(region.result());
     let shape = context.shape(&node.ty)?;
     if shape.contains(&0) {
         // Nothing to compute; local forms on empty shards need not make sense otherwise.
-        return Tensor::zeros(node.ty.dtype, shape).map(Value::new).map_err(|e| e.to_string());
+        return Tensor::zeros(node.ty.dtype, shape).map(Value::new).map_err(|e| e.to_string().into());
     }
     let value = match (region.kernel, &node.op) {
         (Kernel::Pointwise, _) => match program {
@@ -84,9 +85,11 @@ pub(crate) fn run_kernel(
         (Kernel::Pool, Op::Pool { kind, window }) => conv::pool(*kind, window, first(args)?, &shape, spare)?,
         (Kernel::Dequant, Op::Dequant { axis, block }) => dequant::dequant(*axis, *block, args)?,
         (Kernel::Reference, _) => reference::evaluate(node, args, context.bindings, &shape)?,
-        (kernel, op) => return Err(format!("the kernel {} does not execute {}", kernel.name(), op.name())),
+        (kernel, op) => {
+            return Err(format!("the kernel {} does not execute {}", kernel.name(), op.name()).into());
+        }
     };
-    narrow(value, node.ty.dtype)
+    Ok(narrow(value, node.ty.dtype)?)
 }
 
 fn first(args: &[Value]) -> Result<&Value, String> {
@@ -121,9 +124,9 @@ fn view(context: &Context<'_>, op: &Op, args: &[Value], shape: &[usize]) -> Resu
     }
 }
 
-fn movement(context: &Context<'_>, op: &Op, args: &[Value]) -> Result<Value, String> {
+fn movement(context: &Context<'_>, op: &Op, args: &[Value]) -> Result<Value, StepError> {
     match (op, args) {
-        (Op::Concat { axis } | Op::Append { axis }, parts) => movement::concat(parts, *axis),
+        (Op::Concat { axis } | Op::Append { axis }, parts) => Ok(movement::concat(parts, *axis)?),
         (Op::Gather { axis, window }, [table, indices]) => {
             let window = match window {
                 Some(w) => Some((context.dim(&w.start)?, context.dim(&w.extent)?)),
@@ -133,8 +136,8 @@ fn movement(context: &Context<'_>, op: &Op, args: &[Value]) -> Result<Value, Str
         }
         (Op::Pad { low, high, mode: PadMode::Constant(value) }, [x]) => {
             let dims = |dims: &[Dim]| dims.iter().map(|d| context.dim(d)).collect::<Result<Vec<_>, _>>();
-            movement::pad(x, &dims(low)?, &dims(high)?, value.0 as f32)
+            Ok(movement::pad(x, &dims(low)?, &dims(high)?, value.0 as f32)?)
         }
-        (other, _) => Err(format!("{} does not only move elements", other.name())),
+        (other, _) => Err(format!("{} does not only move elements", other.name()).into()),
     }
 }

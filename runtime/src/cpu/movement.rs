@@ -1,6 +1,7 @@
 //! Kernels that only move elements: concatenation, gathers, constant pads, appends in place. They work on every element
 //! type that is at least a byte wide.
 
+use super::convert::StepError;
 use super::value::{Value, copy_strided, row_major, with_elements, wrap};
 use tpshard_ir::tensor::Element;
 use tpshard_ir::{Data, Tensor};
@@ -62,20 +63,20 @@ pub(crate) fn gather(
     indices: &Value,
     axis: usize,
     window: Option<(i64, i64)>,
-) -> Result<Value, String> {
+) -> Result<Value, StepError> {
     let held = *table.shape().get(axis).ok_or("a gather along a dim that does not exist")? as i64;
     let (start, extent) = window.unwrap_or((0, held));
-    let place = |index: i64| -> Result<Option<usize>, String> {
+    let place = |index: i64| -> Result<Option<usize>, StepError> {
         let row = if index < 0 { index + extent } else { index };
         if !(0..extent).contains(&row) {
-            return Err(format!("index {index} is not in a dim of {extent}"));
+            return Err(StepError::Index { index, extent });
         }
         Ok(usize::try_from(row - start).ok().filter(|&r| (r as i64) < held))
     };
     let rows: Vec<Option<usize>> = match indices.data() {
         Data::I64(_) => indices.slice::<i64>()?.iter().map(|&i| place(i)).collect::<Result<_, _>>()?,
         Data::I32(_) => indices.slice::<i32>()?.iter().map(|&i| place(i.into())).collect::<Result<_, _>>()?,
-        other => return Err(format!("indices of type {}", other.dtype())),
+        other => return Err(format!("indices of type {}", other.dtype()).into()),
     };
     let mut shape = table.shape().to_vec();
     shape.splice(axis..=axis, indices.shape().iter().copied());
@@ -105,8 +106,8 @@ pub(crate) fn gather(
     }
     let sizes = [outer, held as usize, inner];
     let data = with_elements!(table.data(), v => pick(&table, &rows, sizes, v)?,
-        dtype, _b => return Err(format!("a gather of the storage type {dtype}")));
-    Tensor::new(shape, data).map(Value::new).map_err(|e| e.to_string())
+        dtype, _b => return Err(format!("a gather of the storage type {dtype}").into()));
+    Tensor::new(shape, data).map(Value::new).map_err(|e| StepError::Local(e.to_string()))
 }
 
 /// `x` within a larger tensor of `value`; negative pads cut.

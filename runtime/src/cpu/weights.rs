@@ -10,6 +10,11 @@ const WEIGHTS_HASH: &str = "weights_hash";
 
 /// Where a session gets its weights from.
 pub trait WeightSource {
+    /// The file it reads, for messages.
+    fn place(&self) -> Option<String> {
+        None
+    }
+
     /// The hash the weights were written with, if the source knows one.
     fn weights_hash(&self) -> Option<String>;
 
@@ -54,6 +59,10 @@ impl FileWeights {
 }
 
 impl WeightSource for FileWeights {
+    fn place(&self) -> Option<String> {
+        Some(self.file.place().to_owned())
+    }
+
     fn weights_hash(&self) -> Option<String> {
         self.file.metadata().get(WEIGHTS_HASH).cloned()
     }

@@ -27,6 +27,18 @@ pub enum Source {
     Pmi,
 }
 
+impl fmt::Display for Source {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Source::Flags => "by its flags",
+            Source::Torchrun => "by torchrun's variables",
+            Source::OpenMpi => "by Open MPI's variables",
+            Source::Slurm => "by Slurm's variables",
+            Source::Pmi => "by PMI's variables",
+        })
+    }
+}
+
 /// A process's place in its job.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Place {

@@ -16,7 +16,7 @@ use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Child, ChildStderr, Command, ExitStatus, Stdio};
-use std::sync::mpsc;
+use std::sync::{Arc, Mutex, mpsc};
 use std::time::{Duration, Instant};
 
 /// After a failure, other ranks may fail in consequence or be the cause; what ends within this time is compared.
@@ -27,6 +27,8 @@ const GRACE: Duration = Duration::from_millis(500);
 const CONSEQUENCE: i32 = 6;
 /// Longest line passed on in one piece.
 const LINE_LIMIT: u64 = 64 << 10;
+/// Longest last words of a rank that are kept, beyond the first line.
+const SAID_LIMIT: usize = 64 << 10;
 
 /// How a job ended if not well.
 #[derive(Debug, thiserror::Error)]
@@ -34,7 +36,13 @@ pub enum SpawnError {
     #[error("cannot start rank {rank} (`{program}`): {cause}")]
     Start { rank: usize, program: String, cause: io::Error },
     #[error("rank {rank} failed first: {}; the other ranks were ended", describe(*code, *signal))]
-    Failed { rank: usize, code: Option<i32>, signal: Option<i32> },
+    Failed {
+        rank: usize,
+        code: Option<i32>,
+        signal: Option<i32>,
+        /// Its last words on standard error, from `error: ` on; those of another rank if it said nothing.
+        said: String,
+    },
     #[error("interrupted by signal {signal}")]
     Interrupted { signal: i32 },
     #[error("cannot watch over the ranks: {0}")]
@@ -59,8 +67,11 @@ fn describe(code: Option<i32>, signal: Option<i32>) -> String {
 pub fn spawn_ranks(commands: Vec<Command>) -> Result<(), SpawnError> {
     let signals = Signals::catch()?;
     let mut job = Job::start(commands)?;
-    let result = job.watch(&signals);
+    let mut result = job.watch(&signals);
     job.end();
+    if let Err(SpawnError::Failed { rank, said, .. }) = &mut result {
+        *said = job.said(*rank);
+    }
     result
 }
 
@@ -69,6 +80,7 @@ struct Running {
     /// Readable once the process has ended.
     ended: OwnedFd,
     status: Option<ExitStatus>,
+    said: Arc<Mutex<String>>,
 }
 
 struct Job {
@@ -104,14 +116,14 @@ impl Job {
             let start = |command: &mut Command| -> io::Result<Running> {
                 let child = command.spawn()?;
                 let ended = pidfd_open(Pid::from_child(&child), PidfdFlags::empty())?;
-                Ok(Running { child, ended, status: None })
+                Ok(Running { child, ended, status: None, said: Arc::default() })
             };
             match start(&mut command) {
                 Ok(mut running) => {
                     if let Some(stderr) = running.child.stderr.take() {
-                        let sender = sender.clone();
+                        let (sender, said) = (sender.clone(), running.said.clone());
                         std::thread::spawn(move || {
-                            pass_on(rank, stderr);
+                            pass_on(rank, stderr, &said);
                             drop(sender);
                         });
                     }
@@ -144,7 +156,8 @@ impl Job {
             let alive = self.ranks.iter().any(|r| r.status.is_none());
             let over = compare_until.is_some_and(|until| Instant::now() >= until);
             if let (Some((_, rank, status)), true) = (failed, over || !alive) {
-                return Err(SpawnError::Failed { rank, code: status.code(), signal: status.signal() });
+                let (code, signal, said) = (status.code(), status.signal(), String::new());
+                return Err(SpawnError::Failed { rank, code, signal, said });
             }
             if !alive {
                 return Ok(());
@@ -186,6 +199,15 @@ impl Job {
         Ok(ended)
     }
 
+    /// The last words of a rank, or of the first other one that said something.
+    fn said(&self, rank: usize) -> String {
+        let words = self.ranks.get(rank).into_iter().chain(&self.ranks).map(|running| {
+            let said = running.said.lock().unwrap_or_else(|poison| poison.into_inner());
+            said.trim_end().to_owned()
+        });
+        words.into_iter().find(|said| !said.is_empty()).unwrap_or_default()
+    }
+
     fn signal(&self, signal: Signal) {
         // Ranks that are not reaped yet keep their number, so that no other process can be hit.
         for running in self.ranks.iter().filter(|r| r.status.is_none()) {
@@ -221,13 +243,25 @@ fn blame(status: ExitStatus) -> u8 {
     }
 }
 
-fn pass_on(rank: usize, stderr: ChildStderr) {
+/// Adds a line to a rank's last words, which begin with its last error.
+fn remember(said: &Mutex<String>, line: &[u8]) {
+    let mut said = said.lock().unwrap_or_else(|poison| poison.into_inner());
+    let line = String::from_utf8_lossy(line);
+    match line.strip_prefix("error: ") {
+        Some(error) => *said = error.into(),
+        None if !said.is_empty() && said.len() + line.len() <= SAID_LIMIT => said.push_str(&line),
+        None => {}
+    }
+}
+
+fn pass_on(rank: usize, stderr: ChildStderr, said: &Mutex<String>) {
     let mut reader = BufReader::new(stderr);
     let mut line = Vec::new();
     while let Ok(1..) = reader.by_ref().take(LINE_LIMIT).read_until(b'\n', &mut line) {
         if line.last() != Some(&b'\n') {
             line.push(b'\n');
         }
+        remember(said, &line);
         let mut whole = format!("[rank {rank}] ").into_bytes();
         whole.append(&mut line);
         // One write per line, so that ranks do not interleave; if nobody reads, nobody misses it.

@@ -30,6 +30,12 @@ pub enum SessionError {
     State { what: String },
     #[error("{what}")]
     Usage { what: String },
+    /// An index computed from the inputs, such as a token id, is outside of its table.
+    #[error(
+        "{node}: index {index} is outside of a table of {extent}\n  \
+         help: the inputs hold indices such as token ids; here they may be 0 to {}", extent - 1
+    )]
+    Index { node: String, index: i64, extent: i64 },
     #[error("{what}")]
     Resources { what: String },
     /// Another rank could not do its part; nothing is broken.

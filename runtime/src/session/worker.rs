@@ -6,7 +6,7 @@ use crate::comm::{CommStats, Communicator, Group, Tag};
 use crate::cpu::WeightSource;
 use crate::cpu::constants::Constants;
 use crate::cpu::convert::{Place, StepError, convert};
-use crate::cpu::exec::{Finished, Prepared, Run, Slots};
+use crate::cpu::exec::{Failed, Finished, Prepared, Run, Slots};
 use crate::cpu::value::Value;
 use crate::state::{Change, SlotId, StateStore};
 use rten_gemm::GemmExecutor;
@@ -167,7 +167,8 @@ impl Worker {
             _ => Ok(()),
         };
         let own = match failure {
-            Some(what) => Err(SessionError::Refused { rank: self.program.rank, message: what }),
+            Some(Failed::Step(what)) => Err(SessionError::Refused { rank: self.program.rank, message: what }),
+            Some(Failed::Index { node, index, extent }) => Err(SessionError::Index { node, index, extent }),
             None => kept,
         };
         agree(&*self.communicator, &mut self.sequence, own)?;
@@ -304,9 +305,11 @@ fn check(
         });
     }
     if let Some(found) = weights.weights_hash().filter(|h| *h != program.weights_hash) {
+        let place = weights.place();
         return Err(SessionError::Weights {
             what: format!(
-                "the weights have hash {found}, the program expects {}\n  help: use the weights written with this program",
+                "{}the weights have hash {found}, the program expects {}\n  help: use the weights written with this program",
+                place.map(|place| format!("{place}: ")).unwrap_or_default(),
                 program.weights_hash
             ),
         });
@@ -372,6 +375,7 @@ fn gather_outputs(
             Ok(_) => continue,
             Err(StepError::Collective(error)) => return Err(error.into()),
             Err(StepError::Local(what)) => Err(what),
+            Err(StepError::Index { index, extent }) => Err(format!("index {index} of {extent}")),
         };
         match tensor {
             Ok(tensor) => {
