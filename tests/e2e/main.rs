@@ -7,5 +7,6 @@ mod draft;
 mod errors;
 mod golden_plan;
 mod launch;
+mod requests;
 mod shard_and_run;
 mod support;
