@@ -249,7 +249,8 @@ fn map(scalar: Scalar, args: &[&Type]) -> Inferred {
         | Scalar::ShiftLeft
         | Scalar::ShiftRight => {
             if args.iter().any(|t| !t.dtype.is_integer() || t.dtype != first) {
-                return Err(format!("operands {args:?} are not integers of one type"));
+                let types: Vec<String> = args.iter().map(ToString::to_string).collect();
+                return Err(format!("operands {} are not integers of one type", types.join(", ")));
             }
             first
         }

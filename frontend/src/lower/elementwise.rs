@@ -189,7 +189,8 @@ fn result_type(scalar: Scalar, types: &[DType]) -> Lowered<Option<DType>> {
     let Some(&first) = types.first() else { return Ok(None) };
     let operands = if scalar == S::Select { types.get(1..).unwrap_or(&[]) } else { types };
     if operands.windows(2).any(|pair| pair[0] != pair[1]) {
-        return Err(invalid(format!("operands are of types {types:?}")));
+        let names: Vec<&str> = types.iter().map(|dtype| dtype.name()).collect();
+        return Err(invalid(format!("operands are of types {}", names.join(", "))));
     }
     Ok(Some(match scalar {
         S::Cast(to) => to,
