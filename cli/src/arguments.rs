@@ -95,8 +95,10 @@ pub(crate) struct ModelArguments {
 
 #[derive(Debug, Args)]
 pub(crate) struct PricingArguments {
-    /// The dims to plan for: `batch=1,seq=128`, by role, symbol or `input[axis]`. Results are right for all dims.
-    #[arg(long, value_name = "DIM=N,…")]
+    /// The dims to plan for: `batch=1,seq=128`, by role, symbol or `input[axis]`. Given several times, the program has
+    /// an entry for each, e.g. `--dim decode*100:seq=1 --dim prefill:seq=2..2048`: name and weight may come first.
+    /// A range LOW..HIGH is a limit; numbers are what is planned for, and results are right for all others.
+    #[arg(long, value_name = "[NAME[*WEIGHT]:]DIM=N,…")]
     pub(crate) dim: Vec<String>,
     /// Hardware to plan for: a built-in profile or a file.
     #[arg(long, value_name = "NAME|FILE", default_value = "h100-sxm")]

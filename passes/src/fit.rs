@@ -53,21 +53,35 @@ pub fn largest_size(
     symbol: &Arc<str>,
     budget: u64,
 ) -> Result<Option<i64>, PlanError> {
-    let fits = |size: i64| -> Result<bool, PlanError> {
+    let bytes = |size: i64| -> Result<u64, PlanError> {
         let mut options = options.clone();
-        for value in options.entries.iter_mut().filter_map(|e| e.bindings.get_mut(symbol)) {
-            *value = size.min(*value);
+        for entry in &mut options.entries {
+            for bindings in [&mut entry.bindings, &mut entry.largest] {
+                bindings.entry(symbol.clone()).and_modify(|value| *value = size.min(*value));
+            }
         }
-        Ok(least_bytes(extended, &options)? <= budget)
+        least_bytes(extended, &options)
     };
-    let given = options.entries.iter().filter_map(|e| e.bindings.get(symbol)).max();
-    let (mut low, mut high) = (1, given.copied().unwrap_or(1));
-    if high <= 1 || !fits(low)? {
+    let given = options.entries.iter().filter_map(|e| e.largest.get(symbol)).max().copied();
+    let Some(given) = given.filter(|&given| given > 1) else { return Ok(None) };
+    let (mut low, mut high) = ((1, bytes(1)?), (given, bytes(given)?));
+    if low.1 > budget {
         return Ok(None);
     }
-    while high - low > 1 {
-        let middle = low + (high - low) / 2;
-        if fits(middle)? { low = middle } else { high = middle }
+    // Bytes grow nearly in proportion to the size: the proportional guess is right at once or next to it, and halving
+    // in between keeps this short where they do not.
+    for round in 0u32.. {
+        if high.0 - low.0 <= 1 {
+            break;
+        }
+        let share = (budget - low.1) as f64 / high.1.saturating_sub(low.1).max(1) as f64;
+        let guess = match round % 4 {
+            3 => low.0 + (high.0 - low.0) / 2,
+            odd => low.0 + ((high.0 - low.0) as f64 * share) as i64 + i64::from(odd == 1),
+        };
+        let size = guess.clamp(low.0 + 1, high.0 - 1);
+        let found = (size, bytes(size)?);
+        if found.1 <= budget { low = found } else { high = found }
     }
-    Ok(Some(low))
+    Ok(Some(low.0))
 }

@@ -309,7 +309,7 @@ fn activation_bytes(programs: &[(String, Spmd)], entries: &[Entry]) -> Result<u6
     let mut most = 0;
     for ((_, program), entry) in programs.iter().zip(entries) {
         let local = tpshard_ir::spmd::instantiate(program, 0)?;
-        let bindings = complete(&program.logical, &entry.largest());
+        let bindings = complete(&program.logical, &entry.largest);
         most = most.max(tpshard_ir::program::lower(&local).plan(&local, &bindings)?.bytes);
     }
     Ok(most)

@@ -1,18 +1,44 @@
-//! The values of the model's dims that a plan is made for: what `--dim` says, and the defaults of the roles for the
-//! rest, as far as the model allows them.
+//! The values of the model's dims that an entry is planned for: what one `--dim` says, and the defaults of the roles
+//! for the rest, as far as the model allows them.
 
 use super::planning::{pair, twice};
 use crate::failure::{Classify, Failure, Kind, Outcome};
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
 use std::sync::Arc;
 use tpshard_frontend::{Imported, Role};
-use tpshard_ir::graph::Guard;
+use tpshard_ir::graph::{Guard, SymbolRange};
 use tpshard_ir::{Bindings, Dim, Relation};
 
-/// The values of the model's symbols to plan for.
-pub(super) fn bindings(imported: &Imported, flags: &[String]) -> Outcome<Bindings> {
-    let given = parse(flags)?;
+/// What is given for one dim: a size, or the middle of a range of sizes.
+#[derive(Clone, Copy, PartialEq)]
+struct Given {
+    at: i64,
+    range: Option<SymbolRange>,
+}
+
+impl fmt::Display for Given {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.range {
+            None => write!(f, "{}", self.at),
+            Some(range) => write!(f, "{}..{}", range.low, range.high),
+        }
+    }
+}
+
+/// The sizes of one entry.
+pub(super) struct Dims {
+    /// Every symbol of the model.
+    pub(super) bindings: Bindings,
+    /// Those that were given as ranges.
+    pub(super) ranges: BTreeMap<Arc<str>, SymbolRange>,
+}
+
+/// The sizes of the model's symbols to plan for, from the text of one `--dim`.
+pub(super) fn dims(imported: &Imported, text: &str) -> Outcome<Dims> {
+    let given = parse(text)?;
     let graph = &imported.graph;
+    let mut ranges = BTreeMap::new();
     let mut bound = Bindings::new();
     let mut chosen: BTreeSet<Arc<str>> = BTreeSet::new();
     let mut used = inputs_named(imported, &given)?;
@@ -28,12 +54,14 @@ pub(super) fn bindings(imported: &Imported, flags: &[String]) -> Outcome<Binding
                 }
                 let least = if role == Some(&Role::Past) { 0 } else { range.low.max(1) };
                 let value = given[first];
-                if !(least..=range.high).contains(&value) {
+                let (low, high) = value.range.map_or((value.at, value.at), |r| (r.low, r.high));
+                if low < least || high > range.high {
                     let what = format!("not a size from {least} to {}", range.high);
                     return Err(refuse(&format!("{first}={value}"), &what, "e.g. --dim batch=1,seq=128"));
                 }
                 chosen.insert(symbol.clone());
-                value
+                ranges.extend(value.range.map(|range| (symbol.clone(), range)));
+                value.at
             }
         };
         used.extend(keys);
@@ -43,7 +71,7 @@ pub(super) fn bindings(imported: &Imported, flags: &[String]) -> Outcome<Binding
     derived_by_guards(imported, &given, &mut used, &mut bound)?;
     match given.keys().find(|name| !used.contains(*name)) {
         Some(unknown) => Err(unknown_dim(imported, unknown)),
-        None => Ok(bound),
+        None => Ok(Dims { bindings: bound, ranges }),
     }
 }
 
@@ -51,13 +79,27 @@ fn refuse(item: &str, what: &str, help: &str) -> Failure {
     Failure::new(Kind::Usage, format!("--dim {item}: {what}\nhelp: {help}"))
 }
 
-fn parse(flags: &[String]) -> Outcome<BTreeMap<String, i64>> {
+fn parse(text: &str) -> Outcome<BTreeMap<String, Given>> {
     let mut given = BTreeMap::new();
-    for item in flags.iter().flat_map(|flag| flag.split(',')).map(str::trim) {
+    if text.trim().is_empty() {
+        return Ok(given);
+    }
+    for item in text.split(',').map(str::trim) {
         let (name, value) = pair(item, "--dim", "batch=1,seq=128")?;
-        let value = value.trim().parse::<i64>().ok().filter(|value| *value >= 0);
+        let size = |text: &str| text.trim().parse::<i64>().ok().filter(|value| *value >= 0);
+        let value = match value.split_once("..") {
+            None => size(value).map(|at| Given { at, range: None }),
+            Some((low, high)) => match (size(low), size(high)) {
+                (Some(low), Some(high)) if low <= high => {
+                    Some(Given { at: low + (high - low) / 2, range: Some(SymbolRange { low, high }) })
+                }
+                _ => None,
+            },
+        };
         let value = value.ok_or_else(|| {
-            refuse(item, "not a size", "sizes are numbers from 0 to 2147483647, e.g. --dim batch=1,seq=128")
+            let help =
+                "sizes are numbers from 0 to 2147483647, ranges LOW..HIGH, e.g. --dim batch=1,seq=2..512";
+            refuse(item, "not a size", help)
         })?;
         if given.insert(name.trim().to_owned(), value).is_some() {
             return Err(twice("--dim", item));
@@ -67,7 +109,7 @@ fn parse(flags: &[String]) -> Outcome<BTreeMap<String, i64>> {
 }
 
 /// What of `given` is about this symbol: its name, an input's dim, or its role.
-fn keys(imported: &Imported, symbol: &Arc<str>, given: &BTreeMap<String, i64>) -> Vec<String> {
+fn keys(imported: &Imported, symbol: &Arc<str>, given: &BTreeMap<String, Given>) -> Vec<String> {
     let by_input = imported.graph.inputs().flat_map(|(_, name, ty)| {
         let own = ty.shape.iter().enumerate().filter(|(_, dim)| dim.as_symbol() == Some(symbol));
         own.map(|(axis, _)| format!("{name}[{axis}]")).collect::<Vec<_>>()
@@ -83,7 +125,7 @@ fn keys(imported: &Imported, symbol: &Arc<str>, given: &BTreeMap<String, i64>) -
 }
 
 /// The keys of the form `input[axis]`; refuses those whose dim is not one symbol.
-fn inputs_named(imported: &Imported, given: &BTreeMap<String, i64>) -> Outcome<BTreeSet<String>> {
+fn inputs_named(imported: &Imported, given: &BTreeMap<String, Given>) -> Outcome<BTreeSet<String>> {
     let mut found = BTreeSet::new();
     for (key, &value) in given {
         let Some((name, axis)) = key.strip_suffix(']').and_then(|key| key.rsplit_once('[')) else { continue };
@@ -175,7 +217,7 @@ fn move_default(imported: &Imported, guard: &Guard, chosen: &BTreeSet<Arc<str>>,
 /// Dims that the import replaced (`total = past + seq`) may be given as well, if they agree.
 fn derived_by_guards(
     imported: &Imported,
-    given: &BTreeMap<String, i64>,
+    given: &BTreeMap<String, Given>,
     used: &mut BTreeSet<String>,
     bound: &mut Bindings,
 ) -> Outcome<()> {
@@ -183,7 +225,8 @@ fn derived_by_guards(
         let Some(&wanted) = given.get(equality.symbol.as_ref()) else { continue };
         used.insert(equality.symbol.to_string());
         let value = equality.equals.eval(bound).or_fail(Kind::Usage)?;
-        if value != wanted {
+        let fits = wanted.range.map_or(value == wanted.at, |r| (r.low..=r.high).contains(&value));
+        if !fits {
             let what = format!("the model makes it {} = {value} for the other dims", equality.equals);
             let help = "leave it out, or give dims that agree";
             return Err(refuse(&format!("{}={wanted}", equality.symbol), &what, help));

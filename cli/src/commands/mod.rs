@@ -3,6 +3,7 @@
 pub(crate) mod check;
 pub(crate) mod compare;
 mod dims;
+mod entries;
 pub(crate) mod exec;
 pub(crate) mod inspect;
 pub(crate) mod plan;

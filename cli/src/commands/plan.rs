@@ -1,32 +1,49 @@
 //! `tpshard plan`: what more ranks would bring, without writing anything.
 
-use super::planning::{check_ranks, import_model, plan_model};
-use super::reporting::{report_json, table};
+use super::planning::{Planning, check_ranks, import_model};
+use super::reporting::{Row, report_json, table};
 use crate::arguments::PlanArguments;
 use crate::failure::{Failure, Kind, Outcome};
 use crate::output;
 use serde_json::{Value, json};
 use std::time::Instant;
-use tpshard_passes::PlanReport;
+use tpshard_passes::PlanError;
+use tpshard_passes::extract::ExtractError;
 
 pub(crate) fn plan(arguments: &PlanArguments, json: bool) -> Outcome<()> {
     let ranks = rank_list(&arguments.ranks)?;
     let imported = import_model(&arguments.model, &arguments.from, false)?;
-    let mut plans = Vec::new();
-    for &n in &ranks {
+    let planning = Planning::new(&imported, &arguments.pricing)?;
+    let mut rows: Vec<Row> = Vec::new();
+    let mut last = None;
+    for &ranks in &ranks {
         let start = Instant::now();
-        let plan = plan_model(&imported, n, &arguments.pricing)?;
-        plans.push((n, plan.report, start.elapsed().as_secs_f64()));
+        let outcome = match planning.plan(ranks) {
+            Ok(plan) => Ok(plan.report),
+            // Other numbers of ranks may fit.
+            Err(PlanError::Extract(ExtractError::Budget { least, .. })) => Err(least),
+            Err(error) => return Err(planning.failure(ranks, &error)),
+        };
+        let seconds = start.elapsed().as_secs_f64();
+        last = outcome.is_err().then_some(ranks).or(last);
+        rows.push(Row { ranks, outcome, seconds });
+    }
+    if let (true, Some(ranks)) = (rows.iter().all(|row| row.outcome.is_err()), last) {
+        return planning.plan(ranks).map(|_| ()).map_err(|error| planning.failure(ranks, &error));
     }
     if json {
-        let rows: Vec<Value> = plans
+        let rows: Vec<Value> = rows
             .iter()
-            .map(|(n, report, seconds)| json!({ "ranks": n, "plan": report_json(report), "planning_seconds": seconds }))
+            .map(|Row { ranks, outcome, seconds }| match outcome {
+                Ok(report) => {
+                    json!({ "ranks": ranks, "plan": report_json(report), "planning_seconds": seconds })
+                }
+                Err(least) => json!({ "ranks": ranks, "needs_bytes": least, "planning_seconds": seconds }),
+            })
             .collect();
         return output::line(json!({ "model": arguments.model.display().to_string(), "plans": rows }));
     }
-    let reports: Vec<&PlanReport> = plans.iter().map(|(_, report, _)| report).collect();
-    output::text(table(&reports))
+    output::text(table(&rows))
 }
 
 /// `1,2,4,8` or `1-8` or a mixture.

@@ -1,15 +1,18 @@
 //! From a model file to a checked plan: what `tpshard MODEL` and `tpshard plan` have in common.
 
-use super::dims;
+use super::entries::entries;
 use crate::arguments::{ModelArguments, PricingArguments};
 use crate::failure::{Classify, Failure, Kind, Outcome};
+use std::collections::BTreeMap;
 use std::path::Path;
+use std::sync::Arc;
 use tpshard_frontend::error::ErrorKind;
 use tpshard_frontend::{ImportOptions, Imported, Limits, OutputRequest, Role, import};
 use tpshard_ir::{Data, Tensor};
 use tpshard_passes::cost::Profile;
 use tpshard_passes::extended::Extended;
-use tpshard_passes::{Entry, MemoryGoal, Plan, PlanError, PlanOptions};
+use tpshard_passes::extract::ExtractError;
+use tpshard_passes::{MemoryGoal, Plan, PlanError, PlanOptions, fit};
 
 /// Imports a model as the flags say. Planning alone needs no weights.
 pub(crate) fn import_model(path: &Path, arguments: &ModelArguments, need_data: bool) -> Outcome<Imported> {
@@ -139,16 +142,36 @@ fn memory(text: &Option<String>) -> Outcome<MemoryGoal> {
     }
 }
 
-/// Plans an imported model for `ranks`.
-pub(crate) fn plan_model(imported: &Imported, ranks: usize, arguments: &PricingArguments) -> Outcome<Plan> {
-    let mut options = PlanOptions::new(ranks, profile(&arguments.profile)?);
-    options.memory = memory(&arguments.memory)?;
-    let bindings = dims::bindings(imported, &arguments.dim)?;
-    options.entries = vec![Entry::new("main", bindings)];
-    let mut extended = Extended::new(imported.graph.clone());
-    tpshard_passes::canonical::canonicalise(&mut extended);
-    tpshard_passes::plan(extended, &options).map_err(|error| {
-        let kind = match &error {
+/// An imported model ready to be planned for any number of ranks.
+pub(crate) struct Planning {
+    extended: Extended,
+    options: PlanOptions,
+    roles: BTreeMap<Arc<str>, Role>,
+}
+
+impl Planning {
+    /// Reads the flags and brings the graph to the planner's form.
+    pub(crate) fn new(imported: &Imported, arguments: &PricingArguments) -> Outcome<Planning> {
+        let mut options = PlanOptions::new(1, profile(&arguments.profile)?);
+        options.memory = memory(&arguments.memory)?;
+        options.entries = entries(imported, &arguments.dim)?;
+        let mut extended = Extended::new(imported.graph.clone());
+        tpshard_passes::canonical::canonicalise(&mut extended);
+        Ok(Planning { extended, options, roles: imported.report.roles.clone() })
+    }
+
+    fn options(&self, ranks: usize) -> PlanOptions {
+        PlanOptions { ranks, ..self.options.clone() }
+    }
+
+    /// The plan for `ranks`.
+    pub(crate) fn plan(&self, ranks: usize) -> Result<Plan, PlanError> {
+        tpshard_passes::plan(self.extended.clone(), &self.options(ranks))
+    }
+
+    /// Why there is no plan for `ranks`, with what would fit if memory is too small.
+    pub(crate) fn failure(&self, ranks: usize, error: &PlanError) -> Failure {
+        let kind = match error {
             PlanError::Ranks { .. } | PlanError::NoEntry | PlanError::Range { .. } | PlanError::Pin(_) => {
                 Kind::Usage
             }
@@ -159,8 +182,39 @@ pub(crate) fn plan_model(imported: &Imported, ranks: usize, arguments: &PricingA
             | PlanError::Infer(_)
             | PlanError::Instantiate(_) => Kind::Internal,
         };
-        Failure::new(kind, error)
-    })
+        match (error, self.options.memory) {
+            (PlanError::Extract(ExtractError::Budget { .. }), MemoryGoal::Bytes(budget)) => {
+                Failure::new(kind, format!("{error}\n{}", self.advice(ranks, budget)))
+            }
+            _ => Failure::new(kind, error),
+        }
+    }
+
+    /// What fits a budget that `ranks` do not keep.
+    fn advice(&self, ranks: usize, budget: u64) -> String {
+        let options = self.options(ranks);
+        let mut found = Vec::new();
+        if let Ok(Some(ranks)) = fit::smallest_ranks(&self.extended, &options, budget) {
+            found.push(format!("{ranks} ranks are the fewest that fit"));
+        }
+        for wanted in [Role::Past, Role::Sequence, Role::Batch] {
+            for (symbol, _) in self.roles.iter().filter(|(_, role)| **role == wanted) {
+                if let Ok(Some(size)) = fit::largest_size(&self.extended, &options, symbol, budget) {
+                    found.push(format!("with {ranks} ranks {symbol} up to {size} fits"));
+                }
+            }
+        }
+        match found.as_slice() {
+            [] => "no number of ranks and no shorter sequence fits this budget".to_owned(),
+            found => format!("what would fit: {}", found.join("; ")),
+        }
+    }
+}
+
+/// Plans an imported model for `ranks`.
+pub(crate) fn plan_model(imported: &Imported, ranks: usize, arguments: &PricingArguments) -> Outcome<Plan> {
+    let planning = Planning::new(imported, arguments)?;
+    planning.plan(ranks).map_err(|error| planning.failure(ranks, &error))
 }
 
 /// A number of ranks that can be asked for.

@@ -48,8 +48,17 @@ fn verdict_name(verdict: Verdict) -> &'static str {
     }
 }
 
+/// What planning for a number of ranks came to.
+pub(crate) struct Row {
+    pub(crate) ranks: usize,
+    /// The plan, or the bytes that every plan needs if the budget is below them.
+    pub(crate) outcome: Result<PlanReport, u64>,
+    pub(crate) seconds: f64,
+}
+
 /// A table of plans for several numbers of ranks, and what follows from it.
-pub(crate) fn table(reports: &[&PlanReport]) -> String {
+pub(crate) fn table(found: &[Row]) -> String {
+    let reports: Vec<&PlanReport> = found.iter().filter_map(|row| row.outcome.as_ref().ok()).collect();
     let mut text = String::new();
     if let Some(first) = reports.first() {
         for found in &first.entries {
@@ -71,7 +80,17 @@ pub(crate) fn table(reports: &[&PlanReport]) -> String {
         "verdict",
     ];
     let mut rows = vec![header.map(str::to_owned).to_vec()];
-    for report in reports {
+    for row in found {
+        let report = match &row.outcome {
+            Ok(report) => report,
+            Err(least) => {
+                let mut cells = vec![String::new(); header.len()];
+                cells[0] = row.ranks.to_string();
+                cells[header.len() - 1] = format!("needs {}", Bytes(*least));
+                rows.push(cells);
+                continue;
+            }
+        };
         let total: f64 = report.entries.iter().map(|e| e.entry.weight).sum();
         let part = |get: fn(&tpshard_passes::cost::Parts) -> f64| {
             let share = |e: &EntryReport| get(&e.parts) * e.entry.weight / total;
@@ -97,7 +116,7 @@ pub(crate) fn table(reports: &[&PlanReport]) -> String {
         let cells: Vec<String> = row.iter().zip(&widths).map(|(cell, w)| format!("{cell:>w$}")).collect();
         let _ = writeln!(text, "{}", cells.join("  "));
     }
-    text.push_str(&conclusion(reports));
+    text.push_str(&conclusion(&reports));
     text
 }
 

@@ -23,7 +23,9 @@ pub struct Entry {
     pub name: String,
     /// The sizes that time is predicted for.
     pub bindings: Bindings,
-    /// The sizes the entry is for; symbols without a range may have any. Memory is counted at the upper ends.
+    /// The sizes that memory is counted for.
+    pub largest: Bindings,
+    /// The sizes the entry is for; symbols without a range may have any.
     pub ranges: BTreeMap<Arc<str>, SymbolRange>,
     pub weight: f64,
 }
@@ -31,14 +33,7 @@ pub struct Entry {
 impl Entry {
     /// An entry of weight 1 for these sizes, which takes all others as well.
     pub fn new(name: &str, bindings: Bindings) -> Entry {
-        Entry { name: name.into(), bindings, ranges: BTreeMap::new(), weight: 1.0 }
-    }
-
-    /// The largest sizes the entry is for, as far as it has limits.
-    pub fn largest(&self) -> Bindings {
-        let mut largest = self.bindings.clone();
-        largest.extend(self.ranges.iter().map(|(name, range)| (name.clone(), range.high)));
-        largest
+        Entry { name: name.into(), largest: bindings.clone(), bindings, ranges: BTreeMap::new(), weight: 1.0 }
     }
 }
 
@@ -142,7 +137,7 @@ fn product(extents: &[u64]) -> f64 {
 impl<'a> Pricer<'a> {
     pub fn new(profile: &'a Profile, graph: &'a Graph, entries: &'a [Entry]) -> Pricer<'a> {
         let bindings: Vec<Bindings> = entries.iter().map(|e| complete(graph, &e.bindings)).collect();
-        let largest_bindings: Vec<Bindings> = entries.iter().map(|e| complete(graph, &e.largest())).collect();
+        let largest_bindings: Vec<Bindings> = entries.iter().map(|e| complete(graph, &e.largest)).collect();
         let all = |bindings: &[Bindings]| -> Vec<Extents> {
             let of = |ty: &Type| bindings.iter().map(|b| extents_complete(ty, b)).collect();
             graph.nodes().iter().map(|n| of(&n.ty)).collect()
