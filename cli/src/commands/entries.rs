@@ -1,7 +1,8 @@
 //! The entries of a program: one per `--dim`, and which of them takes which sizes.
 //!
 //! Sizes given as ranges are limits. Sizes given as numbers are what time is predicted for; if several entries differ
-//! in them, each takes the sizes next to its own on a logarithmic scale, so that together they take all.
+//! in them, each takes the sizes next to its own on a logarithmic scale, so that together they take all. Beside a range
+//! of another entry, a number means just that size.
 
 use super::dims::{Dims, dims};
 use crate::failure::{Failure, Kind, Outcome};
@@ -89,25 +90,41 @@ fn share_out(imported: &Imported, entries: &mut [Entry]) -> Outcome<()> {
     order.sort_by_key(|s| imported.report.roles.get(s) != Some(&Role::Sequence));
     let mut open: Vec<Vec<usize>> = vec![(0..entries.len()).collect()];
     while let Some(alike) = open.pop() {
-        if alike.len() < 2 {
+        let all_apart = alike
+            .iter()
+            .enumerate()
+            .all(|(at, &a)| alike[at + 1..].iter().all(|&b| apart(&entries[a].ranges, &entries[b].ranges)));
+        if all_apart {
             continue;
         }
         let sizes = |symbol: &Arc<str>| -> BTreeSet<i64> {
             alike.iter().filter_map(|&e| entries[e].bindings.get(symbol).copied()).collect()
         };
-        let limited = |symbol: &Arc<str>| alike.iter().any(|&e| entries[e].ranges.contains_key(symbol));
-        let Some(symbol) = order.iter().find(|s| !limited(s) && sizes(s).len() > 1).cloned() else {
-            let disjoint = alike.iter().enumerate().all(|(at, &a)| {
-                alike[at + 1..].iter().all(|&b| apart(&entries[a].ranges, &entries[b].ranges))
-            });
-            if disjoint {
-                continue;
-            }
+        let limited =
+            |symbol: &Arc<str>| alike.iter().filter(|&&e| entries[e].ranges.contains_key(symbol)).count();
+        let tells_apart = |symbol: &&Arc<str>| match limited(symbol) {
+            0 => sizes(symbol).len() > 1,
+            some => some < alike.len(),
+        };
+        let Some(symbol) = order.iter().find(tells_apart).cloned() else {
             let names: Vec<&str> = alike.iter().map(|&e| entries[e].name.as_str()).collect();
             let what = format!("entries {} take the same sizes", names.join(" and "));
             let help = "let them differ in a size, or give ranges that do not overlap";
             return Err(Failure::new(Kind::Usage, format!("--dim: {what}\nhelp: {help}")));
         };
+        if limited(&symbol) > 0 {
+            // Beside a range, a number means just that size.
+            for &entry in &alike {
+                if let Some(&size) = entries[entry].bindings.get(&symbol) {
+                    entries[entry]
+                        .ranges
+                        .entry(symbol.clone())
+                        .or_insert(SymbolRange { low: size, high: size });
+                }
+            }
+            open.push(alike);
+            continue;
+        }
         let whole = symbols.get(&symbol).copied().unwrap_or(SymbolRange { low: 0, high: i64::MAX });
         let sizes: Vec<i64> = sizes(&symbol).into_iter().collect();
         let mut low = whole.low;
