@@ -273,8 +273,7 @@ impl Profile {
     fn flat(&self, collective: Collective, span: Span, bytes: f64) -> impl Iterator<Item = f64> {
         let pair = |near: &Protocol| self.network.iter().find(|far| far.name == near.name);
         let seconds = move |near: &Protocol, far: &Protocol| flat(near, far, collective, span, bytes);
-        let times: Vec<f64> =
-            self.protocols.iter().filter_map(|near| seconds(near, pair(near)?)).collect();
+        let times: Vec<f64> = self.protocols.iter().filter_map(|near| seconds(near, pair(near)?)).collect();
         times.into_iter()
     }
 
@@ -315,7 +314,11 @@ fn flat(near: &Protocol, far: &Protocol, collective: Collective, span: Span, byt
     let ranks = local * nodes;
     let bandwidth = near.bandwidth.min(far.bandwidth * local);
     match (near.algorithm, far.algorithm, collective) {
-        (Algorithm::Ring, Algorithm::Ring, Collective::AllReduce | Collective::AllGather | Collective::ReduceScatter) => {
+        (
+            Algorithm::Ring,
+            Algorithm::Ring,
+            Collective::AllReduce | Collective::AllGather | Collective::ReduceScatter,
+        ) => {
             let crossings = collective.steps(nodes);
             let steps = collective.steps(ranks) - crossings;
             let carried = collective.carried(ranks) * bytes;

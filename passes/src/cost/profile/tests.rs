@@ -23,7 +23,16 @@ fn every_source_can_be_checked() {
         for line in text.lines().filter(|l| !l.starts_with('#') && !l.starts_with("name")) {
             let source = line.split_once('|').map_or("", |(_, s)| s.trim());
             assert!(!source.contains("recalled"), "{name}: {line}");
-            let cited = ["http", "github.com", "NCCL", "estimate", "measured", "#", "specification", "hellomatik.com"];
+            let cited = [
+                "http",
+                "github.com",
+                "NCCL",
+                "estimate",
+                "measured",
+                "#",
+                "specification",
+                "hellomatik.com",
+            ];
             assert!(cited.iter().any(|c| source.contains(c)), "{name}: {line}");
         }
     }
@@ -140,18 +149,31 @@ fn a_machine_is_divided_between_its_ranks() {
 #[test]
 fn the_rule_of_thumb_holds() {
     let prefill = Prefill::of_hidden(8192.0);
-    // By the data sheets: dense peak and the link's raw rate in one direction.
-    let sheet = |peak: f64, link: f64| prefill.ranks(peak, link);
-    assert!((sheet(312e12, 32e9) - 1.84).abs() < 0.01);
-    assert!((sheet(989e12, 450e9) - 4.73).abs() < 0.01);
-    assert!((sheet(989e12, 200e9) - 2.66).abs() < 0.01);
-    for (name, rule, own) in
-        [("a100-pcie-80", 2.0, 1.90), ("h100-sxm", 5.0, 6.56), ("h800-sxm", 2.0, 3.29)]
-    {
-        let found = built_in(name).ranks_that_pay(&prefill, 64);
-        println!("{name}: rule {rule}, own {found:.2}");
-        let _ = (own, found);
+    let sheets = [(312e12, 32e9), (989e12, 450e9), (989e12, 200e9)];
+    // The rule; the formula with data-sheet numbers; the profile's prices with rings only; all its prices.
+    let expected = [
+        ("a100-pcie-80", 2.0, 1.84, 1.90, 1.90),
+        ("h100-sxm", 5.0, 4.73, 5.39, 6.39),
+        ("h800-sxm", 2.0, 2.66, 2.89, 3.47),
+    ];
+    for ((peak, link), (name, rule, sheet, rings, own)) in sheets.into_iter().zip(expected) {
+        let profile = built_in(name);
+        let mut ringed = profile.clone();
+        ringed.protocols.retain(|p| p.algorithm == Algorithm::Ring);
+        let found = [
+            prefill.ranks(peak, link),
+            ringed.ranks_that_pay(&prefill, 64),
+            profile.ranks_that_pay(&prefill, 64),
+        ];
+        for (found, expected) in found.iter().zip([sheet, rings, own]) {
+            assert!((found - expected).abs() < 0.01, "{name}: {found:?}");
+        }
+        assert!((found[0] - rule).abs() < 1.0 && (found[1] - rule).abs() < 1.0, "{name}: {found:?}");
     }
+    // A small hidden size does not pay anywhere; a machine without a limit pays for all.
+    let small = Prefill::of_hidden(512.0);
+    assert!(built_in("a100-pcie-80").ranks_that_pay(&small, 64) < 1.1);
+    assert_eq!(built_in("b200").ranks_that_pay(&Prefill::of_hidden(1e6), 8), 8.0);
 }
 
 #[test]
@@ -189,7 +211,10 @@ fn wrong_lines_are_named() {
     assert!(matches!(with("name = x"), Err(ProfileError::Line { line: 2.., .. })));
     let network = "protocol.inter.x = ring base 1 step 1 bandwidth 1 | guess";
     assert_eq!(with(network), Err(ProfileError::Missing { quantity: "node_ranks" }));
-    assert_eq!(with("node_ranks = 8 | guess"), Err(ProfileError::Missing { quantity: "protocol.inter.NAME" }));
+    assert_eq!(
+        with("node_ranks = 8 | guess"),
+        Err(ProfileError::Missing { quantity: "protocol.inter.NAME" })
+    );
     assert!(with(&format!("node_ranks = 8 | guess\n{network}")).is_ok());
     let without = |key: &str| {
         let text: Vec<&str> = good.lines().filter(|l| !l.starts_with(key)).collect();
