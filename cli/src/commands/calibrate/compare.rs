@@ -90,7 +90,7 @@ impl Planned {
                 format!("{}: config.json holds no plan\n{help}", folder.path.display()),
             )
         };
-        let plan = folder.config.get("plan").ok_or_else(missing)?;
+        let plan = folder.config.pointer("/build/plan").ok_or_else(missing)?;
         let dims = plan.pointer("/times/0/dims").and_then(Value::as_object).ok_or_else(missing)?;
         let dim = |(name, value): (&String, &Value)| Some((Arc::from(name.as_str()), value.as_i64()?));
         Ok(Planned {

@@ -1,15 +1,15 @@
 //! Lines through measured points, by least squares of the relative error.
 //!
-//! A time is `base + bytes / bandwidth` only while caches serve it alike, so a collective gets up to four lines for
-//! four ranges of sizes. Ranks that were not measured get the ring's formula, fitted over all that were.
+//! A time is `base + bytes / bandwidth` only while caches serve it alike, so a collective gets up to six lines for
+//! as many ranges of sizes. Ranks that were not measured get the ring's formula, fitted over all that were.
 
 use super::links::Point;
 use tpshard_passes::cost::profile::Collective;
 
 /// Most lines for one collective.
-const MOST_LINES: usize = 4;
+const MOST_LINES: usize = 6;
 /// Points that a line needs.
-const LEAST_POINTS: usize = 3;
+const LEAST_POINTS: usize = 2;
 /// More lines are taken until every point is this close.
 const CLOSE: f64 = 0.1;
 /// What stands for nothing in a profile, whose numbers are above zero: seconds.
@@ -74,7 +74,7 @@ fn solve<const N: usize>(rows: &[([f64; N], f64)], used: &[usize]) -> Option<[f6
     Some(weights)
 }
 
-/// The fewest lines, up to four, that come close to all points, which are sorted by bytes.
+/// The fewest lines, up to six, that come close to all points, which are sorted by bytes.
 pub(crate) fn lines(points: &[(f64, f64)]) -> Vec<Line> {
     let most = (points.len() / LEAST_POINTS).clamp(1, MOST_LINES);
     let mut found = Vec::new();

@@ -230,6 +230,10 @@ impl Profile {
 
     /// Where the ranks lie that differ from rank 0 on these axes of a mesh only. The last axis counts fastest.
     pub fn span_of_axes(&self, mesh: &[usize], axes: &[usize]) -> Span {
+        let sizes = axes.iter().filter_map(|&axis| mesh.get(axis));
+        let Some(node) = self.node_ranks else {
+            return Span { local: sizes.product::<usize>().max(1), nodes: 1 };
+        };
         let mut ranks = vec![0usize];
         let mut stride = 1usize;
         for (axis, &size) in mesh.iter().enumerate().rev() {
@@ -238,7 +242,6 @@ impl Profile {
             }
             stride = stride.saturating_mul(size.max(1));
         }
-        let Some(node) = self.node_ranks else { return Span { local: ranks.len(), nodes: 1 } };
         let nodes: std::collections::BTreeSet<usize> = ranks.iter().map(|r| r / node).collect();
         let nodes = nodes.len().max(1);
         Span { local: ranks.len().div_ceil(nodes), nodes }
