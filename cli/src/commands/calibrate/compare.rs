@@ -1,6 +1,6 @@
 //! Predictions held against measurements: a profile's collectives, and the steps of models sharded with it.
 
-use super::{Effort, links, median, report, steps};
+use super::{Effort, ROUNDS, links, median, report, steps};
 use crate::arguments::CalibrateArguments;
 use crate::commands::planning;
 use crate::failure::{Classify, Failure, Kind, Outcome};
@@ -40,7 +40,7 @@ pub(crate) fn compare(arguments: &CalibrateArguments, effort: Effort, json: bool
             folder: folder.path.display().to_string(),
             ranks: folder.ranks,
             predicted: plan.seconds + profile.step_overhead,
-            measured: step(folder, &plan.dims, effort)?,
+            measured: least_step(folder, &plan.dims, effort)?,
         });
     }
     let ranks = profile.shared_ranks.unwrap_or(2).max(2);
@@ -99,6 +99,14 @@ impl Planned {
             dims: dims.iter().map(dim).collect::<Option<_>>().ok_or_else(missing)?,
         })
     }
+}
+
+fn least_step(folder: &Folder, dims: &Bindings, effort: Effort) -> Outcome<f64> {
+    let mut least = f64::INFINITY;
+    for _ in 0..ROUNDS {
+        least = least.min(step(folder, dims, effort)?);
+    }
+    Ok(least)
 }
 
 /// The median time of a step at the dims that were planned for.

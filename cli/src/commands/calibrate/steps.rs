@@ -1,6 +1,6 @@
 //! Rates of the kernels, from the steps of small programs that every rank runs whole.
 
-use super::{Effort, median};
+use super::{Effort, ROUNDS, median};
 use crate::failure::{Classify, Failure, Kind, Outcome};
 use crate::runner::session_failure;
 use std::collections::BTreeMap;
@@ -65,8 +65,11 @@ fn slope(
     effort: Effort,
 ) -> Outcome<Slope> {
     let [short, long] = lengths;
-    let time = |length| step_time(rows, depth, length, sums, ranks, effort);
-    let (first, second) = (time(short)?, time(long)?);
+    let (mut first, mut second) = (f64::INFINITY, f64::INFINITY);
+    for _ in 0..ROUNDS {
+        first = first.min(step_time(rows, depth, short, sums, ranks, effort)?);
+        second = second.min(step_time(rows, depth, long, sums, ranks, effort)?);
+    }
     let per_link = (second - first) / (long - short) as f64;
     if !(per_link.is_finite() && per_link > 0.0) {
         let message = format!(
