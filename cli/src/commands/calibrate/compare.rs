@@ -91,11 +91,11 @@ impl Planned {
             )
         };
         let plan = folder.config.pointer("/build/plan").ok_or_else(missing)?;
-        let dims = plan.pointer("/times/0/dims").and_then(Value::as_object).ok_or_else(missing)?;
+        let dims = plan.pointer("/entries/0/dims").and_then(Value::as_object).ok_or_else(missing)?;
         let dim = |(name, value): (&String, &Value)| Some((Arc::from(name.as_str()), value.as_i64()?));
         Ok(Planned {
             profile: plan.get("profile").and_then(Value::as_str).ok_or_else(missing)?.to_owned(),
-            seconds: plan.get("seconds").and_then(Value::as_f64).ok_or_else(missing)?,
+            seconds: plan.pointer("/entries/0/seconds").and_then(Value::as_f64).ok_or_else(missing)?,
             dims: dims.iter().map(dim).collect::<Option<_>>().ok_or_else(missing)?,
         })
     }
