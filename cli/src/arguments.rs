@@ -78,6 +78,8 @@ pub(crate) enum Command {
     Exec(ExecArguments),
     /// Compare two files of tensors.
     Compare(CompareArguments),
+    /// Measure this machine and write its hardware profile.
+    Calibrate(CalibrateArguments),
 }
 
 #[derive(Debug, Args)]
@@ -274,4 +276,27 @@ pub(crate) struct CompareArguments {
     pub(crate) expected: PathBuf,
     #[command(flatten)]
     pub(crate) tolerance: ToleranceArguments,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct CalibrateArguments {
+    /// The profile to write, for --profile. Default: only show what was measured.
+    #[arg(long, short, value_name = "FILE")]
+    pub(crate) out: Option<PathBuf>,
+    /// Ranks that run at once. Default: one per core, from 2 to 8.
+    #[arg(long, value_name = "N")]
+    pub(crate) ranks: Option<usize>,
+    /// Fewer samples and sizes.
+    #[arg(long)]
+    pub(crate) quick: bool,
+    /// Measure nothing new: hold a profile's prices, and the time predicted for these sharded models, against what
+    /// is measured now.
+    #[arg(long, value_name = "DIR", num_args = 1.., requires = "profile", conflicts_with_all = ["out", "ranks"])]
+    pub(crate) against: Vec<PathBuf>,
+    /// The profile to hold against.
+    #[arg(long, value_name = "NAME|FILE", requires = "against")]
+    pub(crate) profile: Option<String>,
+    /// What the ranks that are started by this command write.
+    #[arg(long, value_name = "FILE", hide = true)]
+    pub(crate) worker: Option<PathBuf>,
 }

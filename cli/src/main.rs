@@ -60,5 +60,6 @@ fn run(words: Vec<OsString>) -> Outcome<()> {
         Command::Inspect(arguments) => commands::inspect::inspect(&arguments, json),
         Command::Exec(arguments) => commands::exec::exec(&arguments, json),
         Command::Compare(arguments) => commands::compare::compare(&arguments, json),
+        Command::Calibrate(arguments) => commands::calibrate::calibrate(&arguments, json, quiet),
     }
 }

@@ -17,9 +17,7 @@ const LIMIT: usize = 1 << 22;
 /// Machines that make different plans the best ones.
 fn profiles() -> Vec<Profile> {
     let base = Profile::built_in("h100-sxm").unwrap();
-    let cheap_links = base
-        .text
-        .replace("base 6.6e-6 step 0.6e-6 bandwidth 141e9", "base 1e-12 step 1e-12 bandwidth 1e15")
+    let cheap_links = common::with_link(&base.text, "base 1e-12 step 1e-12 bandwidth 1e15")
         .replace("memory_bandwidth = 3.35e12", "memory_bandwidth = 1e6")
         .replace("kernel_launch = 1.3e-6", "kernel_launch = 1e-9");
     vec![base, Profile::parse(&cheap_links).unwrap()]

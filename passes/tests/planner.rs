@@ -151,10 +151,7 @@ fn softmax_stays_split_over_the_vocabulary() {
 fn norm_stays_split_over_the_hidden_dim_where_links_are_cheap() {
     let profile = Profile::built_in("h100-sxm").unwrap();
     // All but no latency, and little bandwidth: two numbers per row are cheap, whole rows are not.
-    let text = profile
-        .text
-        .replace("base 6.6e-6 step 0.6e-6 bandwidth 141e9", "base 1e-9 step 1e-9 bandwidth 1e9")
-        .replace("base 8.4e-6 step 3.4e-6 bandwidth 370e9", "base 1e-9 step 1e-9 bandwidth 1e9");
+    let text = common::with_link(&profile.text, "base 1e-9 step 1e-9 bandwidth 1e9");
     let mut net = common::Net::new("norm", DType::F32);
     let rows = net.symbol("rows");
     let x = net.input("x", DType::F32, &[rows.clone(), common::dim(8192)]);

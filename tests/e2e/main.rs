@@ -1,6 +1,7 @@
 //! The tool from the outside: every test starts `tpshard` or what it wrote, and looks at exit codes, messages and files.
 
 mod bisect;
+mod calibrate;
 mod check;
 mod crash;
 mod draft;

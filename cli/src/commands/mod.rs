@@ -1,5 +1,6 @@
 //! One file per command. A command takes its parsed flags, prints its result, and returns a classified failure.
 
+pub(crate) mod calibrate;
 pub(crate) mod check;
 pub(crate) mod compare;
 mod dims;

@@ -6,7 +6,7 @@
 //! users. A quantised weight is widened where it is used, so its users read the quantised bytes.
 
 use super::Cost;
-use super::profile::Profile;
+use super::profile::{Collective, Profile};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use tpshard_ir::graph::SymbolRange;
@@ -336,28 +336,30 @@ impl<'a> Pricer<'a> {
         let dtype = self.graph.ty(value).dtype;
         let before = bytes(dtype, &self.local(value, from, mesh, entry));
         let after = bytes(dtype, &self.local(value, to, mesh, entry));
-        let ranks = conversion.axes().iter().filter_map(|&a| mesh.0.get(a)).product::<usize>().max(1) as u64;
-        let hops = (ranks - 1) as f64;
-        let share = |bytes: u64| bytes - bytes / ranks;
-        let (steps, carried, payload) = match conversion {
+        let span = match conversion {
+            Conversion::Transfer => self.profile.span(2),
+            _ => self.profile.span_of_axes(&mesh.0, conversion.axes()),
+        };
+        let ranks = span.ranks() as u64;
+        // Uneven shards are padded to rank 0's, the largest.
+        let padded = |shard: u64, whole: u64| shard.saturating_mul(ranks).max(whole);
+        let (kind, tensor, payload) = match conversion {
             Conversion::ShardSlice { .. } | Conversion::OnlyFirst { .. } => return (look(), 0),
-            Conversion::Transfer => (1.0, after as f64, after),
+            Conversion::Transfer => (Collective::Transfer, after, after),
             Conversion::AllReduce { .. } | Conversion::TreeReduce { .. } => {
-                (2.0 * hops, 2.0 * hops / ranks as f64 * before as f64, before)
+                (Collective::AllReduce, before, before)
             }
             Conversion::AllGather { .. } => {
-                let payload = after.saturating_sub(before);
-                (hops, payload as f64, payload)
+                (Collective::AllGather, padded(before, after), after.saturating_sub(before))
             }
             Conversion::ReduceScatter { .. } => {
-                let payload = before.saturating_sub(after);
-                (hops, payload as f64, payload)
+                (Collective::ReduceScatter, padded(after, before), before.saturating_sub(after))
             }
             Conversion::AllToAll { .. } | Conversion::Redeal { .. } => {
-                (hops, share(after) as f64, share(after))
+                (Collective::AllToAll, after, after - after / ranks)
             }
         };
-        let communication = self.profile.collective(steps, carried);
+        let communication = self.profile.collective_over(kind, span, tensor as f64);
         (Parts { communication, ..Parts::default() }, payload)
     }
 
@@ -373,9 +375,7 @@ impl<'a> Pricer<'a> {
         }
         let dtype = self.graph.ty(value).dtype;
         let whole = bytes(dtype, &self.extents[value.index()][entry]);
-        let own = bytes(dtype, &self.local(value, layout, mesh, entry));
-        let steps = (mesh.ranks().max(1) - 1) as f64;
-        let communication = self.profile.collective(steps, whole.saturating_sub(own) as f64);
+        let communication = self.profile.collective_time(Collective::AllGather, mesh.ranks(), whole as f64);
         Parts { communication, ..Parts::default() }
     }
 }

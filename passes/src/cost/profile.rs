@@ -1,38 +1,41 @@
 //! Hardware profiles: what one device and the links between devices can do.
 //!
 //! A profile is a text file of `quantity = value | source` lines, so that every number says where it comes from. Some
-//! are built in; any other can be read from a file.
+//! are built in; any other can be read from a file, and `tpshard calibrate` writes one for the machine it runs on.
+//! [`collective`] prices collectives; [`rule`] evaluates the rule of thumb for compute-bound work.
+
+mod collective;
+mod rule;
+#[cfg(test)]
+mod tests;
+
+pub use collective::{Algorithm, Collective, Protocol, Span};
+pub use rule::Prefill;
 
 use std::collections::BTreeMap;
 use tpshard_ir::{DType, DTypeClass};
 
 /// The profiles that are built in: name and text.
 const BUILT_IN: &[(&str, &str)] = &[
+    ("a10", include_str!("../../profiles/a10.txt")),
     ("a100-pcie-80", include_str!("../../profiles/a100-pcie-80.txt")),
     ("a100-sxm-80", include_str!("../../profiles/a100-sxm-80.txt")),
+    ("a100-sxm-80-roce-100", include_str!("../../profiles/a100-sxm-80-roce-100.txt")),
+    ("b200", include_str!("../../profiles/b200.txt")),
     ("cpu-shm", include_str!("../../profiles/cpu-shm.txt")),
     ("h100-pcie", include_str!("../../profiles/h100-pcie.txt")),
     ("h100-sxm", include_str!("../../profiles/h100-sxm.txt")),
+    ("h100-sxm-ib-ndr", include_str!("../../profiles/h100-sxm-ib-ndr.txt")),
     ("h200-sxm", include_str!("../../profiles/h200-sxm.txt")),
+    ("h800-sxm", include_str!("../../profiles/h800-sxm.txt")),
     ("l4", include_str!("../../profiles/l4.txt")),
+    ("l40s", include_str!("../../profiles/l40s.txt")),
 ];
 
 /// The most protocols a profile may list.
-const MAX_PROTOCOLS: usize = 16;
-
-/// One way the communicator carries a collective; the fastest for a size is used.
-///
-/// A collective of `s` ring steps that moves `B` bytes past each rank takes `base + s * step + B / bandwidth`.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Protocol {
-    pub name: String,
-    /// Seconds before the first byte.
-    pub base: f64,
-    /// Seconds per ring step.
-    pub step: f64,
-    /// Bytes per second and direction.
-    pub bandwidth: f64,
-}
+const MAX_PROTOCOLS: usize = 256;
+/// The longest text that is read.
+const MAX_TEXT: usize = 1 << 20;
 
 /// A device and its links. Times are in seconds, rates per second.
 #[derive(Clone, Debug, PartialEq)]
@@ -47,7 +50,17 @@ pub struct Profile {
     peaks: [f64; 5],
     /// Between two kernels.
     pub kernel_launch: f64,
+    /// What a step costs however little it computes: waking the ranks, handing inputs and outputs over.
+    pub step_overhead: f64,
+    /// Ranks that share one machine's cores and memory; the peaks, the bandwidth and the memory are given for one of
+    /// that many. None for devices of their own.
+    pub shared_ranks: Option<usize>,
+    /// Ranks that the links of `protocols` reach; further ranks are reached through `network`.
+    pub node_ranks: Option<usize>,
+    /// Within a node.
     pub protocols: Vec<Protocol>,
+    /// Between nodes; the bandwidth is one rank's.
+    pub network: Vec<Protocol>,
     /// The text the profile was read from, comments included, for the record of a build.
     pub text: String,
 }
@@ -61,11 +74,15 @@ pub enum ProfileError {
     Line { line: usize, what: String },
     #[error("the profile does not give `{quantity}`\nhelp: add `{quantity} = value | source`")]
     Missing { quantity: &'static str },
+    #[error("the profile has {bytes} bytes\nhelp: at most {MAX_TEXT} are read")]
+    TooLong { bytes: usize },
 }
 
 const PEAKS: [&str; 5] = ["peak.f64", "peak.f32", "peak.f16", "peak.bf16", "peak.i8"];
 const SCALARS: [&str; 5] =
     ["memory_bytes", "memory_bandwidth", "memory_fraction", "compute_fraction", "kernel_launch"];
+/// Quantities that may be left out.
+const OPTIONAL: [&str; 3] = ["step_overhead", "shared_ranks", "node_ranks"];
 
 impl Profile {
     /// Names of the built-in profiles, sorted.
@@ -89,69 +106,23 @@ impl Profile {
     /// # Errors
     /// A line that is not understood, a number out of range, or a quantity that is missing.
     pub fn parse(text: &str) -> Result<Profile, ProfileError> {
-        let mut name = None;
-        let mut numbers: BTreeMap<&str, f64> = BTreeMap::new();
-        let mut protocols = Vec::new();
-        for (index, raw) in text.lines().enumerate() {
-            let fail = |what: String| ProfileError::Line { line: index + 1, what };
-            let line = raw.trim();
-            if line.is_empty() || line.starts_with('#') {
-                continue;
-            }
-            let (key, rest) = line.split_once('=').ok_or_else(|| fail("no `=`".into()))?;
-            let (key, rest) = (key.trim(), rest.trim());
-            if key == "name" {
-                name = Some(rest.to_owned());
-                continue;
-            }
-            let (value, source) =
-                rest.split_once('|').ok_or_else(|| fail(format!("`{key}` names no source")))?;
-            if source.trim().is_empty() {
-                return Err(fail(format!("`{key}` names no source")));
-            }
-            if let Some(protocol) = key.strip_prefix("protocol.") {
-                if protocols.len() >= MAX_PROTOCOLS {
-                    return Err(fail(format!("more than {MAX_PROTOCOLS} protocols")));
-                }
-                protocols.push(parse_protocol(protocol, value).map_err(fail)?);
-                continue;
-            }
-            let known = SCALARS.iter().chain(&PEAKS).any(|k| *k == key);
-            if !known {
-                return Err(fail(format!("`{key}` is not a quantity of a profile")));
-            }
-            let number = positive(value).map_err(&fail)?;
-            if key.ends_with("_fraction") && number > 1.0 {
-                return Err(fail(format!("the share `{key}` is above 1")));
-            }
-            if numbers.insert(key, number).is_some() {
-                return Err(fail(format!("`{key}` is given twice")));
-            }
+        if text.len() > MAX_TEXT {
+            return Err(ProfileError::TooLong { bytes: text.len() });
         }
-        if protocols.is_empty() {
-            return Err(ProfileError::Missing { quantity: "protocol.NAME" });
+        let mut lines = Lines::default();
+        for (index, line) in text.lines().enumerate() {
+            lines.read(line.trim()).map_err(|what| ProfileError::Line { line: index + 1, what })?;
         }
-        let number =
-            |quantity: &'static str| numbers.get(quantity).copied().ok_or(ProfileError::Missing { quantity });
-        let mut peaks = [0.0; 5];
-        for (slot, key) in peaks.iter_mut().zip(PEAKS) {
-            *slot = number(key)?;
-        }
-        Ok(Profile {
-            name: name.ok_or(ProfileError::Missing { quantity: "name" })?,
-            memory_bytes: number(SCALARS[0])?,
-            memory_bandwidth: number(SCALARS[1])?,
-            memory_fraction: number(SCALARS[2])?,
-            compute_fraction: number(SCALARS[3])?,
-            kernel_launch: number(SCALARS[4])?,
-            peaks,
-            protocols,
-            text: text.to_owned(),
-        })
+        lines.finish(text)
     }
 
     /// Operations per second on elements of `dtype`. Storage types are widened before they are computed with.
     pub fn peak(&self, dtype: DType) -> f64 {
+        self.data_sheet_peak(dtype) * self.compute_fraction
+    }
+
+    /// As [`Profile::peak`], if every operation slot were used.
+    pub fn data_sheet_peak(&self, dtype: DType) -> f64 {
         let slot = match (dtype, dtype.class()) {
             (DType::F64, _) => 0,
             (DType::F16, _) => 2,
@@ -159,7 +130,7 @@ impl Profile {
             (DType::I8 | DType::U8, _) => 4,
             (_, DTypeClass::Float | DTypeClass::Int | DTypeClass::Uint | DTypeClass::Bool) => 1,
         };
-        self.peaks[slot] * self.compute_fraction
+        self.peaks[slot]
     }
 
     /// Bytes per second that kernels reach.
@@ -167,10 +138,116 @@ impl Profile {
         self.memory_bandwidth * self.memory_fraction
     }
 
-    /// Seconds for a collective of `steps` ring steps that moves `bytes` past each rank.
-    pub fn collective(&self, steps: f64, bytes: f64) -> f64 {
-        let time = |p: &Protocol| p.base + steps * p.step + bytes / p.bandwidth;
-        self.protocols.iter().map(time).fold(f64::INFINITY, f64::min)
+    /// The profile of one of `ranks`, where ranks share a machine: the machine's operations, bandwidth and memory are
+    /// divided between them. Devices of their own stay as they are.
+    #[must_use]
+    pub fn shared_between(&self, ranks: usize) -> Profile {
+        let mut own = self.clone();
+        if let Some(measured) = self.shared_ranks {
+            let share = measured as f64 / ranks.max(1) as f64;
+            own.peaks.iter_mut().for_each(|peak| *peak *= share);
+            own.memory_bandwidth *= share;
+            own.memory_bytes *= share;
+            own.shared_ranks = Some(ranks.max(1));
+        }
+        own
+    }
+}
+
+/// What was read so far.
+#[derive(Default)]
+struct Lines<'a> {
+    name: Option<String>,
+    numbers: BTreeMap<&'a str, f64>,
+    protocols: Vec<Protocol>,
+    network: Vec<Protocol>,
+}
+
+impl<'a> Lines<'a> {
+    fn read(&mut self, line: &'a str) -> Result<(), String> {
+        if line.is_empty() || line.starts_with('#') {
+            return Ok(());
+        }
+        let (key, rest) = line.split_once('=').ok_or("no `=`")?;
+        let (key, rest) = (key.trim(), rest.trim());
+        if key == "name" {
+            return match self.name.replace(rest.to_owned()) {
+                Some(_) => Err("`name` is given twice".into()),
+                None => Ok(()),
+            };
+        }
+        let (value, source) = rest.split_once('|').ok_or_else(|| format!("`{key}` names no source"))?;
+        if source.trim().is_empty() {
+            return Err(format!("`{key}` names no source"));
+        }
+        if let Some(protocol) = key.strip_prefix("protocol.") {
+            return self.protocol(protocol, value);
+        }
+        if !SCALARS.iter().chain(&PEAKS).chain(&OPTIONAL).any(|known| *known == key) {
+            return Err(format!("`{key}` is not a quantity of a profile"));
+        }
+        let number = positive(value)?;
+        if key.ends_with("_fraction") && number > 1.0 {
+            return Err(format!("the share `{key}` is above 1"));
+        }
+        if key.ends_with("_ranks") {
+            count(value)?;
+        }
+        match self.numbers.insert(key, number) {
+            Some(_) => Err(format!("`{key}` is given twice")),
+            None => Ok(()),
+        }
+    }
+
+    fn protocol(&mut self, name: &str, value: &str) -> Result<(), String> {
+        let (list, name) = match name.strip_prefix("inter.") {
+            Some(name) => (&mut self.network, name),
+            None => (&mut self.protocols, name),
+        };
+        if list.len() >= MAX_PROTOCOLS {
+            return Err(format!("more than {MAX_PROTOCOLS} protocols"));
+        }
+        if name.is_empty() || list.iter().any(|p| p.name == name) {
+            return Err(format!("the protocol `{name}` is given twice, or has no name"));
+        }
+        list.push(Protocol::parse(name, value)?);
+        Ok(())
+    }
+
+    fn finish(self, text: &str) -> Result<Profile, ProfileError> {
+        let missing = |quantity| ProfileError::Missing { quantity };
+        // A machine that was measured for some numbers of ranks needs an answer for the others.
+        if !self.protocols.iter().any(|p| p.algorithm == Algorithm::Ring) {
+            return Err(missing("protocol.NAME"));
+        }
+        let optional = |key: &str| self.numbers.get(key).copied();
+        let ranks = |key: &str| optional(key).map(|number| number as usize);
+        let number = |key: &'static str| optional(key).ok_or(missing(key));
+        let mut peaks = [0.0; 5];
+        for (slot, key) in peaks.iter_mut().zip(PEAKS) {
+            *slot = number(key)?;
+        }
+        if ranks("node_ranks").is_some() && !self.network.iter().any(|p| p.algorithm == Algorithm::Ring) {
+            return Err(missing("protocol.inter.NAME"));
+        }
+        if ranks("node_ranks").is_none() && !self.network.is_empty() {
+            return Err(missing("node_ranks"));
+        }
+        Ok(Profile {
+            memory_bytes: number(SCALARS[0])?,
+            memory_bandwidth: number(SCALARS[1])?,
+            memory_fraction: number(SCALARS[2])?,
+            compute_fraction: number(SCALARS[3])?,
+            kernel_launch: number(SCALARS[4])?,
+            step_overhead: optional("step_overhead").unwrap_or(0.0),
+            shared_ranks: ranks("shared_ranks"),
+            node_ranks: ranks("node_ranks"),
+            peaks,
+            name: self.name.ok_or(missing("name"))?,
+            protocols: self.protocols,
+            network: self.network,
+            text: text.to_owned(),
+        })
     }
 }
 
@@ -183,74 +260,10 @@ fn positive(text: &str) -> Result<f64, String> {
     }
 }
 
-fn parse_protocol(name: &str, text: &str) -> Result<Protocol, String> {
-    let words: Vec<&str> = text.split_whitespace().collect();
-    match words.as_slice() {
-        ["base", base, "step", step, "bandwidth", bandwidth] => Ok(Protocol {
-            name: name.to_owned(),
-            base: positive(base)?,
-            step: positive(step)?,
-            bandwidth: positive(bandwidth)?,
-        }),
-        _ => Err("a protocol reads `base SECONDS step SECONDS bandwidth BYTES_PER_SECOND`".into()),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn built_in_profiles_carry_their_names_and_are_sorted() {
-        for name in Profile::names() {
-            let profile = Profile::built_in(name).unwrap();
-            assert_eq!(profile.name, name);
-            assert!(profile.bandwidth() < profile.memory_bandwidth);
-        }
-        assert!(Profile::names().is_sorted());
-    }
-
-    #[test]
-    fn dense_peaks_of_h200_are_those_of_h100() {
-        let (a, b) = (Profile::built_in("h100-sxm").unwrap(), Profile::built_in("h200-sxm").unwrap());
-        assert_eq!(a.peak(DType::BF16), b.peak(DType::BF16));
-        assert!(a.peak(DType::F32) < a.peak(DType::F16));
-    }
-
-    #[test]
-    fn the_fastest_protocol_for_a_size_is_used() {
-        let profile = Profile::built_in("h100-sxm").unwrap();
-        let small = profile.collective(2.0, 8192.0);
-        assert!((small - (6.6e-6 + 1.2e-6 + 8192.0 / 141e9)).abs() < 1e-15);
-        let large = profile.collective(2.0, 1e9);
-        assert!((large - (8.4e-6 + 6.8e-6 + 1e9 / 370e9)).abs() < 1e-12);
-    }
-
-    #[test]
-    fn wrong_lines_are_named() {
-        let good = BUILT_IN[0].1;
-        let with = |line: &str| Profile::parse(&format!("{line}\n{good}"));
-        for bad in [
-            "speed = 1 | guess",
-            "memory_bytes = 1",
-            "memory_bytes = 1 | ",
-            "memory_bytes = -1 | guess",
-            "memory_bytes = inf | guess",
-            "memory_fraction = 1.5 | guess",
-            "memory_bytes",
-            "protocol.x = base 1 step 1 | guess",
-        ] {
-            assert!(matches!(with(bad), Err(ProfileError::Line { line: 1, .. })), "{bad}");
-        }
-        // The second mention is the one in the file proper.
-        assert!(matches!(with("memory_bytes = 1 | guess"), Err(ProfileError::Line { line: 6, .. })));
-        let without = |key: &str| {
-            let text: Vec<&str> = good.lines().filter(|l| !l.starts_with(key)).collect();
-            Profile::parse(&text.join("\n"))
-        };
-        for key in ["name", "memory_bytes", "peak.f32", "protocol."] {
-            assert!(matches!(without(key), Err(ProfileError::Missing { .. })), "{key}");
-        }
-        assert!(matches!(Profile::built_in("abacus"), Err(ProfileError::Unknown { .. })));
+fn count(text: &str) -> Result<usize, String> {
+    let text = text.trim();
+    match text.parse::<usize>() {
+        Ok(number) if (1..=1024).contains(&number) => Ok(number),
+        _ => Err(format!("`{text}` is not a number of ranks from 1 to 1024")),
     }
 }

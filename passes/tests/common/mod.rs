@@ -271,3 +271,11 @@ pub fn resnet(channels: usize, classes: usize) -> Graph {
     net.output("classes", y);
     net.graph
 }
+
+/// The text of a profile with no link but this one.
+pub fn with_link(text: &str, link: &str) -> String {
+    let others = text.lines().filter(|line| !line.starts_with("protocol."));
+    let mut text: String = others.map(|line| format!("{line}\n")).collect();
+    text.push_str(&format!("protocol.only = ring {link} | a test\n"));
+    text
+}

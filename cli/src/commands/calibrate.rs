@@ -1,0 +1,129 @@
+//! `tpshard calibrate`: measures this machine as the ranks of a program see it, and writes a hardware profile.
+//!
+//! The kernels are timed through sessions, the collectives through communicators: what is priced is what runs. Rates
+//! come from the difference between a long and a short program, so that what a step costs anyway cancels out.
+//! [`links`] times collectives, [`steps`] programs, [`fit`] draws lines through points, [`report`] writes the profile
+//! and the tables, [`compare`] holds predictions against sharded models.
+
+mod compare;
+mod fit;
+mod links;
+mod report;
+mod steps;
+
+use crate::arguments::CalibrateArguments;
+use crate::failure::{Failure, Kind, Outcome};
+use links::{Carrier, Point};
+use std::num::NonZero;
+use steps::Rates;
+
+/// Everything is measured so often, with other things in between. The least of the medians counts: other work on the
+/// machine comes in bursts and only ever adds time.
+pub(crate) const ROUNDS: usize = 3;
+/// Most ranks that are measured together.
+const MOST_RANKS: usize = 64;
+
+/// How long to measure.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Effort {
+    /// Samples that a median is taken of.
+    pub(crate) samples: usize,
+    /// Sizes from 1 KiB on, each `growth` times the one before.
+    pub(crate) growth: usize,
+    pub(crate) largest: usize,
+}
+
+impl Effort {
+    fn of(quick: bool) -> Effort {
+        if quick {
+            Effort { samples: 3, growth: 4, largest: 4 << 20 }
+        } else {
+            Effort { samples: 7, growth: 2, largest: 16 << 20 }
+        }
+    }
+}
+
+/// Everything that was measured.
+pub(crate) struct Measurements {
+    pub(crate) ranks: usize,
+    pub(crate) threads: usize,
+    pub(crate) cores: usize,
+    pub(crate) memory_bytes: f64,
+    pub(crate) rates: Rates,
+    pub(crate) points: Vec<Point>,
+    /// What the profile is made from.
+    pub(crate) carrier: Carrier,
+}
+
+pub(crate) fn calibrate(arguments: &CalibrateArguments, json: bool, quiet: bool) -> Outcome<()> {
+    let effort = Effort::of(arguments.quick);
+    if let Some(file) = &arguments.worker {
+        return links::work(file, effort);
+    }
+    if !arguments.against.is_empty() {
+        return compare::compare(arguments, effort, json);
+    }
+    let cores = std::thread::available_parallelism().map_or(1, NonZero::get);
+    let ranks = arguments.ranks.unwrap_or_else(|| cores.clamp(2, 8));
+    if !(2..=MOST_RANKS).contains(&ranks) {
+        let message = format!("--ranks {ranks}: collectives are measured between 2 to {MOST_RANKS} ranks");
+        return Err(Failure::new(Kind::Usage, format!("{message}\nhelp: leave it out for one rank a core")));
+    }
+    if let Some(out) = arguments.out.as_ref().filter(|out| out.is_dir()) {
+        let message = format!("--out {}: is a folder\nhelp: name a file", out.display());
+        return Err(Failure::new(Kind::Usage, message));
+    }
+    let say = |what: &str| {
+        if !quiet && !json {
+            eprintln!("measuring {what}");
+        }
+    };
+    say("kernels");
+    let rates = steps::rates(ranks, effort)?;
+    let mut points = Vec::new();
+    for count in counts(ranks) {
+        say(&format!("collectives between {count} ranks"));
+        points.extend(links::between_threads(count, effort)?);
+        points.extend(links::between_processes(count, arguments.quick, effort)?);
+    }
+    let measured = Measurements {
+        ranks,
+        threads: (cores / ranks).max(1),
+        cores,
+        memory_bytes: report::memory_of_machine()? / ranks as f64,
+        rates,
+        points,
+        carrier: Carrier::Processes,
+    };
+    report::finish(&measured, arguments.out.as_deref(), json)
+}
+
+/// The numbers of ranks to measure: powers of two, and the largest.
+fn counts(most: usize) -> Vec<usize> {
+    let powers = (1..).map(|power| 1usize << power).take_while(|&count| count < most);
+    powers.chain([most]).collect()
+}
+
+/// The middle of some samples.
+pub(crate) fn median(mut samples: Vec<f64>) -> f64 {
+    samples.sort_by(f64::total_cmp);
+    samples.get(samples.len() / 2).copied().unwrap_or(f64::NAN)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn counts_are_powers_of_two_and_the_largest() {
+        assert_eq!(counts(2), [2]);
+        assert_eq!(counts(4), [2, 4]);
+        assert_eq!(counts(6), [2, 4, 6]);
+    }
+
+    #[test]
+    fn the_median_is_no_outlier() {
+        assert_eq!(median(vec![3.0, 100.0, 1.0]), 3.0);
+        assert!(median(vec![]).is_nan());
+    }
+}
