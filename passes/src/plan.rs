@@ -135,7 +135,8 @@ pub fn plan(extended: Extended, options: &PlanOptions) -> Result<Plan, PlanError
     }
     check_ranges(&extended.graph, &options.entries)?;
     let found = alternatives(extended)?;
-    let pricer = Pricer::new(&options.profile, &found.extended.graph, &options.entries);
+    let profile = options.profile.shared_between(options.ranks);
+    let pricer = Pricer::new(&profile, &found.extended.graph, &options.entries);
     let live: Vec<ValueId> = found.live();
     let units = candidate_units(&found.extended.graph, &live);
     let planner = Planner { found: &found, pricer: &pricer, units: &units, options };
@@ -241,7 +242,10 @@ impl Planner<'_> {
 
     /// What one rank takes that has room for everything.
     fn alone(&self) -> Result<Cost, PlanError> {
-        Ok(self.candidate(&Mesh::flat(1), MemoryGoal::Free, 0)?.cost)
+        let profile = self.options.profile.shared_between(1);
+        let pricer = Pricer::new(&profile, &self.found.extended.graph, &self.options.entries);
+        let planner = Planner { pricer: &pricer, ..*self };
+        Ok(planner.candidate(&Mesh::flat(1), MemoryGoal::Free, 0)?.cost)
     }
 
     fn candidate(&self, mesh: &Mesh, memory: MemoryGoal, reserve: u64) -> Result<Candidate, PlanError> {
@@ -265,8 +269,9 @@ impl Planner<'_> {
         for (entry, ((layouts, pricer), choices)) in layouts.iter().zip(&focused).zip(&choices).enumerate() {
             let outputs = &found.extended.outputs;
             let (steps, outputs) = emit(&Source { graph, outputs, classes: &classes, layouts, choices })?;
-            cost = cost + program_cost(graph, &steps, &outputs, pricer, mesh, entry);
-            bound = bound + least_cost(graph, layouts, &found.extended.outputs, pricer);
+            let overhead = pricer.step_overhead(entry);
+            cost = cost + program_cost(graph, &steps, &outputs, pricer, mesh, entry) + overhead;
+            bound = bound + least_cost(graph, layouts, &found.extended.outputs, pricer) + overhead;
             emitted.push(Emitted { steps, outputs });
         }
         Ok(Candidate { classes, layouts, extraction, emitted, cost, bound: bound.min(cost) })

@@ -113,7 +113,7 @@ pub(crate) fn report(
     let of_entry = |(index, (entry, program)): (usize, (&Entry, &Emitted))| {
         let mut found = EntryReport {
             entry: entry.clone(),
-            parts: Parts::default(),
+            parts: pricer.overhead_parts(),
             collectives: Vec::new(),
             outputs: outputs(program),
         };

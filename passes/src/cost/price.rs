@@ -184,6 +184,16 @@ impl<'a> Pricer<'a> {
         self.profile.kernel_launch
     }
 
+    /// What a step takes besides its operations, as far as it counts.
+    pub fn step_overhead(&self, entry: usize) -> Cost {
+        Cost::local(self.share(entry) * self.overhead_parts().total())
+    }
+
+    /// Where that time goes.
+    pub fn overhead_parts(&self) -> Parts {
+        Parts { launch: self.profile.step_overhead, ..Parts::default() }
+    }
+
     pub fn entries(&self) -> &[Entry] {
         self.entries
     }

@@ -39,7 +39,7 @@ pub(crate) fn compare(arguments: &CalibrateArguments, effort: Effort, json: bool
         compared.push(Compared {
             folder: folder.path.display().to_string(),
             ranks: folder.ranks,
-            predicted: plan.seconds + profile.step_overhead,
+            predicted: plan.seconds,
             measured: least_step(folder, &plan.dims, effort)?,
         });
     }
