@@ -5,6 +5,7 @@ use crate::arguments::CalibrateArguments;
 use crate::commands::planning;
 use crate::failure::{Classify, Failure, Kind, Outcome};
 use crate::folder::Folder;
+use crate::output;
 use crate::rank_program::{RankFile, ShardFile};
 use crate::runner::session_failure;
 use serde_json::{Value, json};
@@ -45,11 +46,10 @@ pub(crate) fn compare(arguments: &CalibrateArguments, effort: Effort, json: bool
     }
     let ranks = profile.shared_ranks.unwrap_or(2).max(2);
     let points = links::between_processes(ranks, arguments.quick, effort)?;
-    print(&compared, &points, &profile, json);
-    Ok(())
+    print(&compared, &points, &profile, json)
 }
 
-fn print(compared: &[Compared], points: &[links::Point], profile: &Profile, json: bool) {
+fn print(compared: &[Compared], points: &[links::Point], profile: &Profile, json: bool) -> Outcome<()> {
     if json {
         let step = |c: &Compared| {
             json!({
@@ -60,18 +60,25 @@ fn print(compared: &[Compared], points: &[links::Point], profile: &Profile, json
             })
         };
         let steps: Vec<Value> = compared.iter().map(step).collect();
-        println!("{}", json!({ "steps": steps, "collectives": report::links_json(points, profile) }));
-        return;
+        let links = report::links_json(points, profile);
+        return output::line(json!({ "steps": steps, "collectives": links }));
     }
-    print!("{}", report::links_table(points, profile));
-    println!("{:>6}{:>14}{:>14}{:>8}  step of", "ranks", "predicted us", "measured us", "ratio");
+    output::text(report::links_table(points, profile))?;
+    let header = ["ranks", "predicted us", "measured us", "ratio"];
+    output::line(format_args!(
+        "{:>6}{:>14}{:>14}{:>8}  step of",
+        header[0], header[1], header[2], header[3]
+    ))?;
     for c in compared {
         let (predicted, measured) = (c.predicted * 1e6, c.measured * 1e6);
         let ratio = c.predicted / c.measured;
-        println!("{:>6}{predicted:>14.1}{measured:>14.1}{ratio:>8.2}  {}", c.ranks, c.folder);
+        output::line(format_args!(
+            "{:>6}{predicted:>14.1}{measured:>14.1}{ratio:>8.2}  {}",
+            c.ranks, c.folder
+        ))?;
     }
     let close = compared.iter().filter(|c| (c.predicted / c.measured - 1.0).abs() <= 0.25).count();
-    println!("steps: {close} of {} within 25 %", compared.len());
+    output::line(format_args!("steps: {close} of {} within 25 %", compared.len()))
 }
 
 /// What a folder's plan says.

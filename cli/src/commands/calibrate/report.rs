@@ -4,6 +4,7 @@ use super::Measurements;
 use super::fit::{Line, lines, ring};
 use super::links::{Carrier, Point};
 use crate::failure::{Classify, Failure, Kind, Outcome};
+use crate::output;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::fmt::Write;
@@ -29,16 +30,18 @@ pub(crate) fn finish(measured: &Measurements, out: Option<&Path>, json: bool) ->
         write_whole(out, &text)?;
     }
     if json {
-        println!("{}", to_json(measured, &profile, out));
-        return Ok(());
+        return output::line(to_json(measured, &profile, out));
     }
-    print!("{}", rates_table(measured));
-    print!("{}", links_table(&measured.points, &profile));
+    output::text(rates_table(measured))?;
+    output::text(links_table(&measured.points, &profile))?;
     match out {
-        Some(out) => println!("written to {}; use it with --profile {}", out.display(), out.display()),
-        None => println!("nothing written; -o FILE writes the profile"),
+        Some(out) => output::line(format_args!(
+            "written to {}; use it with --profile {}",
+            out.display(),
+            out.display()
+        )),
+        None => output::line("nothing written; -o FILE writes the profile"),
     }
-    Ok(())
 }
 
 /// A file appears complete or not at all.
