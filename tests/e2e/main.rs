@@ -7,6 +7,7 @@ mod crash;
 mod draft;
 mod errors;
 mod golden_plan;
+mod hostile;
 mod launch;
 mod requests;
 mod shard_and_run;
