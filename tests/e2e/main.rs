@@ -3,6 +3,7 @@
 mod bisect;
 mod calibrate;
 mod check;
+mod check_files;
 mod crash;
 mod draft;
 mod errors;
