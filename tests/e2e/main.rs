@@ -13,3 +13,4 @@ mod launch;
 mod requests;
 mod shard_and_run;
 mod support;
+mod verify;

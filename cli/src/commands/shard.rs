@@ -229,6 +229,7 @@ fn build_inputs(
             "sha256": file_sha256(&arguments.model)?,
             "ir_version": imported.model.ir_version,
             "opsets": imported.model.opsets,
+            "outputs": imported.model.graph.outputs.iter().map(|output| &output.name).collect::<Vec<_>>(),
         },
         "target": "cpu",
         // This tool is the runner unless another was given.
