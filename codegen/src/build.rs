@@ -167,7 +167,8 @@ fn plan_weights(entries: &[(String, Spmd)], rank: usize) -> Result<Vec<PlannedWe
     for (_, program) in entries {
         let local = tpshard_ir::spmd::instantiate(program, rank)?;
         for (index, step) in program.steps.iter().enumerate() {
-            let Some(Op::Weight(global)) = program.logical.nodes().get(step.value.index()).map(|n| &n.op) else {
+            let Some(Op::Weight(global)) = program.logical.nodes().get(step.value.index()).map(|n| &n.op)
+            else {
                 continue;
             };
             let Some(Op::Weight(expr)) = local.nodes().get(index).map(|n| &n.op) else { continue };
@@ -329,7 +330,8 @@ pub fn config(inputs: &Map<String, Value>, entries: &[(String, Spmd)], contents:
 
 fn entry_config(name: &str, program: &Spmd) -> Value {
     // The first family of an input is the one that enters.
-    let entering = |value| program.steps.iter().find(|step| step.value == value).map(|s| s.layout.to_string());
+    let entering =
+        |value| program.steps.iter().find(|step| step.value == value).map(|s| s.layout.to_string());
     let inputs: Vec<Value> = program
         .logical
         .inputs()
