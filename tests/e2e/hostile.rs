@@ -52,12 +52,13 @@ fn planned(ranks: usize) -> (Graph, Spmd) {
     let mut options = PlanOptions::new(ranks, Profile::built_in("h100-sxm").unwrap());
     options.memory = MemoryGoal::Least;
     let bindings = [("b".into(), 1), ("s".into(), 16)].into();
-    options.entries = vec![tpshard_passes::Entry { name: "main".into(), bindings, weight: 1.0 }];
+    options.entries = vec![tpshard_passes::Entry::new("main", bindings)];
     let mut extended = Extended::new(model.clone());
     tpshard_passes::canonical::canonicalise(&mut extended);
     let plan = tpshard_passes::plan(extended, &options).unwrap();
-    tpshard_checker::check(&plan.program, &model).unwrap();
-    (model, plan.program)
+    let (_, program) = plan.programs.into_iter().next().unwrap();
+    tpshard_checker::check(&program, &model).unwrap();
+    (model, program)
 }
 
 /// SplitMix64: the same mutations everywhere.
