@@ -3,6 +3,7 @@
 use crate::failure::{Failure, Kind, Outcome};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
+use tpshard_codegen::build::{CONFIG_VERSION, OLDEST_CONFIG_VERSION};
 use tpshard_codegen::folder::{CONFIG, CONFIG_FORMAT};
 
 /// Largest `config.json` that is read.
@@ -31,6 +32,17 @@ impl Folder {
             serde_json::from_str(&text).map_err(|e| refuse(Kind::Mismatch, format!("is not JSON: {e}")))?;
         if config.get("format").and_then(Value::as_str) != Some(CONFIG_FORMAT) {
             return Err(refuse(Kind::Mismatch, "is not tpshard's".into()));
+        }
+        let version = config.get("version");
+        let known = u64::from(OLDEST_CONFIG_VERSION)..=u64::from(CONFIG_VERSION);
+        if !version.and_then(Value::as_u64).is_some_and(|version| known.contains(&version)) {
+            let found = version.map_or("no version".into(), |version| format!("version {version}"));
+            let message = format!(
+                "{}: {found}, this tpshard reads {OLDEST_CONFIG_VERSION} to {CONFIG_VERSION}\n\
+                 help: build the folder again with this tpshard, or use the tpshard that built it",
+                file.display()
+            );
+            return Err(Failure::new(Kind::Mismatch, message));
         }
         let ranks = config.get("ranks").and_then(Value::as_array).map_or(0, Vec::len);
         if !(1..=1024).contains(&ranks) {

@@ -8,7 +8,8 @@ use tpshard_runtime::io::{DEFAULT_LIMIT, NamedTensors, read_tensors};
 pub(crate) struct GoldenPair {
     pub(crate) label: String,
     pub(crate) inputs: PathBuf,
-    pub(crate) outputs: PathBuf,
+    /// `None` if only the inputs are there.
+    pub(crate) outputs: Option<PathBuf>,
 }
 
 const HELP: &str = "help: give an .npz file, a folder of .npy files or a test_data_set folder";
@@ -83,11 +84,13 @@ pub(crate) fn golden_pairs(folder: &Path) -> Outcome<Vec<GoldenPair>> {
         let Some(name) = path.file_name().and_then(|n| n.to_str()).map(str::to_owned) else { continue };
         if let Some(suffix) = name.strip_prefix("inputs").and_then(|n| n.strip_suffix(".npz")) {
             let outputs = folder.join(format!("outputs{suffix}.npz"));
-            if outputs.is_file() {
-                pairs.push(GoldenPair { label: name, inputs: path, outputs });
-            }
+            let outputs = outputs.is_file().then_some(outputs);
+            pairs.push(GoldenPair { label: name, inputs: path, outputs });
         } else if name.starts_with("test_data_set") && path.is_dir() {
-            pairs.push(GoldenPair { label: name, inputs: path.clone(), outputs: path });
+            let named =
+                |file: &PathBuf| file.file_name().is_some_and(|n| n.to_string_lossy().starts_with("output_"));
+            let outputs = sorted_files(&path)?.iter().any(named).then(|| path.clone());
+            pairs.push(GoldenPair { label: name, inputs: path, outputs });
         }
     }
     if pairs.is_empty() {

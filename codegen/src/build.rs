@@ -17,12 +17,14 @@ use std::io::Write;
 use tpshard_ir::container::{self, ContainerError};
 use tpshard_ir::layout::{Layout, local_runs};
 use tpshard_ir::program::{Determinism, Entry, ProgramError, RankProgram, WeightTensor};
-use tpshard_ir::spmd::{InstantiateError, Spmd};
+use tpshard_ir::spmd::{InstantiateError, Spmd, SpmdOutput};
 use tpshard_ir::weight::WeightExpr;
 use tpshard_ir::{Graph, Op, StepId};
 
 /// The version of `config.json`; readers accept the last two.
 pub const CONFIG_VERSION: u32 = 1;
+/// The oldest version of `config.json` that is read: the one before [`CONFIG_VERSION`], once there is one.
+pub const OLDEST_CONFIG_VERSION: u32 = if CONFIG_VERSION > 1 { CONFIG_VERSION - 1 } else { 1 };
 /// The part of a rank's payload that holds the certificate of one entry, as `.tir` text.
 pub fn certificate_part(entry: &str) -> String {
     format!("certificate/{entry}.tir")
@@ -119,7 +121,14 @@ pub fn build(
     write(folder.executable("run")?, "run", &elf::with_program(build.runner, &launcher)?)?;
     write(folder.file(MODEL_TEXT)?, MODEL_TEXT, model_text.as_bytes())?;
     write(folder.file(PLAN_TEXT)?, PLAN_TEXT, build.plan_text.as_bytes())?;
-    let config = config(build, &written.ranks, &written.weights_hash, &program_hash, &programs);
+    let contents = Contents {
+        weights: &written.ranks,
+        weights_hash: &written.weights_hash,
+        program_hash: &program_hash,
+        payloads: &programs,
+        plan_sha256: &sha256(build.plan_text.as_bytes()),
+    };
+    let config = config(&build.inputs, build.entries, &contents);
     let mut text = serde_json::to_string_pretty(&config).unwrap_or_default();
     text.push('\n');
     write(folder.file(CONFIG)?, CONFIG, text.as_bytes())?;
@@ -158,8 +167,11 @@ fn plan_weights(entries: &[(String, Spmd)], rank: usize) -> Result<Vec<PlannedWe
     for (_, program) in entries {
         let local = tpshard_ir::spmd::instantiate(program, rank)?;
         for (index, step) in program.steps.iter().enumerate() {
-            let Op::Weight(global) = &program.logical.node(step.value).op else { continue };
-            let Op::Weight(expr) = &local.nodes()[index].op else { continue };
+            let Some(Op::Weight(global)) = program.logical.nodes().get(step.value.index()).map(|n| &n.op)
+            else {
+                continue;
+            };
+            let Some(Op::Weight(expr)) = local.nodes().get(index).map(|n| &n.op) else { continue };
             let key = (global.clone(), step.layout.clone());
             if names.contains_key(&key) {
                 continue;
@@ -274,23 +286,30 @@ fn write(mut file: File, name: &str, bytes: &[u8]) -> Result<(), BuildError> {
     file.write_all(bytes).map_err(|error| BuildError::Write { name: name.into(), error })
 }
 
-fn config(
-    build: &Build<'_>,
-    weights: &[Vec<TensorRecord>],
-    weights_hash: &str,
-    program_hash: &str,
-    programs: &[String],
-) -> Value {
-    let entries: Vec<Value> =
-        build.entries.iter().map(|(name, program)| entry_config(name, program)).collect();
-    let ranks: Vec<Value> = weights
+/// What `config.json` says of the folder's other files.
+#[derive(Clone, Copy, Debug)]
+pub struct Contents<'a> {
+    /// The tensors of every rank's weight file, in the order of the file.
+    pub weights: &'a [Vec<TensorRecord>],
+    pub weights_hash: &'a str,
+    pub program_hash: &'a str,
+    /// The hash of every rank's payload.
+    pub payloads: &'a [String],
+    pub plan_sha256: &'a str,
+}
+
+/// `config.json`: all of it but the build's `inputs` follows from the programs and the files.
+pub fn config(inputs: &Map<String, Value>, entries: &[(String, Spmd)], contents: &Contents<'_>) -> Value {
+    let ports: Vec<Value> = entries.iter().map(|(name, program)| entry_config(name, program)).collect();
+    let ranks: Vec<Value> = contents
+        .weights
         .iter()
-        .zip(programs)
+        .zip(contents.payloads)
         .enumerate()
-        .map(|(rank, (tensors, program))| {
+        .map(|(rank, (tensors, payload))| {
             json!({
                 "executable": format!("rank{rank}"),
-                "payload_sha256": program,
+                "payload_sha256": payload,
                 "weights": weight_file(rank),
                 "tensors": tensors,
             })
@@ -299,32 +318,39 @@ fn config(
     json!({
         "format": CONFIG_FORMAT,
         "version": CONFIG_VERSION,
-        "build": build.inputs,
-        "mesh": build.entries.first().map(|(_, p)| p.mesh.0.clone()),
-        "weights_hash": weights_hash,
-        "program_hash": program_hash,
-        "entries": entries,
+        "build": inputs,
+        "mesh": entries.first().map(|(_, p)| p.mesh.0.clone()),
+        "weights_hash": contents.weights_hash,
+        "program_hash": contents.program_hash,
+        "plan_sha256": contents.plan_sha256,
+        "entries": ports,
         "ranks": ranks,
     })
 }
 
 fn entry_config(name: &str, program: &Spmd) -> Value {
+    // The first family of an input is the one that enters.
+    let entering =
+        |value| program.steps.iter().find(|step| step.value == value).map(|s| s.layout.to_string());
     let inputs: Vec<Value> = program
         .logical
         .inputs()
         .filter(|(value, _, _)| value.index() < program.imported)
-        .map(|(_, name, ty)| json!({ "name": name.as_ref(), "type": ty.to_string() }))
+        .map(|(value, name, ty)| {
+            json!({ "name": name.as_ref(), "type": ty.to_string(), "layout": entering(value) })
+        })
         .collect();
+    let leaving = |output: &SpmdOutput| {
+        let step = program.steps.get(output.step.index())?;
+        let ty = &program.logical.nodes().get(step.value.index())?.ty;
+        Some((ty.to_string(), step.layout.to_string()))
+    };
     let outputs: Vec<Value> = program
         .outputs
         .iter()
         .map(|output| {
-            let step = &program.steps[output.step.index()];
-            json!({
-                "name": output.name.as_ref(),
-                "type": program.logical.ty(step.value).to_string(),
-                "layout": step.layout.to_string(),
-            })
+            let (ty, layout) = leaving(output).unzip();
+            json!({ "name": output.name.as_ref(), "type": ty, "layout": layout })
         })
         .collect();
     let states: Vec<Value> = program
@@ -333,5 +359,11 @@ fn entry_config(name: &str, program: &Spmd) -> Value {
         .iter()
         .map(|s| json!({ "input": s.input.as_ref(), "output": s.output.as_ref(), "axis": s.axis }))
         .collect();
-    json!({ "name": name, "inputs": inputs, "outputs": outputs, "states": states })
+    let ranges: Map<String, Value> = program
+        .logical
+        .symbols
+        .iter()
+        .map(|(symbol, range)| (symbol.to_string(), json!([range.low, range.high])))
+        .collect();
+    json!({ "name": name, "ranges": ranges, "inputs": inputs, "outputs": outputs, "states": states })
 }

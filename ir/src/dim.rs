@@ -209,11 +209,13 @@ impl Dim {
         let mut quotient = Poly::new();
         while let Some((atoms, coefficient)) = rest.last_key_value().map(|(a, c)| (a.clone(), *c)) {
             let monomial = remove_all(&atoms, &lead.atoms)?;
-            if coefficient % lead.coefficient != 0 || quotient.len() > 64 {
+            // The least number divided by -1 has no value.
+            if coefficient.checked_rem(lead.coefficient)? != 0 || quotient.len() > 64 {
                 return None;
             }
-            let factor = coefficient / lead.coefficient;
-            *quotient.entry(monomial.clone()).or_default() += factor;
+            let factor = coefficient.checked_div(lead.coefficient)?;
+            let entry = quotient.entry(monomial.clone()).or_default();
+            *entry = entry.saturating_add(factor);
             for term in divisor.0.iter() {
                 let key = merge(&monomial, &term.atoms);
                 let entry = rest.entry(key.clone()).or_default();

@@ -177,7 +177,11 @@ fn check_node(graph: &Graph, value: ValueId, node: &Node, errors: &mut Errors) {
                 errors.add(&place, "takes no operands");
             }
         }
-        Op::Convert(conversion) => check_conversion(conversion, &types, &node.ty, &place, errors),
+        Op::Convert(conversion) => {
+            if let Some(what) = conversion_fault(conversion, &types, &node.ty) {
+                errors.add(&place, what);
+            }
+        }
         op => match infer(op, &types) {
             Ok(ty) if ty == node.ty => {}
             Ok(ty) => errors.add(&place, format!("is declared {}, but makes {ty}", node.ty)),
@@ -192,18 +196,14 @@ fn attribute_dims(op: &Op) -> Vec<Dim> {
     seen.into_inner()
 }
 
-/// A conversion keeps element type and rank.
-fn check_conversion(conversion: &Conversion, args: &[&Type], ty: &Type, place: &str, errors: &mut Errors) {
-    let &[x] = args else {
-        errors.add(place, format!("takes 1 operand, found {}", args.len()));
-        return;
-    };
+/// Why a conversion cannot turn its operand into a value of type `ty`: it keeps element type and rank.
+pub(crate) fn conversion_fault(conversion: &Conversion, args: &[&Type], ty: &Type) -> Option<String> {
+    let &[x] = args else { return Some(format!("takes 1 operand, found {}", args.len())) };
     if x.dtype != ty.dtype || x.rank() != ty.rank() {
-        errors.add(place, format!("turns {x} into {ty}"));
+        return Some(format!("turns {x} into {ty}"));
     }
-    if let Some(dim) = conversion_dims(conversion).into_iter().find(|&dim| dim >= ty.rank()) {
-        errors.add(place, format!("dim {dim} of {ty}"));
-    }
+    let beyond = conversion_dims(conversion).into_iter().find(|&dim| dim >= ty.rank());
+    beyond.map(|dim| format!("dim {dim} of {ty}"))
 }
 
 /// The tensor dims that a conversion names.

@@ -18,7 +18,7 @@ pub(crate) struct Draft {
     folder: PathBuf,
     pub(crate) certificate: Spmd,
     pub(crate) programs: Vec<RankProgram>,
-    config: Value,
+    pub(crate) config: Value,
 }
 
 impl Draft {

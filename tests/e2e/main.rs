@@ -3,11 +3,14 @@
 mod bisect;
 mod calibrate;
 mod check;
+mod check_files;
 mod crash;
 mod draft;
 mod errors;
 mod golden_plan;
+mod hostile;
 mod launch;
 mod requests;
 mod shard_and_run;
 mod support;
+mod verify;

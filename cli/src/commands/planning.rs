@@ -91,10 +91,10 @@ fn parse_all<T>(parts: &[&str], parse: impl Fn(&str) -> Option<T>) -> Option<Vec
     parts.iter().map(|p| parse(p)).collect()
 }
 
-/// The hardware profile of the flags: a built-in name or a file.
-pub(crate) fn profile(name: &str) -> Outcome<Profile> {
-    if let Ok(profile) = Profile::built_in(name) {
-        return Ok(profile);
+/// The text of the hardware profile of the flags: a built-in name or a file.
+pub(crate) fn profile_text(name: &str) -> Outcome<String> {
+    if let Some(text) = Profile::built_in_text(name) {
+        return Ok(text.to_owned());
     }
     let path = Path::new(name);
     if !path.exists() {
@@ -103,9 +103,13 @@ pub(crate) fn profile(name: &str) -> Outcome<Profile> {
             format!("--profile {name}: no such profile or file\nhelp: built-in profiles are {known}");
         return Err(Failure::new(Kind::Usage, message));
     }
-    let text = std::fs::read_to_string(path)
-        .map_err(|e| Failure::new(Kind::Resource, format!("{}: {e}", path.display())))?;
-    Profile::parse(&text).map_err(|e| Failure::new(Kind::Usage, format!("{}: {e}", path.display())))
+    std::fs::read_to_string(path)
+        .map_err(|e| Failure::new(Kind::Resource, format!("{}: {e}", path.display())))
+}
+
+/// The hardware profile of the flags.
+pub(crate) fn profile(name: &str) -> Outcome<Profile> {
+    Profile::parse(&profile_text(name)?).map_err(|e| Failure::new(Kind::Usage, format!("{name}: {e}")))
 }
 
 /// `80GiB`, `500MB`, `1024`, `min`, `free`.

@@ -1,11 +1,13 @@
 //! `tpshard MODEL --tp N`: the main job.
 
-use super::planning::{check_ranks, findings_text, import_model, plan_model};
+use super::planning::{check_ranks, findings_text, import_model, plan_model, profile_text};
 use super::reporting::{report_json, summary, warn};
 use crate::arguments::ShardArguments;
 use crate::failure::{Classify, Failure, Kind, Outcome};
 use crate::{output, progress};
 use serde_json::{Map, Value, json};
+use sha2::{Digest, Sha256};
+use std::io::Read;
 use std::path::{Path, PathBuf};
 use tpshard_checker::Finding;
 use tpshard_codegen::build::{Build, BuildError, build};
@@ -37,7 +39,7 @@ pub(crate) fn shard(arguments: &ShardArguments, json: bool, quiet: bool) -> Outc
     let needed = Sizes::of(&plan, &imported, &runner).folder(arguments.tp);
     folder.require_space(needed).or_fail(Kind::Resource)?;
     let source = ModelWeights { imported: &imported };
-    let inputs = build_inputs(arguments, &imported, &plan)?;
+    let inputs = build_inputs(arguments, &imported, &plan, &runner)?;
     let request = Build {
         imported: &imported.graph,
         entries: &plan.programs,
@@ -210,23 +212,61 @@ fn too_large(findings: &[Finding]) -> Option<&Finding> {
     findings.iter().find(|finding| finding.is_about_size()).filter(|_| findings.iter().all(known))
 }
 
-/// Everything that decided what was built, apart from the model's weights.
-fn build_inputs(arguments: &ShardArguments, imported: &Imported, plan: &Plan) -> Outcome<Map<String, Value>> {
+/// Everything that decided what was built, and nothing that says where it lay. The bytes of external data are covered
+/// by the hashes of the tensors made of them.
+fn build_inputs(
+    arguments: &ShardArguments,
+    imported: &Imported,
+    plan: &Plan,
+    runner: &[u8],
+) -> Outcome<Map<String, Value>> {
     let file_name = arguments.model.file_name().map(|n| n.to_string_lossy().into_owned());
+    let pricing = &arguments.pricing;
     let value = json!({
         "tool": env!("CARGO_PKG_VERSION"),
-        "model": { "file": file_name, "ir_version": imported.model.ir_version, "opsets": imported.model.opsets },
+        "model": {
+            "file": file_name,
+            "sha256": file_sha256(&arguments.model)?,
+            "ir_version": imported.model.ir_version,
+            "opsets": imported.model.opsets,
+            "outputs": imported.model.graph.outputs.iter().map(|output| &output.name).collect::<Vec<_>>(),
+        },
         "target": "cpu",
+        // This tool is the runner unless another was given.
+        "runner_sha256": arguments.runner.as_ref().map(|_| hex(&Sha256::digest(runner))),
         "bind": arguments.from.bind,
         "outputs": arguments.from.output,
         "roles": arguments.from.role,
+        "dim": pricing.dim,
+        "memory": { "given": pricing.memory, "budget_bytes": plan.report.budget },
         "profile": plan.report.profile,
+        "profile_text": profile_text(&pricing.profile)?,
         "plan": report_json(&plan.report),
     });
     match value {
         Value::Object(map) => Ok(map),
         _ => Err(Failure::new(Kind::Internal, "the build inputs are not an object")),
     }
+}
+
+/// The hash of a file, read piece by piece.
+pub(crate) fn file_sha256(path: &Path) -> Outcome<String> {
+    let unreadable = |e: std::io::Error| Failure::new(Kind::Resource, format!("{}: {e}", path.display()));
+    let mut file = std::fs::File::open(path).map_err(unreadable)?;
+    let mut hash = Sha256::new();
+    let mut buffer = vec![0; 1 << 16];
+    loop {
+        match file.read(&mut buffer) {
+            Ok(0) => return Ok(hex(&hash.finalize())),
+            Ok(length) => hash.update(buffer.get(..length).unwrap_or_default()),
+            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(unreadable(error)),
+        }
+    }
+}
+
+pub(crate) fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// The model's initializers, mapped on demand.

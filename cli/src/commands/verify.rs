@@ -1,5 +1,9 @@
 //! `tpshard verify`: a folder against golden outputs, or against one rank running the model.
 
+mod bisect;
+mod reference;
+mod selection;
+
 use super::planning::import_model;
 use super::{check_tolerances, comparison_json, tolerances};
 use crate::arguments::{ModelArguments, VerifyArguments};
@@ -8,39 +12,36 @@ use crate::folder::Folder;
 use crate::in_process::{observe, program_of};
 use crate::output;
 use crate::tensors::{self, GoldenPair};
-use std::collections::BTreeMap;
-use std::path::PathBuf;
+use selection::Selections;
+use std::collections::BTreeSet;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::Arc;
 use tpshard_frontend::Imported;
-use tpshard_ir::graph::Output;
-use tpshard_ir::interp::{OpError, run_tensors};
-use tpshard_ir::{Spmd, StepId, StepKind, Tensor, ValueId};
+use tpshard_ir::{StepId, StepKind};
 use tpshard_runtime::io::{Comparison, NamedTensors, Tolerances, compare};
-
-/// Most elements that the reference interpreter may hold.
-const REFERENCE_LIMIT: usize = 1 << 30;
 
 pub(crate) fn verify(arguments: &VerifyArguments, json: bool) -> Outcome<()> {
     let folder = Folder::open(&arguments.folder)?;
     let tolerances = tolerances(&arguments.tolerance)?;
     check_tolerances(&tolerances, folder.names("outputs").iter())?;
     if arguments.bisect {
-        return bisect(arguments, &folder, &tolerances, json);
+        return bisect::bisect(arguments, &folder, &tolerances, json);
     }
-    let mut results: Vec<(String, Comparison)> = Vec::new();
+    let mut report = Report::default();
     match (&arguments.golden, &arguments.model) {
         (Some(golden), None) => {
             for pair in tensors::golden_pairs(golden)? {
-                results.push((pair.label.clone(), golden_result(&folder, &pair, &tolerances)?));
+                report.add(pair.label.clone(), golden_result(&folder, &pair, &tolerances)?);
             }
         }
         (_, Some(model)) => {
-            let (label, inputs) = chosen_inputs(arguments, &folder)?;
-            let imported = import_model(model, &as_built(&folder), true)?;
-            let expected = reference(&imported, &inputs)?;
-            let got = run_processes(&folder, &inputs)?;
-            results.push((label, compare(&got, &expected, &tolerances)));
+            let pairs = chosen_inputs(arguments, &folder)?;
+            let imported = reference_model(&folder, model)?;
+            for (label, inputs) in pairs {
+                let expected = reference::evaluate(&imported, &imported.graph, &inputs)?;
+                report.add(label, Some(result(&folder, &inputs, &expected, &tolerances)?));
+            }
         }
         (None, None) => {
             let message =
@@ -48,34 +49,104 @@ pub(crate) fn verify(arguments: &VerifyArguments, json: bool) -> Outcome<()> {
             return Err(Failure::new(Kind::Usage, message));
         }
     }
-    report(&results, json)
+    report.finish(json)
 }
 
-fn report(results: &[(String, Comparison)], json: bool) -> Outcome<()> {
-    let passed = results.iter().all(|(_, c)| c.passed());
-    let result = json.then(|| {
-        let list: Vec<serde_json::Value> = results.iter().map(|(l, c)| comparison_json(l, c)).collect();
-        serde_json::json!({ "passed": passed, "results": list })
-    });
-    if result.is_none() {
-        for (label, comparison) in results {
-            output::line(format_args!("{label}\n{comparison}"))?;
+/// A comparison, and remarks on what was compared.
+type Compared = (Comparison, Vec<String>);
+
+/// Comparisons by the name of their inputs, and inputs for which nothing says what should come out.
+#[derive(Default)]
+struct Report {
+    results: Vec<(String, Compared)>,
+    not_compared: Vec<String>,
+}
+
+impl Report {
+    fn add(&mut self, label: String, result: Option<Compared>) {
+        match result {
+            Some(result) => self.results.push((label, result)),
+            None => {
+                output::say(format_args!(
+                    "warning: {label}: there are no outputs to it, so nothing is compared"
+                ));
+                self.not_compared.push(label);
+            }
         }
     }
-    if !passed {
-        return Err(Failure::new(Kind::Mismatch, "outputs are out of tolerance").with_result(result));
+
+    fn finish(self, json: bool) -> Outcome<()> {
+        let passed = !self.results.is_empty() && self.results.iter().all(|(_, (c, _))| c.passed());
+        let result = json.then(|| {
+            let result = |(label, (comparison, notes)): &(String, Compared)| {
+                let mut value = comparison_json(label, comparison);
+                value["notes"] = notes.clone().into();
+                value
+            };
+            let list: Vec<serde_json::Value> = self.results.iter().map(result).collect();
+            serde_json::json!({ "passed": passed, "results": list, "not_compared": self.not_compared })
+        });
+        if result.is_none() {
+            for (label, (comparison, notes)) in &self.results {
+                output::line(format_args!("{label}\n{comparison}"))?;
+                notes.iter().try_for_each(|note| output::line(format_args!("note: {note}")))?;
+            }
+        }
+        if self.results.is_empty() {
+            let message = "no pair was compared: there are inputs, but no outputs to any of them\n\
+                           help: put outputs.npz beside inputs.npz, or output_0.pb into test_data_set_0";
+            return Err(Failure::new(Kind::Usage, message).with_result(result));
+        }
+        if !passed {
+            return Err(Failure::new(Kind::Mismatch, "outputs are out of tolerance").with_result(result));
+        }
+        result.map_or(Ok(()), output::line)
     }
-    result.map_or(Ok(()), output::line)
 }
 
-fn golden_result(folder: &Folder, pair: &GoldenPair, tolerances: &Tolerances) -> Outcome<Comparison> {
+/// Runs the ranks and compares with `reference`, which holds outputs as the model has them.
+fn result(
+    folder: &Folder,
+    inputs: &NamedTensors,
+    reference: &NamedTensors,
+    tolerances: &Tolerances,
+) -> Outcome<Compared> {
+    let got = run_processes(folder, inputs)?;
+    let selections = Selections::parse(&as_built(folder).output)?;
+    let comparable = selections.apply(got, reference, &folder.names("outputs"));
+    Ok((compare(&comparable.got, &comparable.expected, tolerances), comparable.notes))
+}
+
+fn golden_result(folder: &Folder, pair: &GoldenPair, tolerances: &Tolerances) -> Outcome<Option<Compared>> {
+    let Some(outputs) = &pair.outputs else { return Ok(None) };
     let inputs = tensors::read(&pair.inputs, &folder.names("inputs"))?;
-    let expected = tensors::read_expected(&pair.outputs, &folder.names("outputs"))?;
-    let got = run_processes(folder, &only_inputs(folder, inputs))?;
+    let mut expected = tensors::read_expected(outputs, &model_outputs(folder))?;
     // A folder may have been built for some of the outputs only.
+    let selections = Selections::parse(&as_built(folder).output)?;
     let built = folder.names("outputs");
-    let expected: NamedTensors = expected.into_iter().filter(|(name, _)| built.contains(name)).collect();
-    Ok(compare(&got, &expected, tolerances))
+    expected.retain(|name, _| built.contains(name) || selections.sources().contains(name.as_str()));
+    Ok(Some(result(folder, &only_inputs(folder, inputs), &expected, tolerances)?))
+}
+
+/// The names of the model's outputs, in order, by which numbered files are matched: a folder may have been built for
+/// some of them.
+fn model_outputs(folder: &Folder) -> Vec<String> {
+    let names = folder.config.pointer("/build/model/outputs").and_then(serde_json::Value::as_array);
+    let names = names.map(|list| list.iter().filter_map(|n| n.as_str().map(str::to_owned)).collect());
+    names.unwrap_or_else(|| folder.names("outputs"))
+}
+
+/// The model with its own outputs, as far as the folder's are made of them.
+fn reference_model(folder: &Folder, model: &Path) -> Outcome<Imported> {
+    let built = as_built(folder);
+    let selections = Selections::parse(&built.output)?;
+    let mut imported = import_model(model, &ModelArguments { output: vec![], ..built }, true)?;
+    let names = folder.names("outputs");
+    let mut wanted: BTreeSet<&str> = selections.sources();
+    wanted.extend(names.iter().map(String::as_str));
+    imported.graph.outputs.retain(|output| wanted.contains(output.name.as_ref()));
+    imported.graph.states.clear();
+    Ok(imported)
 }
 
 /// Golden files may hold inputs that were fixed when the folder was built.
@@ -108,7 +179,7 @@ impl Scratch {
         let base = std::env::temp_dir();
         for attempt in 0..100u32 {
             let path = base.join(format!("tpshard-verify-{}-{attempt}", std::process::id()));
-            match std::fs::create_dir(&path) {
+            match std::fs::DirBuilder::new().mode(0o700).create(&path) {
                 Ok(()) => return Ok(Scratch(path)),
                 Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => {}
                 Err(e) => return Err(Failure::new(Kind::Resource, format!("{}: {e}", path.display()))),
@@ -124,17 +195,17 @@ impl Drop for Scratch {
     }
 }
 
-fn chosen_inputs(arguments: &VerifyArguments, folder: &Folder) -> Outcome<(String, NamedTensors)> {
+/// All inputs that the flags name.
+fn chosen_inputs(arguments: &VerifyArguments, folder: &Folder) -> Outcome<Vec<(String, NamedTensors)>> {
     let names = folder.names("inputs");
+    let read = |path: &Path| Ok(only_inputs(folder, tensors::read(path, &names)?));
     if let Some(path) = &arguments.inputs {
-        return Ok((path.display().to_string(), only_inputs(folder, tensors::read(path, &names)?)));
+        return Ok(vec![(path.display().to_string(), read(path)?)]);
     }
     let Some(golden) = &arguments.golden else {
         return Err(Failure::new(Kind::Usage, "no inputs\nhelp: --inputs FILE, or --golden FOLDER"));
     };
-    let pairs = tensors::golden_pairs(golden)?;
-    let pair = pairs.first().ok_or_else(|| Failure::new(Kind::Usage, "the golden folder is empty"))?;
-    Ok((pair.label.clone(), only_inputs(folder, tensors::read(&pair.inputs, &names)?)))
+    tensors::golden_pairs(golden)?.into_iter().map(|pair| Ok((pair.label, read(&pair.inputs)?))).collect()
 }
 
 /// The import flags that the folder was built with.
@@ -144,105 +215,6 @@ pub(crate) fn as_built(folder: &Folder) -> ModelArguments {
         found.into_iter().flatten().filter_map(|v| v.as_str().map(str::to_owned)).collect()
     };
     ModelArguments { bind: list("bind"), output: list("outputs"), role: list("roles") }
-}
-
-/// The model on one rank, by the reference interpreter.
-fn reference(imported: &Imported, inputs: &NamedTensors) -> Outcome<NamedTensors> {
-    evaluate(imported, &imported.graph, inputs)
-}
-
-fn evaluate(imported: &Imported, graph: &tpshard_ir::Graph, inputs: &NamedTensors) -> Outcome<NamedTensors> {
-    let inputs: BTreeMap<Arc<str>, Tensor> =
-        inputs.iter().map(|(name, t)| (Arc::from(name.as_str()), t.clone())).collect();
-    let initializer = |name: &str| -> Result<Tensor, OpError> {
-        let missing = |what: String| OpError::Other(what);
-        let tensor = imported.tensors.get(name).ok_or_else(|| missing(format!("no initializer `{name}`")))?;
-        imported.model.storage.to_tensor(tensor).map_err(|e| missing(e.to_string()))
-    };
-    let outputs = run_tensors(graph, &inputs, &initializer, REFERENCE_LIMIT).or_fail(Kind::Usage)?;
-    Ok(outputs.into_iter().map(|(name, t)| (name.to_string(), t)).collect())
-}
-
-/// Compares every computed value with one rank's and names the first that differs.
-fn bisect(arguments: &VerifyArguments, folder: &Folder, tolerances: &Tolerances, json: bool) -> Outcome<()> {
-    let model = match (&arguments.model, &arguments.golden) {
-        (Some(model), _) => model.clone(),
-        (None, Some(golden)) if golden.join("model.onnx").is_file() => golden.join("model.onnx"),
-        _ => {
-            let message =
-                "--bisect needs the model\nhelp: --model FILE, or --golden FOLDER with model.onnx in it";
-            return Err(Failure::new(Kind::Usage, message));
-        }
-    };
-    let imported = import_model(&model, &as_built(folder), true)?;
-    let program = program_of(folder)?;
-    let (_, inputs) = chosen_inputs(arguments, folder)?;
-    let steps = compared_steps(&program);
-    let observed = observe(folder, &inputs, &steps.iter().map(|s| s.0).collect::<Vec<_>>())?;
-    let expected = reference_values(&imported, &program, &steps, &inputs)?;
-    for (step, value) in &steps {
-        let node = program.logical.node(*value);
-        let name = format!("{step} = {value}");
-        let Some(reference) = expected.get(&value.to_string()) else { continue };
-        let what = match observed.taps.get(step) {
-            Some(Ok(got)) => {
-                let pair = |t: &Tensor| NamedTensors::from_iter([(name.clone(), t.clone())]);
-                let comparison = compare(&pair(got), &pair(reference), tolerances);
-                if comparison.passed() {
-                    continue;
-                }
-                comparison.to_string()
-            }
-            Some(Err(error)) => error.clone(),
-            None => continue,
-        };
-        let layout = &program.steps[step.index()].layout;
-        let origin = if node.origin.is_empty() { "(no ONNX node)" } else { node.origin.as_ref() };
-        let result = json.then(|| {
-            serde_json::json!({
-                "passed": false, "node": origin, "op": node.op.name(), "step": step.0,
-                "layout": layout.to_string(), "detail": what,
-            })
-        });
-        return Err(Failure::new(
-            Kind::Mismatch,
-            format!(
-                "the first value that differs from one rank's: node {origin}, {name} ({}) in {layout}\n{what}",
-                node.op.name()
-            ),
-        )
-        .with_result(result));
-    }
-    if json {
-        output::line(serde_json::json!({ "passed": true, "compared": steps.len() }))
-    } else {
-        output::line(format_args!("{} values agree with one rank's", steps.len()))
-    }
-}
-
-/// The first step of every value that is computed from something.
-fn compared_steps(program: &Spmd) -> Vec<(StepId, ValueId)> {
-    let mut seen = std::collections::BTreeSet::new();
-    program
-        .steps
-        .iter()
-        .enumerate()
-        .filter(|(_, step)| step.kind == StepKind::Compute && !program.logical.node(step.value).op.is_leaf())
-        .filter(|(_, step)| seen.insert(step.value))
-        .map(|(i, step)| (StepId(i as u32), step.value))
-        .collect()
-}
-
-/// The reference interpreter's values of the steps, by the text of the value.
-fn reference_values(
-    imported: &Imported,
-    program: &Spmd,
-    steps: &[(StepId, ValueId)],
-    inputs: &NamedTensors,
-) -> Outcome<BTreeMap<String, Tensor>> {
-    let mut graph = program.logical.clone();
-    graph.outputs = steps.iter().map(|(_, v)| Output { name: v.to_string().into(), value: *v }).collect();
-    Ok(evaluate(imported, &graph, inputs)?.into_iter().collect())
 }
 
 /// Values of ONNX nodes decoded from the ranks, for `run --tap`.

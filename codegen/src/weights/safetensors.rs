@@ -117,6 +117,12 @@ impl ShardLayout {
         self.data_start() + self.data_length
     }
 
+    /// What there is to say of the file's tensors, given the hash of each by name; one without a hash gets none.
+    pub fn records(&self, hashes: &BTreeMap<String, String>) -> Vec<TensorRecord> {
+        let hash = |placed: &Placed| hashes.get(&placed.tensor.name).cloned().unwrap_or_default();
+        super::stream::records(self, self.tensors.iter().map(hash))
+    }
+
     pub(crate) fn data_start(&self) -> u64 {
         PREFIX + self.header_length
     }

@@ -105,7 +105,8 @@ fn reserve(file: &File, length: u64) -> io::Result<()> {
     }
 }
 
-fn records(layout: &ShardLayout, hashes: Vec<String>) -> Vec<TensorRecord> {
+/// The tensors of a file with their hashes, both in the order of the file.
+pub(super) fn records(layout: &ShardLayout, hashes: impl IntoIterator<Item = String>) -> Vec<TensorRecord> {
     let record = |(placed, sha256): (&super::safetensors::Placed, String)| TensorRecord {
         name: placed.tensor.name.clone(),
         dtype: placed.tensor.dtype(),

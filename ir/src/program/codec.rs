@@ -17,10 +17,14 @@ use super::{
     Entry, FORMAT_VERSION, Family, OLDEST_FORMAT_VERSION, Port, RankProgram, StateSpec, WeightTensor,
 };
 use crate::container::{self, ContainerError, Payload};
-use crate::graph::{Graph, SymbolRange, Type, ValueId};
+use crate::dim::Dim;
+use crate::graph::{Graph, Node, SymbolRange, Type, ValueId};
+use crate::infer::infer;
 use crate::layout::Mesh;
+use crate::op::Op;
 use crate::spmd::{Spmd, Step, StepKind};
 use crate::text::{TextError, parse_graph, parse_program, print_graph, print_program, quote};
+use crate::verify::conversion_fault;
 use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::sync::Arc;
@@ -338,6 +342,9 @@ fn read_entry(payload: &Payload<'_>, i: usize, head: ManifestEntry, mesh: &Mesh)
     if let Some(output) = graph.outputs.iter().find(|o| o.value.index() >= graph.len()) {
         return Err(content(format!("output `{}` is no value", output.name)));
     }
+    if let Some(what) = graph.values().find_map(|(value, node)| node_fault(&graph, value, node)) {
+        return Err(content(what));
+    }
     let families: Vec<Family> =
         read_typed_list(payload, &format!("{i}/families.tir"), mesh)?.into_iter().map(|(_, f)| f).collect();
     if families.len() != graph.len() {
@@ -358,14 +365,31 @@ fn read_entry(payload: &Payload<'_>, i: usize, head: ManifestEntry, mesh: &Mesh)
     Ok(Entry { name: head.name, ranges: head.ranges, graph, families, inputs, outputs, lowering })
 }
 
+/// Why a node cannot be executed: executors rely on operand counts, axes and types being what inference says.
+fn node_fault(graph: &Graph, value: ValueId, node: &Node) -> Option<String> {
+    let types: Vec<&Type> = node.args.iter().map(|&arg| graph.ty(arg)).collect();
+    let what = match &node.op {
+        Op::Input { .. } if types.is_empty() => return None,
+        Op::Input { .. } => "takes no operands".to_string(),
+        Op::Convert(conversion) => conversion_fault(conversion, &types, &node.ty)?,
+        // A rank without output channels has no groups to count.
+        Op::Conv { .. } if types.len() == 2 && node.ty.shape.get(1).is_some_and(Dim::is_zero) => return None,
+        op => match infer(op, &types) {
+            Ok(ty) if ty == node.ty => return None,
+            Ok(ty) => format!("is declared {}, but makes {ty}", node.ty),
+            Err(error) => error.what,
+        },
+    };
+    Some(format!("{value} ({}): {what}", node.op.name()))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::dim::Dim;
     use crate::dtype::DType;
     use crate::graph::{Output, StatePair};
     use crate::layout::{AxisLayout, Layout};
-    use crate::op::{Op, Scalar};
+    use crate::op::Scalar;
     use crate::spmd::{SpmdOutput, StepId};
     use crate::weight::WeightExpr;
 

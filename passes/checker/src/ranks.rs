@@ -86,11 +86,12 @@ fn check_node(
         .iter()
         .map(|a| held(program, program.steps.get(a.index()).ok_or("an operand is missing")?, rank))
         .collect::<Result<Vec<Region>, String>>()?;
-    same_operation(&logical.op, &found.op, &made, &operands, &logical_types(program, logical), points)
+    same_operation(&logical.op, &found.op, &made, &operands, &logical_types(program, logical)?, points)
 }
 
-fn logical_types<'a>(program: &'a Spmd, node: &tpshard_ir::Node) -> Vec<&'a Type> {
-    node.args.iter().map(|&a| program.logical.ty(a)).collect()
+fn logical_types<'a>(program: &'a Spmd, node: &tpshard_ir::Node) -> Result<Vec<&'a Type>, String> {
+    let ty = |arg: &tpshard_ir::ValueId| program.logical.nodes().get(arg.index()).map(|node| &node.ty);
+    node.args.iter().map(|arg| ty(arg).ok_or_else(|| format!("operand {arg} does not exist"))).collect()
 }
 
 fn held(program: &Spmd, step: &Step, rank: usize) -> Result<Region, String> {

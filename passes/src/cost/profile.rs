@@ -95,10 +95,15 @@ impl Profile {
     /// # Errors
     /// There is none of that name.
     pub fn built_in(name: &str) -> Result<Profile, ProfileError> {
-        match BUILT_IN.iter().find(|(known, _)| *known == name) {
-            Some((_, text)) => Profile::parse(text),
+        match Profile::built_in_text(name) {
+            Some(text) => Profile::parse(text),
             None => Err(ProfileError::Unknown { name: name.into() }),
         }
+    }
+
+    /// The text of the built-in profile `name`.
+    pub fn built_in_text(name: &str) -> Option<&'static str> {
+        BUILT_IN.iter().find(|(known, _)| *known == name).map(|(_, text)| *text)
     }
 
     /// Reads the text of a profile file.
