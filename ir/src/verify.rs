@@ -178,7 +178,7 @@ fn check_node(graph: &Graph, value: ValueId, node: &Node, errors: &mut Errors) {
             }
         }
         Op::Convert(conversion) => {
-            if let Some(what) = conversion_fault(conversion, &types, &node.ty) {
+            for what in conversion_faults(conversion, &types, &node.ty) {
                 errors.add(&place, what);
             }
         }
@@ -197,13 +197,12 @@ fn attribute_dims(op: &Op) -> Vec<Dim> {
 }
 
 /// Why a conversion cannot turn its operand into a value of type `ty`: it keeps element type and rank.
-pub(crate) fn conversion_fault(conversion: &Conversion, args: &[&Type], ty: &Type) -> Option<String> {
-    let &[x] = args else { return Some(format!("takes 1 operand, found {}", args.len())) };
-    if x.dtype != ty.dtype || x.rank() != ty.rank() {
-        return Some(format!("turns {x} into {ty}"));
-    }
+pub(crate) fn conversion_faults(conversion: &Conversion, args: &[&Type], ty: &Type) -> Vec<String> {
+    let &[x] = args else { return vec![format!("takes 1 operand, found {}", args.len())] };
+    let kept = x.dtype == ty.dtype && x.rank() == ty.rank();
+    let changed = (!kept).then(|| format!("turns {x} into {ty}"));
     let beyond = conversion_dims(conversion).into_iter().find(|&dim| dim >= ty.rank());
-    beyond.map(|dim| format!("dim {dim} of {ty}"))
+    changed.into_iter().chain(beyond.map(|dim| format!("dim {dim} of {ty}"))).collect()
 }
 
 /// The tensor dims that a conversion names.

@@ -24,7 +24,7 @@ use crate::layout::Mesh;
 use crate::op::Op;
 use crate::spmd::{Spmd, Step, StepKind};
 use crate::text::{TextError, parse_graph, parse_program, print_graph, print_program, quote};
-use crate::verify::conversion_fault;
+use crate::verify::conversion_faults;
 use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::sync::Arc;
@@ -371,7 +371,7 @@ fn node_fault(graph: &Graph, value: ValueId, node: &Node) -> Option<String> {
     let what = match &node.op {
         Op::Input { .. } if types.is_empty() => return None,
         Op::Input { .. } => "takes no operands".to_string(),
-        Op::Convert(conversion) => conversion_fault(conversion, &types, &node.ty)?,
+        Op::Convert(conversion) => conversion_faults(conversion, &types, &node.ty).into_iter().next()?,
         // A rank without output channels has no groups to count.
         Op::Conv { .. } if types.len() == 2 && node.ty.shape.get(1).is_some_and(Dim::is_zero) => return None,
         op => match infer(op, &types) {
