@@ -10,7 +10,7 @@ use tpshard_ir::interp::{Domain, Real, decode};
 use tpshard_ir::{Mesh, StepId, Tensor};
 use tpshard_runtime::comm::{CommOptions, Communicator, threads};
 use tpshard_runtime::io::NamedTensors;
-use tpshard_runtime::session::{Results, Session, SessionOptions};
+use tpshard_runtime::session::{Results, Session, SessionOptions, entry_for};
 
 /// Outputs, and the logical values of tapped steps (or why the ranks' parts do not make one).
 pub(crate) struct Observed {
@@ -101,13 +101,29 @@ fn gather(ranks: Vec<(Results, RankSummary)>, taps: &[StepId]) -> Outcome<Observ
     Ok(Observed { outputs, taps: decoded })
 }
 
-/// The program of one entry, from the certificate in rank 0's payload.
-pub(crate) fn program_of(folder: &Folder) -> Outcome<tpshard_ir::Spmd> {
+/// The program of the entry that takes these inputs, from the certificates in rank 0's payload.
+pub(crate) fn program_for(folder: &Folder, inputs: &NamedTensors) -> Outcome<tpshard_ir::Spmd> {
+    let file = RankFile::read(&folder.executable(0))?;
+    let inputs: BTreeMap<String, Tensor> = inputs.iter().map(|(k, v)| (k.clone(), v.clone())).collect();
+    let entry = entry_for(&file.program, &inputs).map_err(|e| session_failure(&e))?;
+    let name = file.program.entries.get(entry).map(|e| e.name.clone());
+    let found = programs_of(folder)?.into_iter().find(|(own, _)| Some(own) == name.as_ref());
+    let missing = || Failure::new(Kind::Mismatch, format!("rank0 holds no certificate of entry {entry}"));
+    found.map(|(_, program)| program).ok_or_else(missing)
+}
+
+/// The programs of all entries by name, from the certificates in rank 0's payload.
+pub(crate) fn programs_of(folder: &Folder) -> Outcome<Vec<(String, tpshard_ir::Spmd)>> {
     let payload = crate::rank_program::payload(&folder.executable(0))?;
     let parts = tpshard_ir::container::decode(&payload).or_fail(Kind::Mismatch)?;
-    let name = tpshard_codegen::build::certificate_part("main");
-    let text = parts.part(&name).and_then(|bytes| std::str::from_utf8(bytes).ok());
-    let text = text.ok_or_else(|| Failure::new(Kind::Mismatch, format!("rank0 holds no {name}")))?;
-    let program = tpshard_ir::text::parse_program(text).or_fail(Kind::Mismatch)?;
-    Ok(tpshard_ir::verify::verify_program(program).or_fail(Kind::Mismatch)?.into_inner())
+    let mut programs = Vec::new();
+    for entry in folder.entries() {
+        let name = tpshard_codegen::build::certificate_part(&entry);
+        let text = parts.part(&name).and_then(|bytes| std::str::from_utf8(bytes).ok());
+        let text = text.ok_or_else(|| Failure::new(Kind::Mismatch, format!("rank0 holds no {name}")))?;
+        let program = tpshard_ir::text::parse_program(text).or_fail(Kind::Mismatch)?;
+        let program = tpshard_ir::verify::verify_program(program).or_fail(Kind::Mismatch)?.into_inner();
+        programs.push((entry, program));
+    }
+    Ok(programs)
 }

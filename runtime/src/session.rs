@@ -98,6 +98,15 @@ struct InputHeader {
     shape: Vec<usize>,
 }
 
+/// The index of the entry of `program` that takes these inputs; state enters as plain tensors.
+///
+/// # Errors
+/// No entry takes them.
+pub fn entry_for(program: &RankProgram, inputs: &BTreeMap<String, Tensor>) -> Result<usize, SessionError> {
+    let signatures: Vec<Signature> = program.entries.iter().map(Signature::new).collect();
+    Ok(bind::choose(&signatures, inputs, None)?.0)
+}
+
 /// One rank's end of a running program.
 pub struct Session {
     worker: Worker,

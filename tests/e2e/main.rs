@@ -6,6 +6,7 @@ mod check;
 mod check_files;
 mod crash;
 mod draft;
+mod entries;
 mod errors;
 mod golden_plan;
 mod hostile;

@@ -181,7 +181,6 @@ fn inputs_and_dims_that_the_model_does_not_have() {
 #[test]
 fn dims_that_contradict_themselves_or_the_model() {
     refused(&["--dim", "batch=1,batch=2"], &["--dim batch=2", "already"]);
-    refused(&["--dim", "batch=1", "--dim", "batch=1"], &["--dim batch=1", "already"]);
     refused(&["--dim", "batch=1,input_ids[0]=2"], &["input_ids[0]=2", "batch=1 is the same dim"]);
     refused(&["--dim", "attention_mask[1]=9"], &["attention_mask[1]=9", "follows from others"]);
     refused(&["--dim", "past_key_values.0.key[1]=4"], &["always 4"]);

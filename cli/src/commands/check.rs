@@ -98,35 +98,45 @@ fn examine(folder: &Folder, arguments: &CheckArguments, found: &mut Found) -> Ou
             return Ok(());
         }
     };
-    let (programs, certificate) = read_programs(folder, &mut found.findings);
-    let Some(text) = certificate else { return Ok(()) };
-    let program = tpshard_ir::text::parse_program(&text).map_err(|e| e.to_string());
-    let program = program.and_then(|p| Ok(verify_program(p).map_err(|e| e.to_string())?.into_inner()));
-    let program = match program {
-        Ok(program) => program,
-        Err(error) => {
-            found.findings.extend(error.lines().map(|line| format!("the certificate: {line}")));
-            return Ok(());
-        }
-    };
-    let before = found.findings.len();
-    check_certificate(&program, &imported, &programs, found);
-    if found.findings.len() > before || programs.len() != folder.ranks {
-        // What follows instantiates the program and may rely on what was just refuted.
+    let (programs, certificates) = read_programs(folder, &mut found.findings);
+    if certificates.is_empty() {
         return Ok(());
     }
-    let expected = program_hash(&model_text, &[(certificate_part("main"), text)]);
+    let before = found.findings.len();
+    let mut entries: Vec<(String, Spmd)> = Vec::new();
+    for (name, text) in &certificates {
+        let program = tpshard_ir::text::parse_program(text).map_err(|e| e.to_string());
+        match program.and_then(|p| Ok(verify_program(p).map_err(|e| e.to_string())?.into_inner())) {
+            Ok(program) => entries.push((name.clone(), program)),
+            Err(error) => {
+                let of = if certificates.len() > 1 { format!(" of entry {name}") } else { String::new() };
+                found.findings.extend(error.lines().map(|line| format!("the certificate{of}: {line}")));
+            }
+        }
+    }
+    for (index, (name, program)) in entries.iter().enumerate() {
+        let several = (entries.len() > 1).then_some(name.as_str());
+        check_certificate(several, index, program, &imported, &programs, found);
+    }
+    if found.findings.len() > before || programs.len() != folder.ranks {
+        // What follows instantiates the programs and may rely on what was just refuted.
+        return Ok(());
+    }
+    check_agreement(&entries, &mut found.findings);
+    let parts: Vec<(String, String)> =
+        certificates.into_iter().map(|(name, text)| (certificate_part(&name), text)).collect();
+    let expected = program_hash(&model_text, &parts);
     for rank_program in &programs {
         if rank_program.program_hash != expected {
             let rank = rank_program.rank;
             found.findings.push(format!("rank{rank}: its program hash is not that of the certificate"));
         }
-        check_tables(&program, rank_program, &mut found.findings);
+        check_tables(&entries, rank_program, &mut found.findings);
     }
     check_hash(folder, "program_hash", &expected, &mut found.findings);
-    let shards = found.subject(|findings| check_weights(folder, &program, &programs, findings));
+    let shards = found.subject(|findings| check_weights(folder, &entries, &programs, findings));
     found.subject(|findings| {
-        check_config(folder, &program, &shards, &expected, findings);
+        check_config(folder, &entries, &shards, &expected, findings);
         ((), Some(format!("{CONFIG}: as it follows from the certificate and the files")))
     });
     if let Some(model) = &arguments.model {
@@ -146,10 +156,13 @@ fn examine(folder: &Folder, arguments: &CheckArguments, found: &mut Found) -> Ou
     Ok(())
 }
 
-/// The programs that can be read, and the certificate in them; it may be right where a program is not.
-fn read_programs(folder: &Folder, findings: &mut Vec<String>) -> (Vec<RankProgram>, Option<String>) {
+/// Texts of certificates by the names of their entries, in order.
+type Certificates = Vec<(String, String)>;
+
+/// The programs that can be read, and the certificates in them; they may be right where a program is not.
+fn read_programs(folder: &Folder, findings: &mut Vec<String>) -> (Vec<RankProgram>, Certificates) {
     let mut programs: Vec<RankProgram> = Vec::new();
-    let mut certificate: Option<String> = None;
+    let mut certificates: Option<Certificates> = None;
     for rank in 0..folder.ranks {
         let mut wrong = |what: String| findings.push(format!("rank{rank}: {what}"));
         let bytes = match payload(&folder.executable(rank)) {
@@ -164,9 +177,9 @@ fn read_programs(folder: &Folder, findings: &mut Vec<String>) -> (Vec<RankProgra
             wrong(format!("its payload is not the one {CONFIG} states"));
             continue;
         }
-        match (certificate_of(&bytes), &certificate) {
-            (Ok(text), None) => certificate = Some(text),
-            (Ok(text), Some(first)) if *first != text => {
+        match (certificates_of(folder, &bytes), &certificates) {
+            (Ok(own), None) => certificates = Some(own),
+            (Ok(own), Some(first)) if *first != own => {
                 wrong("its certificate is not that of the ranks before it".into());
             }
             (Ok(_), Some(_)) => {}
@@ -180,20 +193,36 @@ fn read_programs(folder: &Folder, findings: &mut Vec<String>) -> (Vec<RankProgra
             Err(error) => wrong(error.to_string()),
         }
     }
-    (programs, certificate)
+    (programs, certificates.unwrap_or_default())
 }
 
-fn certificate_of(payload: &[u8]) -> Result<String, String> {
+fn certificates_of(folder: &Folder, payload: &[u8]) -> Result<Certificates, String> {
     let parts = container::decode(payload).map_err(|error| error.to_string())?;
-    let name = certificate_part("main");
-    let text = parts.part(&name).and_then(|bytes| std::str::from_utf8(bytes).ok());
-    text.map(str::to_owned).ok_or_else(|| format!("holds no {name}"))
+    let entries = folder.entries();
+    if entries.is_empty() {
+        return Err(format!("{CONFIG} names no entry"));
+    }
+    let text = |entry: String| {
+        let name = certificate_part(&entry);
+        let text = parts.part(&name).and_then(|bytes| std::str::from_utf8(bytes).ok());
+        let text = text.map(str::to_owned).ok_or_else(|| format!("holds no {name}"))?;
+        Ok((entry, text))
+    };
+    entries.into_iter().map(text).collect()
 }
 
-fn check_certificate(program: &Spmd, imported: &Graph, programs: &[RankProgram], found: &mut Found) {
+fn check_certificate(
+    entry: Option<&str>,
+    index: usize,
+    program: &Spmd,
+    imported: &Graph,
+    programs: &[RankProgram],
+    found: &mut Found,
+) {
+    let of = entry.map_or_else(String::new, |name| format!(" of entry {name}"));
     match tpshard_checker::check(program, imported) {
         Ok(report) => found.summary.push(format!(
-            "certificate: {} steps that compute ({} kinds), {} conversions, {} equations ({} executed exactly, {} in reals)",
+            "certificate{of}: {} steps that compute ({} kinds), {} conversions, {} equations ({} executed exactly, {} in reals)",
             report.squares,
             report.distinct_squares,
             report.conversions,
@@ -201,48 +230,66 @@ fn check_certificate(program: &Spmd, imported: &Graph, programs: &[RankProgram],
             report.executed_in_field,
             report.executed_in_reals
         )),
-        Err(wrong) => found.findings.extend(wrong.iter().map(|f| format!("the certificate: {f}"))),
+        Err(wrong) => found.findings.extend(wrong.iter().map(|f| format!("the certificate{of}: {f}"))),
     }
     if programs.len() != program.mesh.ranks() {
         // Those that cannot be read have been named.
         return;
     }
     let graphs: Vec<Graph> =
-        programs.iter().filter_map(|p| p.entries.first()).map(|e| e.graph.clone()).collect();
+        programs.iter().filter_map(|p| p.entries.get(index)).map(|e| e.graph.clone()).collect();
     match tpshard_checker::check_ranks(program, &graphs) {
         Ok(report) => found.summary.push(format!(
-            "programs: {} ranks, {} collectives in one order",
+            "programs{of}: {} ranks, {} collectives in one order",
             report.ranks, report.collectives
         )),
-        Err(wrong) => found.findings.extend(wrong.iter().map(|f| format!("the programs: {f}"))),
+        Err(wrong) => found.findings.extend(wrong.iter().map(|f| format!("the programs{of}: {f}"))),
+    }
+}
+
+/// Entries run on one mesh and leave the state to each other.
+fn check_agreement(entries: &[(String, Spmd)], findings: &mut Vec<String>) {
+    let states = |program: &Spmd| entry(program, 0, "").map(|e| e.states()).map_err(|e| e.to_string());
+    let Some(((first, program), rest)) = entries.split_first() else { return };
+    for (name, other) in rest {
+        if other.mesh != program.mesh {
+            findings.push(format!("entries {first} and {name} run on different meshes"));
+        }
+        if states(other) != states(program) {
+            findings.push(format!("entries {first} and {name} hold the state in different layouts"));
+        }
     }
 }
 
 /// A rank's tables say what its inputs, outputs and weights are; they must be those that follow from the certificate.
-fn check_tables(program: &Spmd, found: &RankProgram, findings: &mut Vec<String>) {
+fn check_tables(entries: &[(String, Spmd)], found: &RankProgram, findings: &mut Vec<String>) {
     let rank = found.rank;
-    let entries = [("main".to_owned(), program.clone())];
-    let derived = entry(program, rank, "main").map_err(|e| e.to_string());
-    let weights = planned_weights(&entries, rank).map_err(|e| e.to_string());
-    let (entry, weights) = match (derived, weights) {
-        (Ok(entry), Ok(weights)) => (entry, weights),
-        (Err(error), _) | (_, Err(error)) => return findings.push(format!("rank {rank}: {error}")),
+    let weights = match planned_weights(entries, rank) {
+        Ok(weights) => weights,
+        Err(error) => return findings.push(format!("rank {rank}: {error}")),
     };
-    let [own] = found.entries.as_slice() else {
-        return findings.push(format!("rank {rank}: has {} entries, not one", found.entries.len()));
-    };
-    let tables = [
-        ("entries", own.name == entry.name),
-        ("inputs", own.inputs == entry.inputs),
-        ("outputs", own.outputs == entry.outputs),
-        ("layouts", own.families == entry.families),
-        ("ranges of dims", own.ranges == entry.ranges),
-        ("guards", own.graph.guards == entry.graph.guards),
-        ("states", found.states == entry.states()),
-        ("mesh", found.mesh == program.mesh),
-    ];
-    for (what, _) in tables.iter().filter(|(_, same)| !same) {
-        findings.push(format!("rank {rank}: its table of {what} is not that of the certificate"));
+    if found.entries.len() != entries.len() {
+        let (own, wanted) = (found.entries.len(), entries.len());
+        return findings.push(format!("rank {rank}: has {own} entries, not {wanted}"));
+    }
+    for (own, (name, program)) in found.entries.iter().zip(entries) {
+        let derived = match entry(program, rank, name) {
+            Ok(derived) => derived,
+            Err(error) => return findings.push(format!("rank {rank}: {error}")),
+        };
+        let tables = [
+            ("entries", own.name == derived.name),
+            ("inputs", own.inputs == derived.inputs),
+            ("outputs", own.outputs == derived.outputs),
+            ("layouts", own.families == derived.families),
+            ("ranges of dims", own.ranges == derived.ranges),
+            ("guards", own.graph.guards == derived.graph.guards),
+            ("states", found.states == derived.states()),
+            ("mesh", found.mesh == program.mesh),
+        ];
+        for (what, _) in tables.iter().filter(|(_, same)| !same) {
+            findings.push(format!("rank {rank}: its table of {what} is not that of the certificate"));
+        }
     }
     if found.weights.len() != weights.len() {
         let (found, needed) = (found.weights.len(), weights.len());
@@ -265,7 +312,7 @@ fn check_hash(folder: &Folder, key: &str, hash: &str, findings: &mut Vec<String>
 /// Derives `config.json` from the certificate, as the build did, and compares value by value.
 fn check_config(
     folder: &Folder,
-    program: &Spmd,
+    entries: &[(String, Spmd)],
     shards: &Shards,
     program_hash: &str,
     findings: &mut Vec<String>,
@@ -273,13 +320,12 @@ fn check_config(
     let Some(inputs) = folder.config.get("build").and_then(Value::as_object) else {
         return findings.push(format!("{CONFIG}: /build, the inputs of the build, is missing"));
     };
-    let entries = [("main".to_owned(), program.clone())];
     let mut weights = Vec::new();
     for rank in 0..folder.ranks {
         let found = shards.iter().find(|(of, _)| *of == rank).map(|(_, tensors)| tensors.as_slice());
         let hashes =
             found.unwrap_or_default().iter().map(|(s, hash)| (s.name.clone(), hash.clone())).collect();
-        let layout = planned_shards(&entries, rank).map_err(|e| e.to_string());
+        let layout = planned_shards(entries, rank).map_err(|e| e.to_string());
         let layout = layout
             .and_then(|tensors| ShardLayout::new(rank, folder.ranks, tensors).map_err(|e| e.to_string()));
         match layout {
@@ -290,7 +336,7 @@ fn check_config(
     let payloads = vec![String::new(); folder.ranks];
     let contents =
         Contents { weights: &weights, weights_hash: "", program_hash, payloads: &payloads, plan_sha256: "" };
-    files::differences(&folder.config, &config(inputs, &entries, &contents), "", findings);
+    files::differences(&folder.config, &config(inputs, entries, &contents), "", findings);
 }
 
 /// What the certificate says every rank holds, with the hashes of the bytes that are there.
@@ -298,17 +344,16 @@ type Shards = Vec<(usize, Vec<(ShardTensor, String)>)>;
 
 fn check_weights(
     folder: &Folder,
-    program: &Spmd,
+    entries: &[(String, Spmd)],
     programs: &[RankProgram],
     findings: &mut Vec<String>,
 ) -> (Shards, Option<String>) {
-    let entries = [("main".to_owned(), program.clone())];
     let mut shards: Shards = Vec::new();
     let mut records: Vec<(usize, TensorRecord)> = Vec::new();
     let mut bytes = 0u64;
     let mut builds: Vec<(usize, Option<String>)> = Vec::new();
     for rank in 0..folder.ranks {
-        let planned = match planned_shards(&entries, rank) {
+        let planned = match planned_shards(entries, rank) {
             Ok(planned) => planned,
             Err(error) => {
                 findings.push(format!("rank {rank}: {error}"));

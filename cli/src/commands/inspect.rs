@@ -4,7 +4,7 @@ use super::planning::import_model;
 use crate::arguments::{InspectArguments, ModelArguments};
 use crate::failure::{Classify, Failure, Kind, Outcome};
 use crate::folder::Folder;
-use crate::in_process::program_of;
+use crate::in_process::programs_of;
 use crate::output;
 use crate::rank_program::{RankFile, payload};
 use serde_json::{Value, json};
@@ -54,7 +54,10 @@ fn folder(arguments: &InspectArguments, json: bool) -> Outcome<()> {
         return executable(&folder.executable(rank), arguments.tir, json);
     }
     if arguments.tir {
-        return tir_text(&tpshard_ir::text::print_program(&program_of(&folder)?), json);
+        let programs = programs_of(&folder)?;
+        let text: Vec<String> =
+            programs.iter().map(|(_, program)| tpshard_ir::text::print_program(program)).collect();
+        return tir_text(&text.join("\n"), json);
     }
     if json {
         return output::line(&folder.config);

@@ -9,7 +9,7 @@ use super::{check_tolerances, comparison_json, tolerances};
 use crate::arguments::{ModelArguments, VerifyArguments};
 use crate::failure::{Classify, Failure, Kind, Outcome};
 use crate::folder::Folder;
-use crate::in_process::{observe, program_of};
+use crate::in_process::{observe, program_for};
 use crate::output;
 use crate::tensors::{self, GoldenPair};
 use selection::Selections;
@@ -219,7 +219,7 @@ pub(crate) fn as_built(folder: &Folder) -> ModelArguments {
 
 /// Values of ONNX nodes decoded from the ranks, for `run --tap`.
 pub(crate) fn tapped(folder: &Folder, inputs: &NamedTensors, nodes: &[String]) -> Outcome<NamedTensors> {
-    let program = program_of(folder)?;
+    let program = program_for(folder, inputs)?;
     let mut chosen: Vec<(StepId, String)> = Vec::new();
     for name in nodes {
         // The last value that a node became is the node's result.

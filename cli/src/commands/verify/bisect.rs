@@ -13,7 +13,7 @@ use crate::arguments::VerifyArguments;
 use crate::commands::planning::import_model;
 use crate::failure::{Failure, Kind, Outcome};
 use crate::folder::Folder;
-use crate::in_process::{Observed, observe, program_of};
+use crate::in_process::{Observed, observe, program_for};
 use crate::output;
 use std::collections::{BTreeMap, HashMap};
 use tpshard_codegen::build::MODEL_TEXT;
@@ -69,12 +69,12 @@ pub(super) fn bisect(
     };
     let imported = import_model(&model, &as_built(folder), true)?;
     same_text(folder, &imported)?;
-    let program = program_of(folder)?;
-    same_graph(&program, &imported)?;
-    let points = points(&program);
     let mut tally = Tally::default();
     let pairs = chosen_inputs(arguments, folder)?;
     for (label, inputs) in &pairs {
+        let program = program_for(folder, inputs)?;
+        same_graph(&program, &imported)?;
+        let points = points(&program);
         if let Some(found) =
             compare_all(folder, &imported, &program, &points, inputs, tolerances, &mut tally)?
         {
