@@ -55,13 +55,6 @@ impl Folder {
         self.path.join(format!("rank{rank}"))
     }
 
-    /// Names of the entries, in the order they are tried.
-    pub(crate) fn entries(&self) -> Vec<String> {
-        let list = self.config.get("entries").and_then(Value::as_array);
-        let name = |entry: &Value| entry.get("name").and_then(Value::as_str).map(str::to_owned);
-        list.into_iter().flatten().filter_map(name).collect()
-    }
-
     /// Names of the inputs, or outputs, in order.
     pub(crate) fn names(&self, what: &str) -> Vec<String> {
         let list = self.config.pointer(&format!("/entries/0/{what}")).and_then(Value::as_array);

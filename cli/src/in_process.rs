@@ -116,8 +116,9 @@ pub(crate) fn program_for(folder: &Folder, inputs: &NamedTensors) -> Outcome<tps
 pub(crate) fn programs_of(folder: &Folder) -> Outcome<Vec<(String, tpshard_ir::Spmd)>> {
     let payload = crate::rank_program::payload(&folder.executable(0))?;
     let parts = tpshard_ir::container::decode(&payload).or_fail(Kind::Mismatch)?;
+    let rank = tpshard_ir::program::RankProgram::from_payload(&parts).or_fail(Kind::Mismatch)?;
     let mut programs = Vec::new();
-    for entry in folder.entries() {
+    for entry in rank.entries.into_iter().map(|entry| entry.name) {
         let name = tpshard_codegen::build::certificate_part(&entry);
         let text = parts.part(&name).and_then(|bytes| std::str::from_utf8(bytes).ok());
         let text = text.ok_or_else(|| Failure::new(Kind::Mismatch, format!("rank0 holds no {name}")))?;

@@ -29,6 +29,12 @@ pub const OLDEST_CONFIG_VERSION: u32 = if CONFIG_VERSION > 1 { CONFIG_VERSION - 
 pub fn certificate_part(entry: &str) -> String {
     format!("certificate/{entry}.tir")
 }
+
+/// The entry whose certificate a part of this name holds.
+pub fn certified_entry(part: &str) -> Option<String> {
+    part.strip_prefix("certificate/")?.strip_suffix(".tir").map(str::to_owned)
+}
+
 /// The part that marks `run`, which starts the rank's own executable.
 pub const PART_LAUNCHER: &str = "launcher";
 /// The imported logical graph.

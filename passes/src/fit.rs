@@ -9,7 +9,7 @@ use std::sync::Arc;
 /// # Errors
 /// There is no plan.
 pub fn least_bytes(extended: &Extended, options: &PlanOptions) -> Result<u64, PlanError> {
-    let options = PlanOptions { memory: MemoryGoal::Least, ..options.clone() };
+    let options = PlanOptions { memory: MemoryGoal::Fewest, ..options.clone() };
     let report = plan(extended.clone(), &options)?.report;
     let parts = [report.weight_bytes, report.state_bytes, report.activation_bytes, options.reserve];
     Ok(parts.into_iter().fold(0, u64::saturating_add))
@@ -24,20 +24,24 @@ pub fn smallest_ranks(
     options: &PlanOptions,
     budget: u64,
 ) -> Result<Option<usize>, PlanError> {
-    let fits = |ranks: usize| -> Result<bool, PlanError> {
-        Ok(least_bytes(extended, &PlanOptions { ranks, ..options.clone() })? <= budget)
-    };
-    let mut low = options.ranks;
-    let mut high = options.ranks.saturating_mul(2).min(MAX_RANKS);
-    while !fits(high)? {
-        if high == MAX_RANKS {
+    let bytes = |ranks: usize| least_bytes(extended, &PlanOptions { ranks, ..options.clone() });
+    let mut low = (options.ranks, bytes(options.ranks)?);
+    let high = loop {
+        let ranks = low.0.saturating_mul(2).min(MAX_RANKS);
+        let high = (ranks, bytes(ranks)?);
+        if high.1 <= budget {
+            break ranks;
+        }
+        // Where twice the ranks save next to nothing, what is left is held whole by every rank.
+        if ranks == MAX_RANKS || high.1 >= low.1 - low.1 / 64 {
             return Ok(None);
         }
-        (low, high) = (high, high.saturating_mul(2).min(MAX_RANKS));
-    }
+        low = high;
+    };
+    let (mut low, mut high) = (low.0, high);
     while high - low > 1 {
         let middle = low + (high - low) / 2;
-        if fits(middle)? { high = middle } else { low = middle }
+        if bytes(middle)? <= budget { high = middle } else { low = middle }
     }
     Ok(Some(high))
 }

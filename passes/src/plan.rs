@@ -26,6 +26,8 @@ pub enum MemoryGoal {
     Default,
     /// At most 1.002 times the least possible, vectors left out: they are held whole.
     Least,
+    /// The least possible, whatever time it takes.
+    Fewest,
     /// No limit: the fastest plan.
     Free,
     Bytes(u64),
@@ -141,7 +143,10 @@ pub fn plan(extended: Extended, options: &PlanOptions) -> Result<Plan, PlanError
     let units = candidate_units(&found.extended.graph, &live);
     let planner = Planner { found: &found, pricer: &pricer, units: &units, options };
     let (best, programs, activations) = planner.within_budget()?;
-    let alone = if options.ranks == 1 { best.cost } else { planner.alone()? };
+    let alone = match (options.ranks, options.memory) {
+        (1, _) | (_, MemoryGoal::Fewest) => best.cost,
+        _ => planner.alone()?,
+    };
     let summary = Summary {
         extraction: &best.extraction,
         layouts: &best.layouts[0],
@@ -233,7 +238,11 @@ impl Planner<'_> {
                 }
                 other => other?,
             };
-            if best.as_ref().is_none_or(|b| next.cost < b.cost) {
+            let better = |b: &Candidate| match self.options.memory {
+                MemoryGoal::Fewest => next.extraction.bytes < b.extraction.bytes,
+                _ => next.cost < b.cost,
+            };
+            if best.as_ref().is_none_or(better) {
                 best = Some(next);
             }
         }
@@ -289,6 +298,7 @@ impl Planner<'_> {
         let budget = match memory {
             MemoryGoal::Free => Budget::Free,
             MemoryGoal::Least => Budget::Least,
+            MemoryGoal::Fewest => Budget::Fewest,
             MemoryGoal::Bytes(bytes) => Budget::Bytes(bytes.saturating_sub(set_aside)),
             MemoryGoal::Default => {
                 let weights = layouts.iter().take(1).flat_map(|l| &l.groups).filter(|g| !g.homes);

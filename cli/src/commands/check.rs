@@ -19,8 +19,8 @@ use serde_json::Value;
 use sha2::{Digest, Sha256};
 use std::collections::{BTreeMap, BTreeSet};
 use tpshard_codegen::build::{
-    Contents, MODEL_TEXT, certificate_part, config, entry, planned_shards, planned_weights, program_hash,
-    weight_file,
+    Contents, MODEL_TEXT, certificate_part, certified_entry, config, entry, planned_shards, planned_weights,
+    program_hash, weight_file,
 };
 use tpshard_codegen::folder::CONFIG;
 use tpshard_codegen::weights::hash::weights_hash;
@@ -177,7 +177,7 @@ fn read_programs(folder: &Folder, findings: &mut Vec<String>) -> (Vec<RankProgra
             wrong(format!("its payload is not the one {CONFIG} states"));
             continue;
         }
-        match (certificates_of(folder, &bytes), &certificates) {
+        match (certificates_of(&bytes), &certificates) {
             (Ok(own), None) => certificates = Some(own),
             (Ok(own), Some(first)) if *first != own => {
                 wrong("its certificate is not that of the ranks before it".into());
@@ -196,12 +196,13 @@ fn read_programs(folder: &Folder, findings: &mut Vec<String>) -> (Vec<RankProgra
     (programs, certificates.unwrap_or_default())
 }
 
-fn certificates_of(folder: &Folder, payload: &[u8]) -> Result<Certificates, String> {
+fn certificates_of(payload: &[u8]) -> Result<Certificates, String> {
     let parts = container::decode(payload).map_err(|error| error.to_string())?;
-    let entries = folder.entries();
-    if entries.is_empty() {
-        return Err(format!("{CONFIG} names no entry"));
-    }
+    let entries: Vec<String> = match RankProgram::from_payload(&parts) {
+        Ok(program) => program.entries.into_iter().map(|entry| entry.name).collect(),
+        // The program is found wrong elsewhere; its certificates may still be looked at.
+        Err(_) => parts.parts().iter().filter_map(|part| certified_entry(part.name)).collect(),
+    };
     let text = |entry: String| {
         let name = certificate_part(&entry);
         let text = parts.part(&name).and_then(|bytes| std::str::from_utf8(bytes).ok());

@@ -24,6 +24,8 @@ use std::collections::BTreeMap;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Budget {
     Free,
+    /// The fewest possible, whatever time it takes: no search for time, and no bound on it.
+    Fewest,
     /// At most 1.002 times the fewest possible.
     Least,
     Bytes(u64),
@@ -87,8 +89,20 @@ pub fn extract(graph: &LayoutGraph, budget: Budget, limits: Limits) -> Result<Ex
     let leanest = Search::new(graph, &mut choices, Aim::Bytes, limits)
         .run(&segments)
         .ok_or(ExtractError::Impossible)?;
+    if budget == Budget::Fewest {
+        let chosen = leanest.choices.iter().map(|(&g, &c)| (g, choices.all[c as usize].clone())).collect();
+        return Ok(Extraction {
+            choices: chosen,
+            cost: leanest.cost,
+            bytes: leanest.bytes,
+            least_bytes: leanest.bytes,
+            budget: None,
+            bound: Cost::ZERO,
+            segments: (segments.len(), shapes),
+        });
+    }
     let budget = match budget {
-        Budget::Free => None,
+        Budget::Free | Budget::Fewest => None,
         Budget::Least => Some(leanest.bytes.saturating_add(leanest.bytes / 500)),
         Budget::Bytes(bytes) => Some(bytes),
     };

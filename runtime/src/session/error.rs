@@ -17,7 +17,9 @@ pub enum SessionError {
     Inputs(#[from] InterpError),
     #[error("there is no input `{name}`; the inputs are {known}\n  help: rename it or leave it out")]
     UnknownInput { name: String, known: String },
-    #[error("no entry of the program takes these inputs:\n{reasons}")]
+    #[error(
+        "no entry of the program takes these inputs:\n{reasons}\nhelp: give inputs within these limits, or shard the model for others (--dim)"
+    )]
     NoEntry { reasons: String },
     #[error("the memory for these dims: {0}")]
     Plan(#[from] PlanError),
