@@ -15,6 +15,7 @@ pub use joint::{Joint, extract_entries};
 pub use search::{Aim, Limits};
 
 use crate::cost::Cost;
+use crate::counters::Effort;
 use crate::layout_graph::LayoutGraph;
 use crate::segment::{Segment, segments};
 use search::{Found, Search};
@@ -44,6 +45,7 @@ pub struct Extraction {
     pub bound: Cost,
     /// How many segments the graph has, and how many different ones.
     pub segments: (usize, usize),
+    pub effort: Effort,
 }
 
 impl Extraction {
@@ -109,7 +111,9 @@ pub fn extract(graph: &LayoutGraph, budget: Budget, limits: Limits) -> Result<Ex
         Some(bytes) => within(leanest, fastest, bytes, &mut run),
     };
     if outcome.bound < outcome.best.cost {
-        outcome.bound = outcome.bound.max(without_conversions(graph, limits)).min(outcome.best.cost);
+        let (bound, effort) = without_conversions(graph, limits);
+        choices.effort = choices.effort + effort;
+        outcome.bound = outcome.bound.max(bound).min(outcome.best.cost);
     }
     let found = outcome.best;
     let chosen = found.choices.iter().map(|(&g, &c)| (g, choices.all[c as usize].clone())).collect();
@@ -121,6 +125,7 @@ pub fn extract(graph: &LayoutGraph, budget: Budget, limits: Limits) -> Result<Ex
         budget,
         bound: outcome.bound,
         segments: (segments.len(), shapes),
+        effort: choices.effort,
     })
 }
 
@@ -140,7 +145,7 @@ fn lower_bound(found: &Found, price: f64, budget: u64) -> Cost {
 }
 
 /// The time of the best plan if conversions cost nothing: then layouts hardly matter, and no search is cut short.
-fn without_conversions(graph: &LayoutGraph, limits: Limits) -> Cost {
+fn without_conversions(graph: &LayoutGraph, limits: Limits) -> (Cost, Effort) {
     let mut relaxed = graph.clone();
     for edge in relaxed.groups.iter_mut().flat_map(|g| &mut g.conversions) {
         edge.cost = Cost::ZERO;
@@ -148,7 +153,7 @@ fn without_conversions(graph: &LayoutGraph, limits: Limits) -> Cost {
     let segments = segments(&relaxed);
     let mut choices = Choices::new(&relaxed);
     let found = Search::new(&relaxed, &mut choices, Aim::Time { price: 0.0 }, limits).run(&segments);
-    found.map_or(Cost::ZERO, |found| lower_bound(&found, 0.0, 0))
+    (found.map_or(Cost::ZERO, |found| lower_bound(&found, 0.0, 0)), choices.effort)
 }
 
 fn within(

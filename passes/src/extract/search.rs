@@ -133,6 +133,7 @@ impl<'a, 'c> Search<'a, 'c> {
 
     /// The best plan, or none if no plan exists (within the budget).
     pub(super) fn run(mut self, segments: &[Segment]) -> Option<Found> {
+        self.choices.effort.searches += 1;
         let start = Label { cost: Cost::ZERO, bytes: 0, rank: 0, before: START, deed: Deed::Nothing };
         let mut front: Front = BTreeMap::from([(Vec::new(), vec![start])]);
         for segment in segments {
@@ -248,6 +249,8 @@ impl<'a, 'c> Search<'a, 'c> {
 
     /// Drops what cannot be part of a best plan. At a cut, bytes are those of the whole plan so far.
     fn prune(&mut self, front: &mut Front, low: u32, at_cut: bool) {
+        self.choices.effort.states += front.len();
+        self.choices.effort.labels += front.values().map(Vec::len).sum::<usize>();
         let below = self.bytes_below.get(low as usize).copied().unwrap_or(0);
         for labels in front.values_mut() {
             if let Aim::Both { budget, most } = self.aim {
