@@ -62,8 +62,8 @@ pub fn extract_entries(
             proposal.into_iter().for_each(|(group, some)| all.entry(group).or_default().extend(some));
             all
         });
-        if let Ok(found) = side_by_side(graphs, &any, within, limits, bound, least_bytes) {
-            effort = effort + found.total.effort;
+        if let Ok(mut found) = side_by_side(graphs, &any, within, limits, bound, least_bytes) {
+            effort = effort + std::mem::take(&mut found.total.effort);
             let better = best.as_ref().is_none_or(|b| found.total.cost < b.total.cost);
             if better {
                 best = Some(found);
