@@ -24,7 +24,9 @@ const BUDGET: f64 = 1.05;
 fn main() -> Result<()> {
     let models: Vec<String> = std::env::args().skip(1).collect();
     if models.is_empty() {
-        bail!("usage: bench-planning MODEL.onnx…\nhelp: tests/models/make_graph_only.py writes models to plan");
+        bail!(
+            "usage: bench-planning MODEL.onnx…\nhelp: tests/models/make_graph_only.py writes models to plan"
+        );
     }
     println!(
         "{:<18} {:<15} {:<8} {:>9} {:>9} {:>7} {:>6} {:>7} {:>7} {:>8} {:>7} {:>8} {:>10} {:>9} {:>7}",
@@ -83,7 +85,7 @@ fn entry(imported: &Imported, name: &str, sequence: i64, past: i64) -> Entry {
         Some(Role::Batch) | None => 1,
     };
     let bindings: Bindings = imported.graph.symbols.keys().map(|s| (s.clone(), size(s))).collect();
-    Entry { name: name.into(), bindings, weight: 1.0 }
+    Entry::new(name, bindings)
 }
 
 /// The processor time this thread has used.

@@ -47,7 +47,13 @@ pub struct Choices<'a> {
 
 impl<'a> Choices<'a> {
     pub fn new(graph: &'a LayoutGraph) -> Choices<'a> {
-        Choices { graph, all: Vec::new(), known: BTreeMap::new(), distances: HashMap::new(), effort: Effort::default() }
+        Choices {
+            graph,
+            all: Vec::new(),
+            known: BTreeMap::new(),
+            distances: HashMap::new(),
+            effort: Effort::default(),
+        }
     }
 
     /// The undominated choices for `demand` on `group`, cheapest first; empty if it cannot be satisfied.
