@@ -8,7 +8,7 @@
 use super::choices::{Choices, Slots};
 use crate::cost::Cost;
 use crate::layout_graph::{GroupKind, LayoutGraph};
-use crate::segment::{Range, Segment};
+use crate::segment::{Range, RangeName, Segment};
 use std::collections::BTreeMap;
 use std::rc::Rc;
 
@@ -98,7 +98,7 @@ pub(super) struct Search<'a, 'c> {
     limits: Limits,
     trails: Vec<(u32, Deed)>,
     /// Per name of a range and demand in relative names: where it was solved, and with what result.
-    solved: BTreeMap<((usize, u32), Demand), (u32, Rc<Ends>)>,
+    solved: BTreeMap<(RangeName, Demand), (u32, Rc<Ends>)>,
     /// Per segment, the fewest bytes that all below it take.
     bytes_below: Vec<u64>,
     complete: bool,

@@ -45,6 +45,9 @@ type Shape = (Vec<Sort>, Vec<u64>);
 /// The squares of one operation, with what each costs.
 type Squares = Rc<Vec<(MeshSquare, Cost)>>;
 
+/// The conversions between some layouts, with what each costs.
+type Edges = Rc<Vec<Edge>>;
+
 /// Answers that alike layers ask for again. Where a key would be dear to copy, the second part of it is searched for.
 #[derive(Default)]
 struct Memory {
@@ -53,7 +56,7 @@ struct Memory {
     sort_of: Vec<Option<Sort>>,
     count: Sort,
     squares: HashMap<Shape, Vec<(Op, Squares)>>,
-    conversions: HashMap<Sort, Vec<(Vec<Layout>, Rc<Vec<Edge>>)>>,
+    conversions: HashMap<Sort, Vec<(Vec<Layout>, Edges)>>,
     shards: HashMap<Sort, Rc<Vec<Layout>>>,
 }
 

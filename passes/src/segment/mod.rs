@@ -47,13 +47,16 @@ impl Segment {
     }
 }
 
+/// The shape of a segment and the number of a piece in it, 0 for the whole.
+pub(crate) type RangeName = (usize, u32);
+
 /// Groups that are solved together: a segment or a piece of one.
 #[derive(Clone, Copy)]
 pub(crate) struct Range<'a> {
     pub(crate) low: u32,
     pub(crate) high: u32,
-    /// The same for all that are alike: the shape of the segment and the number of the piece in it.
-    pub(crate) name: (usize, u32),
+    /// The same for all that are alike.
+    pub(crate) name: RangeName,
     touched: &'a [u32],
     pub(crate) pieces: &'a [Piece],
 }
