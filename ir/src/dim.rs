@@ -205,6 +205,9 @@ impl Dim {
     /// The quotient if `divisor` divides this polynomial exactly (multivariate long division).
     pub fn exact_div(&self, divisor: &Dim) -> Option<Dim> {
         let lead = divisor.0.last()?;
+        if let (Some(whole), Some(part)) = (self.as_const(), divisor.as_const()) {
+            return (whole.checked_rem(part) == Some(0)).then(|| Dim::constant(whole.saturating_div(part)));
+        }
         let mut rest = self.poly();
         let mut quotient = Poly::new();
         while let Some((atoms, coefficient)) = rest.last_key_value().map(|(a, c)| (a.clone(), *c)) {

@@ -4,6 +4,7 @@
 
 pub mod canonical;
 pub mod cost;
+pub mod counters;
 pub mod egraph;
 mod emit;
 pub mod extended;

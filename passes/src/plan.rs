@@ -263,15 +263,15 @@ impl Planner<'_> {
         let outputs: Vec<ValueId> = found.extended.outputs.iter().map(|o| o.value).collect();
         let classes = Classes::new(graph, &outputs, &found.equal, pricer, mesh);
         let model = Model { graph, outputs: &found.extended.outputs, classes: &classes, units, pricer, mesh };
-        let mut built = build(&model)?;
-        if mesh.ranks() > 1 {
-            apply_pins(&mut built, &options.pins)?;
-        }
         let focused: Vec<Pricer<'_>> = (0..options.entries.len()).map(|e| pricer.focused(e)).collect();
-        let layouts = match focused.as_slice() {
-            [_] => vec![built],
-            several => several.iter().map(|p| built.priced(p)).collect(),
+        let built = |pricer| {
+            let mut built = build(&Model { pricer, ..model })?;
+            if mesh.ranks() > 1 {
+                apply_pins(&mut built, &options.pins)?;
+            }
+            Ok(built)
         };
+        let layouts = focused.iter().map(built).collect::<Result<Vec<_>, PlanError>>()?;
         let Joint { choices, total: extraction } = self.extract(&layouts, &classes, memory, reserve)?;
         let mut emitted = Vec::new();
         let (mut cost, mut bound) = (Cost::ZERO, extraction.bound);

@@ -4,6 +4,7 @@
 
 use crate::cost::price::Entry;
 use crate::cost::{Cost, Parts, Pricer};
+use crate::counters::Counters;
 use crate::extract::Extraction;
 use crate::layout_graph::LayoutGraph;
 use crate::plan::{Emitted, PlanOptions};
@@ -86,6 +87,7 @@ pub struct PlanReport {
     /// How far the plan may be above the optimum, as a share.
     pub gap: f64,
     pub segments: (usize, usize),
+    pub counters: Counters,
     /// True if some rank owns no part of a split tensor.
     pub idle_ranks: bool,
 }
@@ -150,6 +152,7 @@ pub(crate) fn report(
         stored,
         gap: gap(summary.cost, summary.bound),
         segments: extraction.segments,
+        counters: Counters { values: graph.len(), sizes: layouts.sizes(), effort: extraction.effort },
     }
 }
 

@@ -21,10 +21,19 @@ pub(super) struct Rule {
     pub(super) apply: fn(&mut Rewriter<'_>, ValueId) -> Option<ValueId>,
 }
 
+/// The first value of each operation on the same operands.
+pub(super) type Interned = HashMap<(Op, Vec<ValueId>, Type), ValueId>;
+
+/// All operations of a graph.
+pub(super) fn intern(graph: &Graph) -> Interned {
+    let key = |node: &Node| (node.op.clone(), node.args.clone(), node.ty.clone());
+    graph.values().rev().map(|(id, node)| (key(node), id)).collect()
+}
+
 /// A graph under rewriting by one set of rules.
 pub(super) struct Rewriter<'a> {
     extended: &'a mut Extended,
-    interned: HashMap<(Op, Vec<ValueId>, Type), ValueId>,
+    interned: &'a mut Interned,
     last_form: HashMap<ValueId, ValueId>,
     rules: &'a [Rule],
     depth: usize,
@@ -34,8 +43,8 @@ pub(super) struct Rewriter<'a> {
     origin: Arc<str>,
 }
 
-/// Rewrites the live part of `extended` with `rules`, operands first.
-pub(super) fn rewrite(extended: &mut Extended, rules: &[Rule]) {
+/// Rewrites the live part of `extended` with `rules`, operands first. `interned` holds all of its operations.
+pub(super) fn rewrite(extended: &mut Extended, interned: &mut Interned, rules: &[Rule]) {
     let live = extended.live();
     let mut users = vec![Vec::new(); extended.graph.len()];
     for &id in &live {
@@ -44,12 +53,6 @@ pub(super) fn rewrite(extended: &mut Extended, rules: &[Rule]) {
         }
     }
     let outputs = extended.outputs.iter().map(|o| o.value).collect();
-    let interned = extended
-        .graph
-        .values()
-        .map(|(id, node)| ((node.op.clone(), node.args.clone(), node.ty.clone()), id))
-        .rev()
-        .collect();
     let mut rewriter = Rewriter {
         extended,
         interned,

@@ -13,15 +13,16 @@ mod simplify;
 mod slices;
 
 use crate::extended::Extended;
-use engine::{Rule, rewrite};
+use engine::{Rule, intern, rewrite};
 
 /// Rewrites `extended` to the canonical form.
 pub fn canonicalise(extended: &mut Extended) {
+    let mut interned = intern(&extended.graph);
     let tidy: Vec<Rule> = simplify::RULES.into_iter().chain(contraction::RULES).collect();
     let cut: Vec<Rule> = simplify::RULES.into_iter().chain(contraction::RULES).chain(slices::RULES).collect();
-    rewrite(extended, &tidy);
-    rewrite(extended, &cut);
-    rewrite(extended, &norm::RULES);
-    rewrite(extended, &attention::RULES);
-    rewrite(extended, &tidy);
+    rewrite(extended, &mut interned, &tidy);
+    rewrite(extended, &mut interned, &cut);
+    rewrite(extended, &mut interned, &norm::RULES);
+    rewrite(extended, &mut interned, &attention::RULES);
+    rewrite(extended, &mut interned, &tidy);
 }

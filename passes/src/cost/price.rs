@@ -8,6 +8,7 @@
 use super::Cost;
 use super::profile::{Collective, Profile};
 use std::collections::{BTreeMap, BTreeSet};
+use std::rc::Rc;
 use std::sync::Arc;
 use tpshard_ir::graph::SymbolRange;
 use tpshard_ir::{AxisLayout, Bindings, Conversion, DType, Graph, Layout, Mesh, Op, Type, ValueId};
@@ -73,15 +74,15 @@ pub struct Pricer<'a> {
     /// The entry whose share of the weighted time is asked for; all of them if none.
     focus: Option<usize>,
     /// Per value.
-    extents: Vec<Extents>,
+    extents: Rc<Vec<Extents>>,
     /// Per value, at the upper ends of all ranges.
-    largest: Vec<Extents>,
+    largest: Rc<Vec<Extents>>,
     /// Per entry.
     largest_bindings: Vec<Bindings>,
     /// Per value: it is computed inside the kernel of its users.
-    fused: Vec<bool>,
+    fused: Rc<Vec<bool>>,
     /// Per value: bits read per element.
-    read_bits: Vec<f64>,
+    read_bits: Rc<Vec<f64>>,
 }
 
 /// A value for every symbol of `graph`: the given one, or 128 within the symbol's range.
@@ -167,11 +168,11 @@ impl<'a> Pricer<'a> {
             entries,
             total_weight: if total > 0.0 { total } else { 1.0 },
             focus: None,
-            extents: all(&bindings),
-            largest: if largest_bindings == bindings { Vec::new() } else { all(&largest_bindings) },
+            extents: Rc::new(all(&bindings)),
+            largest: Rc::new(if largest_bindings == bindings { Vec::new() } else { all(&largest_bindings) }),
             largest_bindings,
-            fused,
-            read_bits: graph.nodes().iter().map(|n| read_bits(graph, n)).collect(),
+            fused: Rc::new(fused),
+            read_bits: Rc::new(graph.nodes().iter().map(|n| read_bits(graph, n)).collect()),
         }
     }
 
@@ -217,6 +218,13 @@ impl<'a> Pricer<'a> {
     /// The weighted time of computing `value` in layout `result` from operands in `layouts`.
     pub fn compute(&self, value: ValueId, layouts: &[&Layout], result: &Layout, mesh: &Mesh) -> Cost {
         Cost::local(self.weighted(|e| self.compute_parts(value, layouts, result, mesh, e).total()))
+    }
+
+    /// What the price of computing `value` depends on besides its operation, types and layouts.
+    pub(crate) fn traits(&self, value: ValueId) -> impl Iterator<Item = u64> {
+        let args = &self.graph.node(value).args;
+        let bits = args.iter().map(|a| self.read_bits[a.index()].to_bits());
+        std::iter::once(u64::from(self.fused[value.index()])).chain(bits)
     }
 
     /// The weighted time of a conversion of `value`.

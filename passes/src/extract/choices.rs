@@ -2,6 +2,7 @@
 //! conversions from what they make to what is demanded.
 
 use crate::cost::Cost;
+use crate::counters::Effort;
 use crate::layout_graph::{Group, LayoutGraph, Operand};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
@@ -40,11 +41,19 @@ pub struct Choices<'a> {
     pub all: Vec<Choice>,
     known: BTreeMap<(u32, Slots), Vec<u32>>,
     distances: HashMap<(u32, Slots, Slots), Option<Cost>>,
+    /// Of the searches that used these choices.
+    pub effort: Effort,
 }
 
 impl<'a> Choices<'a> {
     pub fn new(graph: &'a LayoutGraph) -> Choices<'a> {
-        Choices { graph, all: Vec::new(), known: BTreeMap::new(), distances: HashMap::new() }
+        Choices {
+            graph,
+            all: Vec::new(),
+            known: BTreeMap::new(),
+            distances: HashMap::new(),
+            effort: Effort::default(),
+        }
     }
 
     /// The undominated choices for `demand` on `group`, cheapest first; empty if it cannot be satisfied.

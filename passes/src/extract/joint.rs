@@ -6,6 +6,7 @@
 
 use super::{Budget, Choice, ExtractError, Extraction, Limits, extract};
 use crate::cost::Cost;
+use crate::counters::Effort;
 use crate::layout_graph::{GroupKind, LayoutGraph, Unfolded};
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -30,7 +31,7 @@ pub fn extract_entries(
     budget: Budget,
     limits: Limits,
 ) -> Result<Joint, ExtractError> {
-    let alone = graphs.iter().map(|g| extract(g, budget, limits)).collect::<Result<Vec<_>, _>>()?;
+    let mut alone = graphs.iter().map(|g| extract(g, budget, limits)).collect::<Result<Vec<_>, _>>()?;
     if let [only] = alone.as_slice() {
         return Ok(Joint { choices: vec![only.choices.clone()], total: only.clone() });
     }
@@ -38,6 +39,7 @@ pub fn extract_entries(
     let budget = alone.iter().filter_map(|e| e.budget).max();
     let bound: Cost = alone.iter().map(|e| e.bound).sum();
     let within = budget.map_or(Budget::Free, Budget::Bytes);
+    let mut effort: Effort = alone.iter_mut().map(|e| std::mem::take(&mut e.effort)).sum();
     let mut best: Option<Joint> = None;
     let mut consider = |found: Joint| {
         if best.as_ref().is_none_or(|b| found.total.cost < b.total.cost) {
@@ -51,6 +53,7 @@ pub fn extract_entries(
         });
         // A proposal may leave no plan to another entry.
         let Ok(all) = followed.collect::<Result<Vec<_>, ExtractError>>() else { continue };
+        effort = effort + all.iter().map(|e| e.effort).sum();
         consider(together(&all, bound, least_bytes, budget));
     }
     let settled = best.as_ref().is_some_and(|b| b.total.cost.picoseconds() <= bound.picoseconds());
@@ -59,17 +62,20 @@ pub fn extract_entries(
             proposal.into_iter().for_each(|(group, some)| all.entry(group).or_default().extend(some));
             all
         });
-        if let Ok(found) = side_by_side(graphs, &any, within, limits, bound, least_bytes) {
+        if let Ok(mut found) = side_by_side(graphs, &any, within, limits, bound, least_bytes) {
+            effort = effort + std::mem::take(&mut found.total.effort);
             let better = best.as_ref().is_none_or(|b| found.total.cost < b.total.cost);
             if better {
                 best = Some(found);
             }
         }
     }
-    match best {
-        Some(best) => Ok(best),
-        None => side_by_side(graphs, &Stored::new(), within, limits, bound, least_bytes),
-    }
+    let mut best = match best {
+        Some(best) => best,
+        None => side_by_side(graphs, &Stored::new(), within, limits, bound, least_bytes)?,
+    };
+    best.total.effort = effort + best.total.effort;
+    Ok(best)
 }
 
 /// What lies in memory in a plan.
@@ -130,6 +136,7 @@ fn together(all: &[Extraction], bound: Cost, least_bytes: u64, budget: Option<u6
         budget,
         bound: bound.min(cost),
         segments: all.first().map_or((0, 0), |e| e.segments),
+        effort: Effort::default(),
     };
     Joint { choices, total }
 }

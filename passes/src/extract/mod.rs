@@ -15,6 +15,7 @@ pub use joint::{Joint, extract_entries};
 pub use search::{Aim, Limits};
 
 use crate::cost::Cost;
+use crate::counters::Effort;
 use crate::layout_graph::LayoutGraph;
 use crate::segment::{Segment, segments};
 use search::{Found, Search};
@@ -46,6 +47,7 @@ pub struct Extraction {
     pub bound: Cost,
     /// How many segments the graph has, and how many different ones.
     pub segments: (usize, usize),
+    pub effort: Effort,
 }
 
 impl Extraction {
@@ -123,7 +125,9 @@ pub fn extract(graph: &LayoutGraph, budget: Budget, limits: Limits) -> Result<Ex
         Some(bytes) => within(leanest, fastest, bytes, &mut run),
     };
     if outcome.bound < outcome.best.cost {
-        outcome.bound = outcome.bound.max(without_conversions(graph, limits)).min(outcome.best.cost);
+        let (bound, effort) = without_conversions(graph, limits);
+        choices.effort = choices.effort + effort;
+        outcome.bound = outcome.bound.max(bound).min(outcome.best.cost);
     }
     let found = outcome.best;
     let chosen = found.choices.iter().map(|(&g, &c)| (g, choices.all[c as usize].clone())).collect();
@@ -135,6 +139,7 @@ pub fn extract(graph: &LayoutGraph, budget: Budget, limits: Limits) -> Result<Ex
         budget,
         bound: outcome.bound,
         segments: (segments.len(), shapes),
+        effort: choices.effort,
     })
 }
 
@@ -154,7 +159,7 @@ fn lower_bound(found: &Found, price: f64, budget: u64) -> Cost {
 }
 
 /// The time of the best plan if conversions cost nothing: then layouts hardly matter, and no search is cut short.
-fn without_conversions(graph: &LayoutGraph, limits: Limits) -> Cost {
+fn without_conversions(graph: &LayoutGraph, limits: Limits) -> (Cost, Effort) {
     let mut relaxed = graph.clone();
     for edge in relaxed.groups.iter_mut().flat_map(|g| &mut g.conversions) {
         edge.cost = Cost::ZERO;
@@ -162,7 +167,7 @@ fn without_conversions(graph: &LayoutGraph, limits: Limits) -> Cost {
     let segments = segments(&relaxed);
     let mut choices = Choices::new(&relaxed);
     let found = Search::new(&relaxed, &mut choices, Aim::Time { price: 0.0 }, limits).run(&segments);
-    found.map_or(Cost::ZERO, |found| lower_bound(&found, 0.0, 0))
+    (found.map_or(Cost::ZERO, |found| lower_bound(&found, 0.0, 0)), choices.effort)
 }
 
 fn within(

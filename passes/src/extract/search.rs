@@ -8,8 +8,9 @@
 use super::choices::{Choices, Slots};
 use crate::cost::Cost;
 use crate::layout_graph::{GroupKind, LayoutGraph};
-use crate::segment::Segment;
+use crate::segment::{Range, RangeName, Segment};
 use std::collections::BTreeMap;
+use std::rc::Rc;
 
 /// What the search minimises.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -96,8 +97,8 @@ pub(super) struct Search<'a, 'c> {
     aim: Aim,
     limits: Limits,
     trails: Vec<(u32, Deed)>,
-    /// Per segment shape and demand in relative names: where it was solved, and with what result.
-    solved: BTreeMap<(usize, Demand), (u32, Ends)>,
+    /// Per name of a range and demand in relative names: where it was solved, and with what result.
+    solved: BTreeMap<(RangeName, Demand), (u32, Rc<Ends>)>,
     /// Per segment, the fewest bytes that all below it take.
     bytes_below: Vec<u64>,
     complete: bool,
@@ -133,10 +134,12 @@ impl<'a, 'c> Search<'a, 'c> {
 
     /// The best plan, or none if no plan exists (within the budget).
     pub(super) fn run(mut self, segments: &[Segment]) -> Option<Found> {
+        self.choices.effort.searches += 1;
         let start = Label { cost: Cost::ZERO, bytes: 0, rank: 0, before: START, deed: Deed::Nothing };
         let mut front: Front = BTreeMap::from([(Vec::new(), vec![start])]);
         for segment in segments {
-            front = self.cross(segment, front);
+            front = self.cross(segment.range(), front);
+            self.prune(&mut front, segment.low, true);
         }
         let best = front.remove(&Vec::new())?.into_iter().min_by_key(|l| (l.rank, l.cost, l.bytes))?;
         let last = self.remember(&best);
@@ -154,24 +157,24 @@ impl<'a, 'c> Search<'a, 'c> {
         }
     }
 
-    /// From the demands at the upper end of a segment to those at its lower end.
-    fn cross(&mut self, segment: &Segment, front: Front) -> Front {
+    /// From the demands at the upper end of a segment or piece to those at its lower end.
+    fn cross(&mut self, range: Range<'_>, front: Front) -> Front {
         let mut below: Front = BTreeMap::new();
         for (demand, labels) in front {
             // What only passes through is set aside, so that alike segments meet alike demands.
             let (inside, aside): (Demand, Demand) =
-                demand.into_iter().partition(|(group, _)| segment.relative(*group).is_some());
-            let relative = rename(&inside, |g| segment.relative(g));
-            let key = (segment.shape, relative);
+                demand.into_iter().partition(|(group, _)| range.relative(*group).is_some());
+            let relative = rename(&inside, |g| range.relative(g));
+            let key = (range.name, relative);
             if !self.solved.contains_key(&key) {
-                let results = self.solve(segment, inside);
-                self.solved.insert(key.clone(), (segment.high, results));
+                let results = Rc::new(self.solve(range, inside));
+                self.solved.insert(key.clone(), (range.high, results));
             }
             let Some((high, results)) = self.solved.get(&key) else { continue };
-            let (shift, results) = (high.wrapping_sub(segment.high), results.clone());
+            let (shift, results) = (high.wrapping_sub(range.high), results.clone());
             let ends: Vec<u32> = labels.iter().map(|l| self.remember(l)).collect();
-            for (result, steps) in results {
-                let mut demand = rename(&result, |name| segment.absolute(name));
+            for (result, steps) in results.iter() {
+                let mut demand = rename(result, |name| range.absolute(name));
                 demand.extend(&aside);
                 demand.sort_unstable();
                 let entry = below.entry(demand).or_default();
@@ -186,18 +189,26 @@ impl<'a, 'c> Search<'a, 'c> {
                 }
             }
         }
-        self.prune(&mut below, segment.low, true);
         below
     }
 
-    /// Solves a segment for one demand at its upper end. Labels of the result begin with nothing done, and their
+    /// Solves a segment or piece for one demand at its upper end. Labels of the result begin with nothing done, and their
     /// `before` is the end of their trail.
-    fn solve(&mut self, segment: &Segment, demand: Demand) -> Ends {
+    fn solve(&mut self, range: Range<'_>, demand: Demand) -> Ends {
         let start = Label { cost: Cost::ZERO, bytes: 0, rank: 0, before: START, deed: Deed::Nothing };
         let mut front: Front = BTreeMap::from([(demand, vec![start])]);
-        for group in (segment.low..segment.high).rev() {
-            if self.graph.is_planned(group) {
-                front = self.step(group, front);
+        let mut pieces = range.pieces.iter().peekable();
+        let mut at = range.high;
+        while at > range.low {
+            if let Some(piece) = pieces.next_if(|piece| piece.high == at) {
+                front = self.cross(range.piece(piece), front);
+                self.prune(&mut front, piece.low, false);
+                at = piece.low;
+                continue;
+            }
+            at -= 1;
+            if self.graph.is_planned(at) {
+                front = self.step(at, front);
             }
         }
         front
@@ -206,7 +217,7 @@ impl<'a, 'c> Search<'a, 'c> {
                 for label in &mut labels {
                     label.before = self.remember(label);
                 }
-                (rename(&demand, |g| segment.relative(g)), labels)
+                (rename(&demand, |g| range.relative(g)), labels)
             })
             .collect()
     }
@@ -248,6 +259,8 @@ impl<'a, 'c> Search<'a, 'c> {
 
     /// Drops what cannot be part of a best plan. At a cut, bytes are those of the whole plan so far.
     fn prune(&mut self, front: &mut Front, low: u32, at_cut: bool) {
+        self.choices.effort.states += front.len();
+        self.choices.effort.labels += front.values().map(Vec::len).sum::<usize>();
         let below = self.bytes_below.get(low as usize).copied().unwrap_or(0);
         for labels in front.values_mut() {
             if let Aim::Both { budget, most } = self.aim {

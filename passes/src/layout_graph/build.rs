@@ -11,7 +11,7 @@ use crate::cost::{Cost, Pricer};
 use crate::sharding::{MeshSquare, Units, conversions, is_well_formed, squares_on_mesh};
 use std::collections::{BTreeSet, HashMap};
 use std::rc::Rc;
-use tpshard_ir::{AxisLayout, Conversion, Dim, Graph, Layout, Mesh, Op, Output, Type, ValueId};
+use tpshard_ir::{AxisLayout, Dim, Graph, Layout, Mesh, Op, Output, Type, ValueId};
 
 /// What a layout graph is made from.
 pub struct Model<'a> {
@@ -32,20 +32,54 @@ pub enum BuildError {
     Output { output: String },
 }
 
-type Conversions = Rc<Vec<(u8, u8, Conversion)>>;
-
 /// Per dim of a value, the units it may be dealt out in.
 type DimUnits = Vec<BTreeSet<Dim>>;
 
-/// All that squares depend on: operation, types of operands and result, units of both.
-type Shape = (Op, Vec<Type>, Type, Vec<DimUnits>);
+/// A number for all values of one type that may be dealt out in the same units.
+type Sort = u32;
 
-/// Answers that alike layers ask for again.
+/// All that the price of a square depends on besides the operation: the sorts of operands and result, and what the
+/// pricer names.
+type Shape = (Vec<Sort>, Vec<u64>);
+
+/// The squares of one operation, with what each costs.
+type Squares = Rc<Vec<(MeshSquare, Cost)>>;
+
+/// The conversions between some layouts, with what each costs.
+type Edges = Rc<Vec<Edge>>;
+
+/// Answers that alike layers ask for again. Where a key would be dear to copy, the second part of it is searched for.
 #[derive(Default)]
 struct Memory {
-    squares: HashMap<Shape, Rc<Vec<MeshSquare>>>,
-    conversions: HashMap<(Type, Vec<Layout>), Conversions>,
-    shards: HashMap<(Type, DimUnits), Rc<Vec<Layout>>>,
+    sorts: HashMap<Type, Vec<(DimUnits, Sort)>>,
+    /// The sort of each value, once it was asked for.
+    sort_of: Vec<Option<Sort>>,
+    count: Sort,
+    squares: HashMap<Shape, Vec<(Op, Squares)>>,
+    conversions: HashMap<Sort, Vec<(Vec<Layout>, Edges)>>,
+    shards: HashMap<Sort, Rc<Vec<Layout>>>,
+}
+
+impl Memory {
+    fn sort(&mut self, model: &Model<'_>, value: ValueId) -> Sort {
+        self.sort_of.resize(model.graph.len(), None);
+        if let Some(known) = self.sort_of[value.index()] {
+            return known;
+        }
+        let (ty, units) = (model.graph.ty(value), model.units.of(value));
+        let next = self.count;
+        let alike = self.sorts.entry(ty.clone()).or_default();
+        let sort = match alike.iter().find(|(known, _)| known == units) {
+            Some(&(_, sort)) => sort,
+            None => {
+                alike.push((units.to_vec(), next));
+                self.count += 1;
+                next
+            }
+        };
+        self.sort_of[value.index()] = Some(sort);
+        sort
+    }
 }
 
 struct Builder<'a> {
@@ -148,7 +182,7 @@ impl Builder<'_> {
                 if !heads && wanted.is_empty() {
                     continue;
                 }
-                for square in self.squares(member).iter() {
+                for (square, _) in self.squares(member).iter() {
                     let split = |part: &AxisLayout| part.sharded_dim() == Some(1);
                     let seed = heads && square.result.0.iter().all(split);
                     if !seed && !wanted.contains(&square.result) {
@@ -174,7 +208,7 @@ impl Builder<'_> {
     fn universe(&mut self, value: ValueId) -> Rc<Vec<Layout>> {
         let Model { graph, units, pricer, mesh, .. } = *self.model;
         let ty = graph.ty(value);
-        let key = (ty.clone(), units.of(value).to_vec());
+        let key = self.memory.sort(self.model, value);
         if let Some(known) = self.memory.shards.get(&key) {
             return known.clone();
         }
@@ -215,7 +249,7 @@ impl Builder<'_> {
 
     /// All squares of the operation that makes `member`, in terms of slots.
     fn produce(&mut self, index: usize, member: ValueId) {
-        let Model { graph, classes, pricer, mesh, .. } = *self.model;
+        let Model { graph, classes, mesh, .. } = *self.model;
         let node = graph.node(member);
         let operands: Option<Vec<usize>> =
             node.args.iter().map(|a| classes.of[a.index()].map(|c| c as usize)).collect();
@@ -223,32 +257,39 @@ impl Builder<'_> {
         let Some(operands) = operands.filter(|all| all.iter().all(|&o| o < index)) else { return };
         // On one rank every layout is the same.
         let most = if mesh.ranks() == 1 { 1 } else { usize::MAX };
-        for square in self.squares(member).iter().take(most) {
+        for (square, cost) in self.squares(member).iter().take(most) {
             let Some(slots) = self.operand_slots(&operands, square) else { continue };
             let Some(out) = self.result_slot(index, &square.result) else { continue };
-            let layouts: Vec<&Layout> = square.operands.iter().collect();
-            let cost = pricer.compute(member, &layouts, &square.result, mesh);
             let place = |(&group, slot): (&usize, u8)| Operand { group: group as u32, slot };
             self.groups[index].productions.push(Production {
                 out,
                 operands: operands.iter().zip(slots).map(place).collect(),
                 value: member,
-                cost,
+                cost: *cost,
                 bytes: 0,
             });
         }
     }
 
-    fn squares(&mut self, value: ValueId) -> Rc<Vec<MeshSquare>> {
-        let Model { graph, units, mesh, .. } = *self.model;
+    fn squares(&mut self, value: ValueId) -> Squares {
+        let Model { graph, units, pricer, mesh, .. } = *self.model;
         let node = graph.node(value);
+        let operands = node.args.iter().chain([&value]);
+        let sorts = operands.map(|&v| self.memory.sort(self.model, v)).collect();
+        let alike = self.memory.squares.entry((sorts, pricer.traits(value).collect())).or_default();
+        if let Some((_, known)) = alike.iter().find(|(op, _)| *op == node.op) {
+            return known.clone();
+        }
         let args: Vec<&Type> = node.args.iter().map(|&a| graph.ty(a)).collect();
-        let deals = units.deals(graph, value);
-        let mut named = deals.operands.clone();
-        named.push(deals.result.clone());
-        let key = (node.op.clone(), args.iter().map(|&t| t.clone()).collect(), node.ty.clone(), named);
-        let find = || Rc::new(squares_on_mesh(&node.op, &args, &node.ty, mesh, &deals));
-        self.memory.squares.entry(key).or_insert_with(find).clone()
+        let squares = squares_on_mesh(&node.op, &args, &node.ty, mesh, &units.deals(graph, value));
+        let price = |square: MeshSquare| {
+            let layouts: Vec<&Layout> = square.operands.iter().collect();
+            let cost = pricer.compute(value, &layouts, &square.result, mesh);
+            (square, cost)
+        };
+        let found = Rc::new(squares.into_iter().map(price).collect::<Vec<_>>());
+        alike.push((node.op.clone(), found.clone()));
+        found
     }
 
     /// The slots of a square's operands, if all of them can be had.
@@ -310,25 +351,27 @@ impl Builder<'_> {
         if group.kind == GroupKind::Free {
             return;
         }
-        let key = (graph.ty(group.value).clone(), group.layouts.clone());
-        let found = self.memory.conversions.entry(key).or_insert_with_key(|(ty, layouts)| {
+        let sort = self.memory.sort(self.model, group.value);
+        let alike = self.memory.conversions.entry(sort).or_default();
+        let known =
+            alike.iter().find(|(layouts, _)| *layouts == group.layouts).map(|(_, edges)| edges.clone());
+        let found = known.unwrap_or_else(|| {
+            let ty = graph.ty(group.value);
             let mut all = Vec::new();
-            for (from, before) in layouts.iter().enumerate() {
-                for (to, after) in layouts.iter().enumerate() {
+            for (from, before) in group.layouts.iter().enumerate() {
+                for (to, after) in group.layouts.iter().enumerate() {
                     if let Some(conversion) = conversions(ty, before, after, mesh) {
-                        all.push((from as u8, to as u8, conversion));
+                        let cost = pricer.convert(group.value, &conversion, before, after, mesh);
+                        let (from, to) = (from as u8, to as u8);
+                        all.push(Edge { from, to, conversion: Some(conversion), cost });
                     }
                 }
             }
-            Rc::new(all)
+            let all = Rc::new(all);
+            alike.push((group.layouts.clone(), all.clone()));
+            all
         });
-        let price = |(from, to, conversion): &(u8, u8, Conversion)| Edge {
-            from: *from,
-            to: *to,
-            conversion: Some(conversion.clone()),
-            cost: pricer.convert(group.value, conversion, group.layout(*from), group.layout(*to), mesh),
-        };
-        let mut edges: Vec<Edge> = found.iter().map(price).collect();
+        let mut edges: Vec<Edge> = found.to_vec();
         if group.homes {
             let count = group.layouts.len() as u8;
             let read = |slot| Edge { from: count + slot, to: slot, conversion: None, cost: Cost::ZERO };

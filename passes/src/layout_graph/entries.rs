@@ -8,45 +8,10 @@
 //! the frontier of one entry, only what the other entries demand of the memory of one segment.
 
 use super::{Edge, Exit, Group, GroupKind, LayoutGraph, Operand, Production};
-use crate::cost::{Cost, Pricer};
+use crate::cost::Cost;
 use crate::extract::Choice;
 use crate::segment::segments;
 use std::collections::BTreeMap;
-use tpshard_ir::Layout;
-
-impl LayoutGraph {
-    /// The same graph with the prices of `pricer`.
-    pub fn priced(&self, pricer: &Pricer<'_>) -> LayoutGraph {
-        let mut priced = self.clone();
-        let mesh = &self.mesh;
-        for (group, old) in priced.groups.iter_mut().zip(&self.groups) {
-            for production in &mut group.productions {
-                if old.kind != GroupKind::Computed {
-                    continue;
-                }
-                let layouts: Vec<&Layout> = production
-                    .operands
-                    .iter()
-                    .map(|o| self.groups[o.group as usize].layout(o.slot))
-                    .collect();
-                let result = old.layout(production.out);
-                production.cost = pricer.compute(production.value, &layouts, result, mesh);
-            }
-            for edge in &mut group.conversions {
-                let (from, to) = (old.layout(edge.from), old.layout(edge.to));
-                edge.cost = edge
-                    .conversion
-                    .as_ref()
-                    .map_or(Cost::ZERO, |c| pricer.convert(old.value, c, from, to, mesh));
-            }
-            for exit in &mut group.exits {
-                let collect = pricer.collect(old.value, old.layout(exit.slot), mesh);
-                exit.cost = (0..exit.collected).map(|_| collect).sum();
-            }
-        }
-        priced
-    }
-}
 
 /// The layout graphs of several entries side by side.
 pub struct Unfolded {

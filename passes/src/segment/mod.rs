@@ -5,8 +5,12 @@
 //! before and after each block. What happens between two cuts depends only on what is demanded at the upper one, so
 //! segments that look alike, names of weights aside, are solved once.
 
+mod pieces;
+
+pub use pieces::Piece;
+
 use crate::layout_graph::{GroupKind, LayoutGraph, Operand};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// How far a frontier looks for smaller ones, in groups.
 const REACH: usize = 24;
@@ -26,11 +30,46 @@ pub struct Segment {
     pub touched: Vec<u32>,
     /// Equal for segments that are alike.
     pub shape: usize,
+    /// Its largest pieces, highest first.
+    pub pieces: Vec<Piece>,
 }
 
 impl Segment {
     /// A name for `group` that is the same in all segments of one shape.
     pub fn relative(&self, group: u32) -> Option<u32> {
+        self.range().relative(group)
+    }
+
+    /// The groups of the segment, for a search.
+    pub(crate) fn range(&self) -> Range<'_> {
+        let Segment { low, high, shape, touched, pieces, .. } = self;
+        Range { low: *low, high: *high, name: (*shape, 0), touched, pieces }
+    }
+}
+
+/// The shape of a segment and the number of a piece in it, 0 for the whole.
+pub(crate) type RangeName = (usize, u32);
+
+/// Groups that are solved together: a segment or a piece of one.
+#[derive(Clone, Copy)]
+pub(crate) struct Range<'a> {
+    pub(crate) low: u32,
+    pub(crate) high: u32,
+    /// The same for all that are alike.
+    pub(crate) name: RangeName,
+    touched: &'a [u32],
+    pub(crate) pieces: &'a [Piece],
+}
+
+impl<'a> Range<'a> {
+    /// A piece of this range.
+    pub(crate) fn piece(&self, piece: &'a Piece) -> Range<'a> {
+        let Piece { low, high, number, touched, inner } = piece;
+        Range { low: *low, high: *high, name: (self.name.0, *number), touched, pieces: inner }
+    }
+
+    /// A name for `group` that is the same in all ranges of one name.
+    pub(crate) fn relative(&self, group: u32) -> Option<u32> {
         if (self.low..self.high).contains(&group) {
             return Some(self.high - 1 - group);
         }
@@ -38,8 +77,8 @@ impl Segment {
         u32::try_from(place).ok().and_then(|p| p.checked_add(1 << 31))
     }
 
-    /// The group that [`Segment::relative`] named.
-    pub fn absolute(&self, name: u32) -> Option<u32> {
+    /// The group that [`Range::relative`] named.
+    pub(crate) fn absolute(&self, name: u32) -> Option<u32> {
         match name.checked_sub(1 << 31) {
             Some(place) => self.touched.get(place as usize).copied(),
             None => (self.high - 1).checked_sub(name),
@@ -54,8 +93,12 @@ pub fn segments(graph: &LayoutGraph) -> Vec<Segment> {
     let mut high = graph.groups.len() as u32;
     let mut shapes: BTreeMap<Vec<u64>, usize> = BTreeMap::new();
     let last_use = last_uses(graph);
-    let frontier = |at: u32| -> Vec<u32> {
-        (0..at).filter(|&g| graph.is_planned(g) && last_use[g as usize] >= at).collect()
+    // The frontier changes by what comes and goes between two cuts only.
+    let frontier = |above: &[u32], at: u32, high: u32| -> Vec<u32> {
+        let passes = above.iter().copied().filter(|&g| g < at);
+        let ends = uses(graph, at, high).filter(|&g| g < at);
+        let all: BTreeSet<u32> = passes.chain(ends).collect();
+        all.into_iter().collect()
     };
     let mut top = Vec::new();
     let mut all = Vec::new();
@@ -63,14 +106,16 @@ pub fn segments(graph: &LayoutGraph) -> Vec<Segment> {
         if low >= high {
             continue;
         }
-        let bottom = frontier(low);
+        let bottom = frontier(&top, low, high);
         let mut touched: Vec<u32> = uses(graph, low, high).filter(|&g| g < low).collect();
         touched.sort_unstable();
         touched.dedup();
-        let mut segment = Segment { low, high, top, bottom: bottom.clone(), touched, shape: 0 };
+        let mut segment =
+            Segment { low, high, top, bottom: bottom.clone(), touched, shape: 0, pieces: Vec::new() };
         let signature = signature(graph, &segment);
         let next = shapes.len();
         segment.shape = *shapes.entry(signature).or_insert(next);
+        segment.pieces = pieces::pieces(graph, &last_use, low, high);
         all.push(segment);
         (top, high) = (bottom, low);
     }

@@ -6,7 +6,7 @@
 //! the merged dim, and from there it spreads through every factor that has the dim.
 
 use super::{Deals, Factor, FactorDim, FactorResult, factors};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use tpshard_ir::{Dim, Graph, Type, ValueId};
 
 /// The name of the class of `unit` on a dim of `extent` elements over `ranks` ranks: 1 where all ranks get equal parts,
@@ -29,13 +29,14 @@ const MAX_UNITS: usize = 16;
 /// taken.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Units {
-    by_value: BTreeMap<ValueId, Vec<BTreeSet<Dim>>>,
+    /// Per value, per dim; empty for values that were not asked about.
+    by_value: Vec<Vec<BTreeSet<Dim>>>,
 }
 
 impl Units {
     /// Per dim of `value`, its units; empty for a value that was not asked about.
     pub fn of(&self, value: ValueId) -> &[BTreeSet<Dim>] {
-        self.by_value.get(&value).map_or(&[], Vec::as_slice)
+        self.by_value.get(value.index()).map_or(&[], Vec::as_slice)
     }
 
     /// Per dim of `value`, one name per class of units for `ranks` ranks.
@@ -54,7 +55,7 @@ impl Units {
     }
 
     fn offer(&mut self, value: ValueId, dim: usize, unit: Dim) -> bool {
-        let Some(units) = self.by_value.get_mut(&value).and_then(|dims| dims.get_mut(dim)) else {
+        let Some(units) = self.by_value.get_mut(value.index()).and_then(|dims| dims.get_mut(dim)) else {
             return false;
         };
         units.len() < MAX_UNITS && units.insert(unit)
@@ -65,18 +66,31 @@ impl Units {
 /// directions, until nothing changes.
 pub fn candidate_units(graph: &Graph, live: &[ValueId]) -> Units {
     let one: BTreeSet<Dim> = [Dim::constant(1)].into();
-    let by_value = live.iter().map(|&v| (v, vec![one.clone(); graph.ty(v).rank()])).collect();
+    let mut by_value = vec![Vec::new(); graph.len()];
+    live.iter().for_each(|&v| by_value[v.index()] = vec![one.clone(); graph.ty(v).rank()]);
     let mut units = Units { by_value };
     let links: Vec<Link> = live.iter().flat_map(|&value| links(graph, value)).collect();
     for link in &links {
-        link.spread(&mut units, &Dim::constant(1));
+        link.spread(&mut units, &Dim::constant(1), |_| {});
     }
-    let mut changed = true;
-    while changed {
-        changed = false;
-        for link in links.iter().chain(links.iter().rev()) {
+    // Sets of units only grow, so a link has nothing new to say until one of its values has changed.
+    let (mut changed, mut visited) = (vec![0usize; graph.len()], vec![0usize; links.len()]);
+    let mut time = 0;
+    let mut settled = false;
+    while !settled {
+        settled = true;
+        for index in (0..links.len()).chain((0..links.len()).rev()) {
+            time += 1;
+            let link = &links[index];
+            if link.dims.iter().all(|(value, _)| changed[value.index()] < visited[index]) {
+                continue;
+            }
+            visited[index] = time;
             for granule in link.granules(&units) {
-                changed |= link.spread(&mut units, &granule);
+                link.spread(&mut units, &granule, |value| {
+                    changed[value.index()] = time;
+                    settled = false;
+                });
             }
         }
     }
@@ -104,27 +118,31 @@ fn links(graph: &Graph, value: ValueId) -> Vec<Link> {
 }
 
 impl Link {
-    /// The granules in which some dim of the link can already be dealt out.
+    /// The granules of more than one step in which some dim of the link can already be dealt out.
     fn granules(&self, units: &Units) -> BTreeSet<Dim> {
-        let of_dim = |(value, named): &(ValueId, FactorDim)| {
-            let known = units.of(*value).get(named.dim).cloned().unwrap_or_default();
-            known.into_iter().filter_map(|unit| granule(&unit, named, &self.count)).collect::<Vec<_>>()
-        };
-        self.dims.iter().flat_map(of_dim).collect()
+        let mut found = BTreeSet::new();
+        for (value, named) in &self.dims {
+            let known = units.of(*value).get(named.dim).into_iter().flatten();
+            let several = known.filter(|unit| **unit != named.inner);
+            found.extend(several.filter_map(|unit| granule(unit, named, &self.count)));
+        }
+        found
     }
 
-    fn spread(&self, units: &mut Units, granule: &Dim) -> bool {
-        let mut changed = false;
+    /// Lets all dims be dealt out in this granule, and names the values for which that is new.
+    fn spread(&self, units: &mut Units, granule: &Dim, mut is_new: impl FnMut(ValueId)) {
         for (value, named) in &self.dims {
-            changed |= units.offer(*value, named.dim, granule * &named.inner);
+            let unit = if granule.is_one() { named.inner.clone() } else { granule * &named.inner };
+            if units.offer(*value, named.dim, unit) {
+                is_new(*value);
+            }
         }
-        changed
     }
 }
 
 /// The granule of a factor of `count` steps that gives `named` this unit.
 pub(super) fn granule(unit: &Dim, named: &FactorDim, count: &Dim) -> Option<Dim> {
-    let granule = unit.exact_div(&named.inner)?;
+    let granule = if named.inner.is_one() { unit.clone() } else { unit.exact_div(&named.inner)? };
     count.exact_div(&granule).is_some().then_some(granule)
 }
 
