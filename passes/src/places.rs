@@ -105,7 +105,8 @@ impl<'a> Places<'a> {
         }
         let mut views: BTreeMap<ValueId, Vec<View>> = BTreeMap::new();
         for (node, operation) in graph.values() {
-            let (Op::Reshape { .. } | Op::Transpose { .. }, [arg]) = (&operation.op, operation.args.as_slice())
+            let (Op::Reshape { .. } | Op::Transpose { .. }, [arg]) =
+                (&operation.op, operation.args.as_slice())
             else {
                 continue;
             };
@@ -285,7 +286,8 @@ mod tests {
     #[test]
     fn weights_are_found_inside_what_is_made_of_them() {
         let w = WeightExpr::initializer("w", DType::F32, vec![64, 192]).unwrap();
-        let key = w.slice(1, 64, 64).unwrap().transpose(vec![1, 0]).unwrap().reshape(vec![4, 16, 64]).unwrap();
+        let key =
+            w.slice(1, 64, 64).unwrap().transpose(vec![1, 0]).unwrap().reshape(vec![4, 16, 64]).unwrap();
         assert_eq!(inside(&key, &w, Some(1)), Ok(Some(Some(0))));
         assert_eq!(inside(&key, &w, Some(0)), Ok(Some(Some(2))));
         assert_eq!(inside(&key, &w, None), Ok(Some(None)));
