@@ -328,7 +328,7 @@ fn held(plan: &Plan, values: &BTreeSet<ValueId>) -> Vec<Held> {
     all
 }
 
-/// What each rank has of a split dim: `2 of dim 0 on each rank`, or `32 on rank 0, 16 on ranks 1-3 of dim 1`.
+/// What each rank has of a split dim: `dim 0: 2 on each rank`, or `dim 1: 32 on rank 0, 16 on ranks 1-3`.
 fn shares(program: &Spmd, step: &Step, bindings: &Bindings) -> String {
     let shape = &program.logical.ty(step.value).shape;
     let mut dims: BTreeMap<usize, String> = BTreeMap::new();
@@ -359,8 +359,8 @@ fn shares(program: &Spmd, step: &Step, bindings: &Bindings) -> String {
             false => format!("{length} on ranks {first}-{last}"),
         };
         let text = match runs.as_slice() {
-            [(length, ..)] => format!("{length} of dim {dim} on each rank{unit}"),
-            runs => format!("of dim {dim} {}{unit}", runs.iter().map(run).collect::<Vec<_>>().join(", ")),
+            [(length, ..)] => format!("dim {dim}: {length} on each rank{unit}"),
+            runs => format!("dim {dim}: {}{unit}", runs.iter().map(run).collect::<Vec<_>>().join(", ")),
         };
         texts.push(text);
     }

@@ -131,14 +131,13 @@ impl Explained {
                 format!("{chosen} is one of several best: with {other} a step takes the same time.")
             }
             () if change > 0.0 => {
-                format!("{chosen} is chosen: with {other}, the next best, a step takes {than}, {because}.")
+                format!("{chosen} is chosen: with {other}, the next best, a step takes {than}: {because}.")
             }
             () if !self.pinned.is_empty() => {
-                format!("Left to the planner it might be {other}: a step takes {than}, {because}.")
+                format!("Left to the planner it might be {other}: a step takes {than}: {because}.")
             }
             () => format!(
-                "With {other} a step takes {than}, {because}: the search, which vouches for {:.2} %, has missed it. \
-                 Pin it to have it.",
+                "With {other} a step takes {than}: {because}. The search, which leaves a gap of {:.2} %, has missed it; pin it to have it.",
                 self.plan.gap * 100.0
             ),
         }
@@ -300,25 +299,23 @@ fn exchanges(plan: &Measure, other: &Measure) -> (Vec<Group>, Vec<Group>) {
 }
 
 fn beyond(more: &BTreeMap<Exchange, Exchanged>, less: &BTreeMap<Exchange, Exchanged>) -> Vec<Group> {
-    let mut groups: BTreeMap<(&'static str, String, u64), (Vec<&str>, usize, f64)> = BTreeMap::new();
+    let mut groups: BTreeMap<(&'static str, String, u64), Group> = BTreeMap::new();
     for (key, found) in more {
         let count = found.count.saturating_sub(less.get(key).map_or(0, |known| known.count));
-        if count > 0 {
-            let (_, kind, node, payload) = key;
-            let group = groups.entry((kind, without_numbers(node), *payload)).or_default();
-            group.0.push(node);
-            group.1 += count;
-            group.2 += found.seconds * count as f64;
+        if count == 0 {
+            continue;
         }
+        let (_, kind, node, payload) = key;
+        let pattern = without_numbers(node);
+        let first = Group { kind, node: node.clone(), payload: *payload, count: 0, seconds: 0.0 };
+        let group = groups.entry((kind, pattern.clone(), *payload)).or_insert(first);
+        if group.node != *node {
+            group.node = pattern;
+        }
+        group.count += count;
+        group.seconds += found.seconds * count as f64;
     }
-    let mut groups: Vec<Group> = groups
-        .into_iter()
-        .map(|((kind, pattern, payload), (nodes, count, seconds))| {
-            let same = nodes.windows(2).all(|pair| pair[0] == pair[1]);
-            let node = nodes.first().filter(|_| same).map_or(pattern, |node| (*node).to_owned());
-            Group { kind, node, payload, count, seconds }
-        })
-        .collect();
+    let mut groups: Vec<Group> = groups.into_values().collect();
     groups.sort_by(|a, b| b.seconds.total_cmp(&a.seconds));
     groups
 }
@@ -328,7 +325,7 @@ fn group_json(groups: &[Group]) -> Vec<Value> {
     groups.iter().map(one).collect()
 }
 
-/// `because 2 all_gather of … (4.00 KiB, together 6.10 µs) come in; communication +6.10 µs`.
+/// `it adds 2 all_gather of … (4.00 KiB each, together 6.10 µs) (communication +6.10 µs)`.
 fn because(plan: &Measure, other: &Measure) -> String {
     let (added, removed) = exchanges(plan, other);
     let list = |groups: &[Group]| {
@@ -350,15 +347,17 @@ fn because(plan: &Measure, other: &Measure) -> String {
         ("launches", other.parts.launch - plan.parts.launch),
         ("communication", other.parts.communication - plan.parts.communication),
     ];
-    let changed = parts.iter().filter(|(_, change)| change.abs() > NOTHING * plan.seconds);
+    // What is printed as nothing is left out.
+    let visible = |change: f64| Seconds(change.abs()).to_string() != Seconds(0.0).to_string();
     let sign = |change: f64| if change < 0.0 { "-" } else { "+" };
+    let changed = parts.iter().filter(|(_, change)| visible(*change));
     let parts: Vec<String> =
         changed.map(|(name, change)| format!("{name} {}{}", sign(*change), Seconds(change.abs()))).collect();
-    let parts = parts.join(", ");
+    let parts = if parts.is_empty() { String::new() } else { format!(" ({})", parts.join(", ")) };
     match (added.is_empty(), removed.is_empty()) {
-        (true, true) => format!("with the same collectives ({parts})"),
-        (false, true) => format!("because {} come in ({parts})", list(&added)),
-        (true, false) => format!("because {} go ({parts})", list(&removed)),
-        (false, false) => format!("because {} come in and {} go ({parts})", list(&added), list(&removed)),
+        (true, true) => format!("with the same collectives{parts}"),
+        (false, true) => format!("it adds {}{parts}", list(&added)),
+        (true, false) => format!("it saves {}{parts}", list(&removed)),
+        (false, false) => format!("it adds {}, and saves {}{parts}", list(&added), list(&removed)),
     }
 }
