@@ -235,7 +235,7 @@ pub(crate) struct PlanArguments {
     #[arg(conflicts_with_all = ["ranks", "bind", "output", "role", "dim", "profile", "memory", "pin", "ignore_annotations"])]
     pub(crate) diff: Option<Vec<PathBuf>>,
     /// With --diff: exit with 4 if the plans differ.
-    #[arg(long, requires = "diff")]
+    #[arg(long)]
     pub(crate) exit_code: bool,
     #[command(flatten)]
     pub(crate) from: ModelArguments,

@@ -73,12 +73,33 @@ fn unite(parent: &mut [ValueId], a: ValueId, b: ValueId) -> bool {
     a != b
 }
 
+/// What plans may compute, ascending: what the outputs depend on in any of the ways that equations offer.
+fn reachable_values(extended: &Extended) -> Vec<ValueId> {
+    let graph = &extended.graph;
+    let mut equal: BTreeMap<ValueId, Vec<ValueId>> = BTreeMap::new();
+    for equation in &extended.equations {
+        equal.entry(equation.left).or_default().push(equation.right);
+        equal.entry(equation.right).or_default().push(equation.left);
+    }
+    let mut seen = vec![false; graph.len()];
+    let mut open: Vec<ValueId> = extended.outputs.iter().map(|output| output.value).collect();
+    while let Some(value) = open.pop() {
+        if !std::mem::replace(&mut seen[value.index()], true) {
+            open.extend(&graph.node(value).args);
+            open.extend(equal.get(&value).into_iter().flatten());
+        }
+    }
+    graph.values().map(|(id, _)| id).filter(|id| seen[id.index()]).collect()
+}
+
 /// A canonical graph, prepared for looking values up.
 pub struct Places<'a> {
     graph: &'a Graph,
     first: Vec<ValueId>,
-    /// Per first value: the equal ones that outputs depend on.
-    live: BTreeMap<ValueId, Vec<ValueId>>,
+    /// Per first value: the equal ones that plans may compute.
+    reachable: BTreeMap<ValueId, Vec<ValueId>>,
+    /// First values of what the canonical form computes.
+    canonical: BTreeSet<ValueId>,
     /// Per first value: what looks at it or is looked at by it, and through which value.
     views: BTreeMap<ValueId, Vec<View>>,
     weights: Vec<(ValueId, &'a WeightExpr)>,
@@ -95,14 +116,15 @@ impl<'a> Places<'a> {
     pub fn new(extended: &'a Extended) -> Places<'a> {
         let graph = &extended.graph;
         let first = equal_values(graph, &extended.equations);
-        let mut live: BTreeMap<ValueId, Vec<ValueId>> = BTreeMap::new();
+        let mut reachable: BTreeMap<ValueId, Vec<ValueId>> = BTreeMap::new();
         let mut weights = Vec::new();
-        for value in extended.live() {
-            live.entry(first[value.index()]).or_default().push(value);
+        for value in reachable_values(extended) {
+            reachable.entry(first[value.index()]).or_default().push(value);
             if let Op::Weight(expression) = &graph.node(value).op {
                 weights.push((value, expression));
             }
         }
+        let canonical = extended.live().into_iter().map(|value| first[value.index()]).collect();
         let mut views: BTreeMap<ValueId, Vec<View>> = BTreeMap::new();
         for (node, operation) in graph.values() {
             let (Op::Reshape { .. } | Op::Transpose { .. }, [arg]) =
@@ -114,24 +136,28 @@ impl<'a> Places<'a> {
             views.entry(from).or_default().push(View { node, to, forward: true });
             views.entry(to).or_default().push(View { node, to: from, forward: false });
         }
-        Places { graph, first, live, views, weights }
+        Places { graph, first, reachable, canonical, views, weights }
     }
 
-    /// What holds `value`, and where its `dim` is there.
+    /// What holds `value`, and where its `dim` is there: the values that equal it, and if the canonical form has none
+    /// of them, those that are the nearest view of it there.
     ///
     /// # Errors
     /// Nothing does, or the dim is no dim there.
     pub fn of_value(&self, value: ValueId, dim: Option<usize>) -> Result<Vec<Place>, PlaceError> {
         let Some(&start) = self.first.get(value.index()) else { return Err(PlaceError::Folded) };
+        let all = |at: ValueId, dim| {
+            let values = self.reachable.get(&at).into_iter().flatten();
+            values.map(move |&value| Place { value, dim })
+        };
         let mut error = PlaceError::Folded;
         let mut seen = BTreeSet::from([start]);
         let mut ring = vec![(start, dim)];
         for _ in 0..=MAX_VIEWS {
             // Of several equally near forms all hold the value; the first is enough.
-            for &(at, dim) in &ring {
-                if let Some(values) = self.live.get(&at) {
-                    return Ok(values.iter().map(|&value| Place { value, dim }).collect());
-                }
+            if let Some(&(at, there)) = ring.iter().find(|(at, _)| self.canonical.contains(at)) {
+                let own = all(start, dim).filter(|_| at != start);
+                return Ok(own.chain(all(at, there)).collect());
             }
             let mut next = Vec::new();
             for (at, dim) in ring {
@@ -320,7 +346,7 @@ mod tests {
         extended.outputs[0].value = end;
         let places = Places::new(&extended);
         assert_eq!(places.of_value(doubled, Some(1)), Ok(vec![Place { value: other, dim: Some(1) }]));
-        assert_eq!(places.of_value(doubled, None), Ok(vec![Place { value: other, dim: None }]));
+        assert_eq!(places.of_value(back, None), Ok(vec![Place { value: other, dim: None }]));
         assert_eq!(places.of_value(user, Some(0)), Err(PlaceError::Folded));
         assert_eq!(places.of_value(x, Some(1)), Ok(vec![Place { value: x, dim: Some(1) }]));
     }

@@ -58,7 +58,7 @@ fn a_budget_that_no_plan_keeps_with_a_layout_is_named() {
     let plan = &least["plans"][0]["plan"];
     let bytes = |key: &str| plan[key].as_u64().unwrap();
     let needed = ["weight_bytes_per_rank", "state_bytes_per_rank", "activation_bytes_per_rank"];
-    let budget: u64 = needed.iter().map(|key| bytes(key)).sum::<u64>() + 1024;
+    let budget: u64 = needed.iter().map(|key| bytes(key)).sum::<u64>() + 4096;
     let mut explain = tpshard(words!["explain", model(), "--tp", "4", "--tensor", OUT_PROJECTION]);
     let ended = end(explain.args(["--memory", &budget.to_string()])).ok();
     assert!(ended.stdout.contains("over the budget"), "{}", ended.stdout);
@@ -73,7 +73,7 @@ fn what_cannot_be_explained_is_said() {
     };
     let tensor = |name| explain(&["--tp", "2", "--tensor", name]);
     tensor("logitz").fails(2, &["no such tensor (`logitz`)", "help: near: logits"]);
-    tensor("/model/model/Constant_output_0").fails(2, &["nothing computes this tensor", "help: "]);
+    tensor("/model/model/Constant_output_0").fails(2, &["was folded into others", "help: "]);
     explain(&["--tp", "2", "--node", "/lm_head"]).fails(2, &["no such node", "/model/lm_head/MatMul"]);
     explain(&["--tp", "1", "--tensor", "logits"]).fails(2, &["--tp 1", "help: "]);
     explain(&["--tp", "2"]).fails(2, &["--tensor"]);
@@ -147,7 +147,7 @@ fn pins_that_cannot_be_kept_are_refused_with_their_line() {
         ),
         (
             "tensor onnx::MatMul_121 = S(1)",
-            &["pins.txt:2: ", "no such tensor", "help: near: onnx::MatMul_1219"],
+            &["pins.txt:2: ", "no such tensor", "help: near: onnx::MatMul_12"],
         ),
         ("tensor *.q_proj.weight = S(1)", &["pins.txt:2: ", "the pattern matches no tensor"]),
         ("node /model/lm_head/Matmul = R", &["no such node", "/model/lm_head/MatMul"]),
@@ -361,9 +361,6 @@ fn pins_of_a_fused_weight_hold_for_its_cuts() {
             layouts.iter().filter(|(name, _)| name == "w.fused").map(|(_, l)| l.as_str()).collect();
         assert!(!fused.is_empty() && fused.iter().all(|l| *l == layout), "{layouts:?}");
     }
-    let explain = words!["explain", path, "--tp", "2", "--tensor", "w.fused"];
-    let found = end(&mut tpshard(explain)).ok().stdout;
-    assert_eq!(found.matches("f32[64, 64] in memory in ").count(), 3, "{found}");
 }
 
 #[test]

@@ -126,8 +126,8 @@ struct Possibility {
 enum Found {
     Plan {
         measure: Measure,
-        /// Bytes per rank beyond the budget of the plan as it would be sharded.
-        over: Option<u64>,
+        /// Bytes per rank beyond a budget of so many.
+        over: Option<(u64, u64)>,
         /// True if no budget held, because with this layout none could be kept.
         free: bool,
     },
@@ -198,21 +198,20 @@ impl Explainer<'_> {
         options.pins.retain(|pin| !values.contains(&pin.value));
         let pin = |place: &Place| Pin { value: place.value, dim: place.dim, name: shown(tensor) };
         options.pins.extend(places.iter().map(pin));
-        let measured = |found: Plan, free: bool, least: u64| {
-            let measure = Measure::of(&found.report);
-            let needed = if free { least } else { measure.bytes };
-            let over = plan.budget.map(|budget| needed.saturating_sub(budget)).filter(|&over| over > 0);
-            Found::Plan { measure, over, free }
-        };
         match self.plan(&options)? {
-            Ok(found) => Ok(measured(found, false, 0)),
+            Ok(found) => {
+                let measure = Measure::of(&found.report);
+                let over = plan.budget.map(|budget| (measure.bytes.saturating_sub(budget), budget));
+                Ok(Found::Plan { measure, over: over.filter(|(over, _)| *over > 0), free: false })
+            }
             Err(PlanError::Pin(error)) => Ok(Found::Not(reason(&error))),
             Err(PlanError::Extract(ExtractError::Impossible)) => Ok(Found::Not("no plan holds it so".into())),
-            Err(PlanError::Extract(ExtractError::Budget { least, .. })) => {
+            Err(PlanError::Extract(ExtractError::Budget { least, budget })) => {
                 options.memory = MemoryGoal::Free;
                 let found = self.plan(&options)?;
                 let found = found.map_err(|error| self.planning.failure(self.ranks, &error))?;
-                Ok(measured(found, true, least))
+                let over = Some((least.saturating_sub(budget), budget));
+                Ok(Found::Plan { measure: Measure::of(&found.report), over, free: true })
             }
             Err(error) => Err(self.planning.failure(self.ranks, &error)),
         }

@@ -194,7 +194,7 @@ pub(crate) fn record(arguments: &PricingArguments) -> Outcome<Value> {
 }
 
 fn annotation_place(annotation: &Annotation) -> String {
-    format!("{} in the annotation of node {}", shown(&annotation.tensor), annotation.node)
+    format!("{} in the annotation of {}", shown(&annotation.tensor), annotation.node)
 }
 
 /// What is fixed so far, by value.

@@ -16,6 +16,14 @@ pub(crate) fn plan(arguments: &PlanArguments, json: bool) -> Outcome<()> {
     if let Some([a, b]) = arguments.diff.as_deref() {
         return diff(a, b, arguments.exit_code, json);
     }
+    if arguments.exit_code {
+        // Clap does not see to it, because what is required conflicts with the model.
+        let help = "help: --diff A B compares two plans";
+        return Err(Failure::new(
+            Kind::Usage,
+            format!("--exit-code: nothing is compared without --diff\n{help}"),
+        ));
+    }
     // Clap sees to it that there is a model otherwise.
     let model = arguments.model.as_deref().unwrap_or(Path::new(""));
     let ranks = rank_list(&arguments.ranks)?;

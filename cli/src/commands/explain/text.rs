@@ -57,9 +57,11 @@ impl Explained {
                     Bytes(measure.bytes).to_string(),
                     change(&self.plan, measure),
                     match (over, free) {
-                        (Some(over), _) => format!("{} over the budget", Bytes(*over)),
-                        (None, true) => "without a budget".into(),
-                        (None, false) => blank(),
+                        (Some((over, _)), false) => format!("{} over the budget", Bytes(*over)),
+                        (Some((over, _)), true) => {
+                            format!("{} over the budget; priced without one", Bytes(*over))
+                        }
+                        (None, _) => blank(),
                     },
                 ],
             });
@@ -90,7 +92,7 @@ impl Explained {
         for pin in &self.pinned {
             lines.push(format!("{chosen} is not a decision of the planner: {pin} fixes it."));
         }
-        let others: Vec<(&Possibility, &Measure, Option<u64>)> = self
+        let others: Vec<(&Possibility, &Measure, Option<(u64, u64)>)> = self
             .options
             .iter()
             .filter(|option| !option.chosen)
@@ -105,10 +107,10 @@ impl Explained {
             lines.push(self.comparison(&chosen, option, measure));
         }
         for (option, measure, over) in &others {
-            let (Some(over), Some(budget)) = (over, self.plan.budget) else { continue };
+            let Some((over, budget)) = over else { continue };
             lines.push(format!(
                 "The budget of {} per rank does not allow {}: it needs {} more. With that memory a step takes {}.",
-                Bytes(budget),
+                Bytes(*budget),
                 option.layout,
                 Bytes(*over),
                 than(self.plan.seconds, measure.seconds)
@@ -178,7 +180,7 @@ impl Possibility {
                     "seconds_more": measure.seconds - plan.seconds,
                     "collectives_added": group_json(&added),
                     "collectives_removed": group_json(&removed),
-                    "bytes_over_budget": over,
+                    "bytes_over_budget": over.map(|(over, _)| over),
                     "without_budget": free,
                 })
             }
