@@ -70,6 +70,8 @@ pub(crate) enum Command {
     Verify(VerifyArguments),
     /// Predict time and memory for 1, 2, 4 and 8 ranks without writing anything.
     Plan(PlanArguments),
+    /// Say why a tensor is laid out as it is, and what other layouts would cost.
+    Explain(ExplainArguments),
     /// Show what a model or a sharded model consists of.
     Inspect(InspectArguments),
     /// Run a sharded model with this executable, where the folder's own cannot be started (noexec, stores).
@@ -109,6 +111,13 @@ pub(crate) struct PricingArguments {
     /// possible), or `free` (no limit).
     #[arg(long, value_name = "SIZE|min|free")]
     pub(crate) memory: Option<String>,
+    /// Layouts that are not to be decided: a text file with lines such as `tensor model.layers.*.weight = S(1)`. May
+    /// be repeated. See docs/pins.md.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) pin: Vec<PathBuf>,
+    /// Do not read the sharding annotations of the model (ONNX IR version 11) as pins.
+    #[arg(long)]
+    pub(crate) ignore_annotations: bool,
 }
 
 #[derive(Debug, Args)]
@@ -215,10 +224,38 @@ pub(crate) struct VerifyArguments {
 #[derive(Debug, Args)]
 pub(crate) struct PlanArguments {
     /// The ONNX model.
-    pub(crate) model: PathBuf,
+    #[arg(required_unless_present = "diff")]
+    pub(crate) model: Option<PathBuf>,
     /// Numbers of ranks: `1,2,4,8` or `1-8`.
     #[arg(long, value_name = "LIST", default_value = "1,2,4,8")]
     pub(crate) ranks: String,
+    /// Instead: what differs between two plans, each a folder that `tpshard MODEL --tp N` wrote, its `config.json`, or
+    /// what `plan --json` printed.
+    #[arg(long, num_args = 2, value_names = ["A", "B"], conflicts_with = "model")]
+    #[arg(conflicts_with_all = ["ranks", "bind", "output", "role", "dim", "profile", "memory", "pin", "ignore_annotations"])]
+    pub(crate) diff: Option<Vec<PathBuf>>,
+    /// With --diff: exit with 4 if the plans differ.
+    #[arg(long)]
+    pub(crate) exit_code: bool,
+    #[command(flatten)]
+    pub(crate) from: ModelArguments,
+    #[command(flatten)]
+    pub(crate) pricing: PricingArguments,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ExplainArguments {
+    /// The ONNX model.
+    pub(crate) model: PathBuf,
+    /// Number of ranks, 2 to 1024.
+    #[arg(long, value_name = "N")]
+    pub(crate) tp: usize,
+    /// An initializer, input, output, or any other tensor of the model.
+    #[arg(long, value_name = "NAME", required_unless_present = "node", conflicts_with = "node")]
+    pub(crate) tensor: Option<String>,
+    /// A node of the model: its result.
+    #[arg(long, value_name = "NAME")]
+    pub(crate) node: Option<String>,
     #[command(flatten)]
     pub(crate) from: ModelArguments,
     #[command(flatten)]

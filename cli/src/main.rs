@@ -57,6 +57,7 @@ fn run(words: Vec<OsString>) -> Outcome<()> {
         Command::Check(arguments) => commands::check::check(&arguments, json),
         Command::Verify(arguments) => commands::verify::verify(&arguments, json),
         Command::Plan(arguments) => commands::plan::plan(&arguments, json),
+        Command::Explain(arguments) => commands::explain::explain(&arguments, json),
         Command::Inspect(arguments) => commands::inspect::inspect(&arguments, json),
         Command::Exec(arguments) => commands::exec::exec(&arguments, json),
         Command::Compare(arguments) => commands::compare::compare(&arguments, json),

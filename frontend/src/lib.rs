@@ -30,13 +30,14 @@ pub mod proto;
 pub mod tensor_data;
 
 pub use attributes::{AttributeError, AttributeReader};
+pub use devices::{Annotation, Sharding, annotations};
 pub use error::{ErrorKind, Fault, LoadError, NodeSite, Site};
 pub use external::Storage;
 pub use limits::Limits;
 pub use load::{IR_VERSIONS, OPSETS, load};
 pub use lower::{
-    Equality, ImportError, ImportOptions, ImportReport, Imported, OutputRequest, OutputRequestError, Part,
-    Role, Selection, import, lower,
+    Equality, ImportError, ImportOptions, ImportReport, Imported, Named, OutputRequest, OutputRequestError,
+    Part, Role, Selection, import, lower,
 };
 pub use model::{
     Attribute, AttributeType, AttributeValue, Dim, Graph, Model, Node, TensorType, ValueInfo, ValueType,

@@ -302,7 +302,7 @@ fn weight_name(expression: &WeightExpr) -> String {
 }
 
 /// `layers.12.w` and `layers.3.w` are one kind: runs of digits become `*`.
-fn without_numbers(name: &str) -> String {
+pub fn without_numbers(name: &str) -> String {
     let mut text = String::new();
     for c in name.chars() {
         match (c.is_ascii_digit(), text.ends_with('*')) {

@@ -8,6 +8,7 @@ mod crash;
 mod draft;
 mod entries;
 mod errors;
+mod explain;
 mod golden_plan;
 mod hostile;
 mod launch;

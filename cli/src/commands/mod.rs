@@ -3,10 +3,14 @@
 pub(crate) mod calibrate;
 pub(crate) mod check;
 pub(crate) mod compare;
+pub(crate) mod diff;
 mod dims;
 mod entries;
 pub(crate) mod exec;
+pub(crate) mod explain;
 pub(crate) mod inspect;
+mod names;
+mod pins;
 pub(crate) mod plan;
 pub(crate) mod planning;
 pub(crate) mod reporting;

@@ -1,19 +1,34 @@
 //! `tpshard plan`: what more ranks would bring, without writing anything.
 
+use super::diff::diff;
 use super::planning::{Planning, check_ranks, import_model};
 use super::reporting::{Row, report_json, table};
 use crate::arguments::PlanArguments;
 use crate::failure::{Failure, Kind, Outcome};
 use crate::output;
 use serde_json::{Value, json};
+use std::path::Path;
 use std::time::Instant;
 use tpshard_passes::PlanError;
 use tpshard_passes::extract::ExtractError;
 
 pub(crate) fn plan(arguments: &PlanArguments, json: bool) -> Outcome<()> {
+    if let Some([a, b]) = arguments.diff.as_deref() {
+        return diff(a, b, arguments.exit_code, json);
+    }
+    if arguments.exit_code {
+        // Clap does not see to it, because what is required conflicts with the model.
+        let help = "help: --diff A B compares two plans";
+        return Err(Failure::new(
+            Kind::Usage,
+            format!("--exit-code: nothing is compared without --diff\n{help}"),
+        ));
+    }
+    // Clap sees to it that there is a model otherwise.
+    let model = arguments.model.as_deref().unwrap_or(Path::new(""));
     let ranks = rank_list(&arguments.ranks)?;
-    let imported = import_model(&arguments.model, &arguments.from, false)?;
-    let planning = Planning::new(&imported, &arguments.pricing)?;
+    let imported = import_model(model, &arguments.from, false)?;
+    let planning = Planning::new(&imported, &arguments.pricing, &ranks)?;
     let mut rows: Vec<Row> = Vec::new();
     let mut last = None;
     for &ranks in &ranks {
@@ -41,7 +56,7 @@ pub(crate) fn plan(arguments: &PlanArguments, json: bool) -> Outcome<()> {
                 Err(least) => json!({ "ranks": ranks, "needs_bytes": least, "planning_seconds": seconds }),
             })
             .collect();
-        return output::line(json!({ "model": arguments.model.display().to_string(), "plans": rows }));
+        return output::line(json!({ "model": model.display().to_string(), "plans": rows }));
     }
     output::text(table(&rows))
 }

@@ -1,6 +1,7 @@
 //! From a model file to a checked plan: what `tpshard MODEL` and `tpshard plan` have in common.
 
 use super::entries::entries;
+use super::pins::{Wishes, annotation_help};
 use crate::arguments::{ModelArguments, PricingArguments};
 use crate::failure::{Classify, Failure, Kind, Outcome};
 use std::collections::BTreeMap;
@@ -12,7 +13,7 @@ use tpshard_ir::{Data, Tensor};
 use tpshard_passes::cost::Profile;
 use tpshard_passes::extended::Extended;
 use tpshard_passes::extract::ExtractError;
-use tpshard_passes::{MemoryGoal, Plan, PlanError, PlanOptions, fit};
+use tpshard_passes::{MemoryGoal, Pin, Plan, PlanError, PlanOptions, fit};
 
 /// Imports a model as the flags say. Planning alone needs no weights.
 pub(crate) fn import_model(path: &Path, arguments: &ModelArguments, need_data: bool) -> Outcome<Imported> {
@@ -150,22 +151,37 @@ fn memory(text: &Option<String>) -> Outcome<MemoryGoal> {
 pub(crate) struct Planning {
     extended: Extended,
     options: PlanOptions,
+    /// By number of ranks.
+    pins: BTreeMap<usize, Vec<Pin>>,
     roles: BTreeMap<Arc<str>, Role>,
 }
 
 impl Planning {
-    /// Reads the flags and brings the graph to the planner's form.
-    pub(crate) fn new(imported: &Imported, arguments: &PricingArguments) -> Outcome<Planning> {
+    /// Reads the flags, for these numbers of ranks, and brings the graph to the planner's form.
+    pub(crate) fn new(
+        imported: &Imported,
+        arguments: &PricingArguments,
+        ranks: &[usize],
+    ) -> Outcome<Planning> {
+        let wishes = Wishes::read(arguments, imported)?;
         let mut options = PlanOptions::new(1, profile(&arguments.profile)?);
         options.memory = memory(&arguments.memory)?;
         options.entries = entries(imported, &arguments.dim)?;
         let mut extended = Extended::new(imported.graph.clone());
         tpshard_passes::canonical::canonicalise(&mut extended);
-        Ok(Planning { extended, options, roles: imported.report.roles.clone() })
+        let pins = wishes.pins(imported, &extended, ranks)?;
+        Ok(Planning { extended, options, pins, roles: imported.report.roles.clone() })
     }
 
-    fn options(&self, ranks: usize) -> PlanOptions {
-        PlanOptions { ranks, ..self.options.clone() }
+    /// What is asked of the planner for `ranks`.
+    pub(crate) fn options(&self, ranks: usize) -> PlanOptions {
+        let pins = self.pins.get(&ranks).cloned().unwrap_or_default();
+        PlanOptions { ranks, pins, ..self.options.clone() }
+    }
+
+    /// The canonical graph.
+    pub(crate) fn extended(&self) -> &Extended {
+        &self.extended
     }
 
     /// The plan for `ranks`.
@@ -189,6 +205,10 @@ impl Planning {
         match (error, self.options.memory) {
             (PlanError::Extract(ExtractError::Budget { .. }), MemoryGoal::Bytes(budget)) => {
                 Failure::new(kind, format!("{error}\n{}", self.advice(ranks, budget)))
+            }
+            (PlanError::Pin(_), _) => {
+                let text = error.to_string();
+                Failure::new(kind, format!("{text}{}", annotation_help(&[&text])))
             }
             _ => Failure::new(kind, error),
         }
@@ -217,7 +237,7 @@ impl Planning {
 
 /// Plans an imported model for `ranks`.
 pub(crate) fn plan_model(imported: &Imported, ranks: usize, arguments: &PricingArguments) -> Outcome<Plan> {
-    let planning = Planning::new(imported, arguments)?;
+    let planning = Planning::new(imported, arguments, &[ranks])?;
     planning.plan(ranks).map_err(|error| planning.failure(ranks, &error))
 }
 

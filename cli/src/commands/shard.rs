@@ -1,5 +1,6 @@
 //! `tpshard MODEL --tp N`: the main job.
 
+use super::pins;
 use super::planning::{check_ranks, findings_text, import_model, plan_model, profile_text};
 use super::reporting::{report_json, summary, warn};
 use crate::arguments::ShardArguments;
@@ -239,6 +240,7 @@ fn build_inputs(
         "roles": arguments.from.role,
         "dim": pricing.dim,
         "memory": { "given": pricing.memory, "budget_bytes": plan.report.budget },
+        "pins": pins::record(&arguments.pricing)?,
         "profile": plan.report.profile,
         "profile_text": profile_text(&pricing.profile)?,
         "plan": report_json(&plan.report),

@@ -59,6 +59,8 @@ pub(crate) struct Lowering<'m> {
     guards: Vec<Guard>,
     /// Innermost last.
     scopes: Vec<HashMap<String, Value>>,
+    /// Names of scopes that were left.
+    inner: Vec<(String, Value)>,
     /// Tensors that weight expressions name: initializers, and constants lifted out of nodes.
     pub(crate) tensors: BTreeMap<String, TensorRef>,
     /// Equal operations on equal operands.
@@ -81,6 +83,7 @@ impl<'m> Lowering<'m> {
             equalities: Vec::new(),
             guards: Vec::new(),
             scopes: vec![HashMap::new()],
+            inner: Vec::new(),
             tensors: BTreeMap::new(),
             seen: HashMap::new(),
             fold_budget: FOLD_BUDGET,
@@ -107,7 +110,13 @@ impl<'m> Lowering<'m> {
     }
 
     pub(crate) fn pop_scope(&mut self) {
-        self.scopes.pop();
+        self.inner.extend(self.scopes.pop().into_iter().flatten());
+    }
+
+    /// What every name stood for; the outermost holds where scopes share one.
+    pub(super) fn take_names(&mut self) -> BTreeMap<String, Value> {
+        let scopes = std::mem::take(&mut self.scopes).into_iter().rev().flatten();
+        std::mem::take(&mut self.inner).into_iter().chain(scopes).collect()
     }
 
     /// Makes a stored tensor available under a name no other has, as a value that is not read yet.

@@ -3,7 +3,7 @@
 use super::context::{Lowered, Lowering, invalid};
 use super::state;
 use super::value::{KNOWN_LIMIT, Known, Value};
-use super::{ImportOptions, ImportReport};
+use super::{ImportOptions, ImportReport, Named};
 use crate::error::Fault;
 use crate::model::{self, ValueInfo};
 use std::sync::Arc;
@@ -120,7 +120,9 @@ impl Lowering<'_> {
     ) -> Graph {
         let mut whole = std::mem::take(&mut self.graph);
         whole.outputs = outputs;
-        let mut graph = prune(&whole);
+        let (mut graph, moved) = prune(&whole);
+        report.values =
+            self.take_names().into_iter().map(|(name, value)| (name, named(&value, &moved))).collect();
         graph.guards = self.take_guards();
         graph.states = self.state_pairs(&graph);
         let inputs: Vec<Type> = graph.inputs().map(|(_, _, ty)| ty.clone()).collect();
@@ -199,8 +201,18 @@ fn plain(name: &str) -> String {
     plain
 }
 
-/// The inputs and what the outputs depend on, in the same order.
-fn prune(graph: &Graph) -> Graph {
+/// What became of a name's value.
+fn named(value: &Value, moved: &[Option<ValueId>]) -> Named {
+    match value {
+        Value::Data(id) => moved.get(id.index()).copied().flatten().map_or(Named::Folded, Named::Data),
+        Value::Weight(expr) => Named::Weight(expr.clone()),
+        Value::Known(known) => known.source.clone().map_or(Named::Folded, Named::Weight),
+        Value::Affine(_) | Value::Grid(_) | Value::Poison => Named::Folded,
+    }
+}
+
+/// The inputs and what the outputs depend on, in the same order, and where each value went.
+fn prune(graph: &Graph) -> (Graph, Vec<Option<ValueId>>) {
     let mut needed = vec![false; graph.len()];
     for output in &graph.outputs {
         needed[output.value.index()] = true;
@@ -210,16 +222,17 @@ fn prune(graph: &Graph) -> Graph {
             node.args.iter().for_each(|arg| needed[arg.index()] = true);
         }
     }
-    let mut moved = vec![ValueId(0); graph.len()];
+    let mut moved: Vec<Option<ValueId>> = vec![None; graph.len()];
+    let place = |moved: &[Option<ValueId>], id: ValueId| moved[id.index()].unwrap_or(ValueId(0));
     let mut pruned = Graph::new(&graph.name);
     for (id, node) in graph.values() {
         if needed[id.index()] || matches!(node.op, Op::Input { .. }) {
             let mut node = node.clone();
-            node.args.iter_mut().for_each(|arg| *arg = moved[arg.index()]);
-            moved[id.index()] = pruned.push(node);
+            node.args.iter_mut().for_each(|arg| *arg = place(&moved, *arg));
+            moved[id.index()] = Some(pruned.push(node));
         }
     }
     pruned.outputs = graph.outputs.clone();
-    pruned.outputs.iter_mut().for_each(|output| output.value = moved[output.value.index()]);
-    pruned
+    pruned.outputs.iter_mut().for_each(|output| output.value = place(&moved, output.value));
+    (pruned, moved)
 }

@@ -32,6 +32,7 @@ use crate::tensor_data::TensorRef;
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
+use tpshard_ir::weight::WeightExpr;
 use tpshard_ir::{Graph, Tensor, ValueId};
 
 /// What is wrong with a model that cannot be imported; the same type that loading uses.
@@ -84,6 +85,19 @@ pub struct ImportReport {
     pub notes: Vec<String>,
     /// Nodes lowered, after inlining.
     pub nodes: usize,
+    /// What each named value of the model became: inputs, initializers and results of nodes.
+    pub values: BTreeMap<String, Named>,
+}
+
+/// What a named value of the model became.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Named {
+    /// A value of the graph.
+    Data(ValueId),
+    /// Data of the model, moved but not read.
+    Weight(WeightExpr),
+    /// Nothing that is computed when the model runs: sizes, small constants, what no output needs.
+    Folded,
 }
 
 /// Loads and lowers the model at `path`.

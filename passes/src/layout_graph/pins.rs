@@ -20,22 +20,22 @@ pub struct Pin {
 #[derive(Debug, Clone, thiserror::Error, PartialEq, Eq)]
 pub enum PinError {
     #[error(
-        "pin of `{name}`: the plan does not compute this value\n\
-         help: it was folded into others; `tpshard inspect` lists what can be pinned"
+        "pin of {name}: the plan does not compute this value\n\
+         help: it was folded into others; pin an operand of it, or what it is an operand of"
     )]
     Unknown { name: String },
     #[error(
-        "pin of `{name}`: inputs and small constants are held whole on every rank\nhelp: pin them as R, or not at all"
+        "pin of {name}: inputs and small constants are held whole on every rank\nhelp: pin them as R, or not at all"
     )]
     Whole { name: String },
-    #[error("pin of `{name}` as {wanted}: it can be had in {possible}\nhelp: pin it in one of these layouts")]
+    #[error("pin of {name} as {wanted}: it can be had in {possible}\nhelp: pin it in one of these layouts")]
     Layout { name: String, wanted: String, possible: String },
     #[error(
-        "pin of `{name}` as {wanted}: no operation makes it in that layout\nhelp: pin its operands, or another layout"
+        "pin of {name} as {wanted}: no operation makes it in that layout\nhelp: pin its operands, or another layout"
     )]
     Operation { name: String, wanted: String },
     #[error(
-        "pin of `{name}` as {wanted} contradicts the pin of `{other}` as {others}: they are one value\nhelp: remove one of them"
+        "pin of {name} as {wanted} contradicts the pin of {other} as {others}: they are one value\nhelp: remove one of them"
     )]
     Contradiction { name: String, wanted: String, other: String, others: String },
 }
