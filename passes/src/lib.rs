@@ -11,6 +11,7 @@ pub mod extract;
 pub mod fit;
 pub mod layout_graph;
 pub mod logical;
+pub mod memory;
 mod plan;
 pub mod report;
 pub mod segment;
