@@ -54,6 +54,16 @@ pub struct StoredKind {
     pub bytes: u64,
 }
 
+/// What collectives have in common that are one line of a report.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct CollectiveKind {
+    pub kind: &'static str,
+    /// The name with numbers left open.
+    pub origin: String,
+    pub ranks: usize,
+    pub payload: u64,
+}
+
 /// What one step takes on rank 0.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct StepReport {
@@ -338,6 +348,21 @@ impl fmt::Display for PlanReport {
     }
 }
 
+impl EntryReport {
+    /// The collectives with alike ones together: how many there are, and the seconds of all of them.
+    pub fn collective_kinds(&self) -> Vec<(CollectiveKind, usize, f64)> {
+        let mut kinds: BTreeMap<CollectiveKind, (usize, f64)> = BTreeMap::new();
+        for c in &self.collectives {
+            let origin = without_numbers(&c.origin);
+            let kind = CollectiveKind { kind: c.kind, origin, ranks: c.ranks, payload: c.payload };
+            let (count, seconds) = kinds.entry(kind).or_default();
+            *count += 1;
+            *seconds += c.seconds;
+        }
+        kinds.into_iter().map(|(kind, (count, seconds))| (kind, count, seconds)).collect()
+    }
+}
+
 impl PlanReport {
     fn write_time(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "\npredicted time")?;
@@ -437,11 +462,7 @@ impl PlanReport {
         for found in &self.entries {
             let entry = self.entry_suffix(found);
             writeln!(f, "\ncollectives{entry}: {} (bytes per rank)", found.collectives.len())?;
-            let mut kinds: BTreeMap<(&str, String, usize, u64), usize> = BTreeMap::new();
-            for c in &found.collectives {
-                *kinds.entry((c.kind, without_numbers(&c.origin), c.ranks, c.payload)).or_default() += 1;
-            }
-            for ((kind, origin, ranks, payload), count) in kinds {
+            for (CollectiveKind { kind, origin, ranks, payload }, count, _) in found.collective_kinds() {
                 writeln!(f, "  {count:4}x {kind} over {ranks} of {origin}: {}", Bytes(payload))?;
             }
         }

@@ -9,6 +9,7 @@ pub(crate) mod exec;
 pub(crate) mod inspect;
 pub(crate) mod plan;
 pub(crate) mod planning;
+mod report_page;
 pub(crate) mod reporting;
 pub(crate) mod run;
 pub(crate) mod shard;
