@@ -41,6 +41,8 @@ pub const PART_LAUNCHER: &str = "launcher";
 pub const MODEL_TEXT: &str = "model.tir";
 /// The plan for people.
 pub const PLAN_TEXT: &str = "plan.txt";
+/// The plan for browsers.
+pub const REPORT_PAGE: &str = "report.html";
 
 /// Everything that goes into a folder.
 pub struct Build<'a> {
@@ -49,6 +51,8 @@ pub struct Build<'a> {
     /// The programs, by entry name; all have the same mesh.
     pub entries: &'a [(String, Spmd)],
     pub plan_text: &'a str,
+    /// The page about the plan.
+    pub report_html: &'a str,
     /// The executable to copy for every rank.
     pub runner: &'a [u8],
     pub source: &'a dyn WeightSource,
@@ -127,12 +131,14 @@ pub fn build(
     write(folder.executable("run")?, "run", &elf::with_program(build.runner, &launcher)?)?;
     write(folder.file(MODEL_TEXT)?, MODEL_TEXT, model_text.as_bytes())?;
     write(folder.file(PLAN_TEXT)?, PLAN_TEXT, build.plan_text.as_bytes())?;
+    write(folder.file(REPORT_PAGE)?, REPORT_PAGE, build.report_html.as_bytes())?;
     let contents = Contents {
         weights: &written.ranks,
         weights_hash: &written.weights_hash,
         program_hash: &program_hash,
         payloads: &programs,
         plan_sha256: &sha256(build.plan_text.as_bytes()),
+        report_sha256: &sha256(build.report_html.as_bytes()),
     };
     let config = config(&build.inputs, build.entries, &contents);
     let mut text = serde_json::to_string_pretty(&config).unwrap_or_default();
@@ -302,6 +308,7 @@ pub struct Contents<'a> {
     /// The hash of every rank's payload.
     pub payloads: &'a [String],
     pub plan_sha256: &'a str,
+    pub report_sha256: &'a str,
 }
 
 /// `config.json`: all of it but the build's `inputs` follows from the programs and the files.
@@ -329,6 +336,7 @@ pub fn config(inputs: &Map<String, Value>, entries: &[(String, Spmd)], contents:
         "weights_hash": contents.weights_hash,
         "program_hash": contents.program_hash,
         "plan_sha256": contents.plan_sha256,
+        "report_sha256": contents.report_sha256,
         "entries": ports,
         "ranks": ranks,
     })

@@ -16,6 +16,7 @@ pub mod interp;
 pub mod layout;
 pub mod op;
 pub mod program;
+pub mod quantity;
 pub mod spmd;
 pub mod tensor;
 pub mod text;

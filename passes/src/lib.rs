@@ -12,6 +12,7 @@ pub mod extract;
 pub mod fit;
 pub mod layout_graph;
 pub mod logical;
+pub mod memory;
 pub mod places;
 mod plan;
 pub mod report;

@@ -11,6 +11,7 @@ use crate::plan::{Emitted, PlanOptions};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::{self, Write};
 use tpshard_ir::op::Op;
+pub use tpshard_ir::quantity::{Bytes, Seconds};
 use tpshard_ir::weight::WeightExpr;
 use tpshard_ir::{Graph, Layout, Mesh, SpmdOutput, Step, StepId, StepKind, ValueId};
 
@@ -54,10 +55,30 @@ pub struct StoredKind {
     pub bytes: u64,
 }
 
+/// What collectives have in common that are one line of a report.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct CollectiveKind {
+    pub kind: &'static str,
+    /// The name with numbers left open.
+    pub origin: String,
+    pub ranks: usize,
+    pub payload: u64,
+}
+
+/// What one step takes on rank 0.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct StepReport {
+    pub parts: Parts,
+    /// Of what it makes.
+    pub bytes: u64,
+}
+
 /// What one entry takes.
 #[derive(Clone, Debug, PartialEq)]
 pub struct EntryReport {
     pub entry: Entry,
+    /// In the order of the program's steps.
+    pub steps: Vec<StepReport>,
     /// Where its time goes; collecting outputs on rank 0 is communication, too.
     pub parts: Parts,
     pub collectives: Vec<Collective>,
@@ -115,11 +136,15 @@ pub(crate) fn report(
     let of_entry = |(index, (entry, program)): (usize, (&Entry, &Emitted))| {
         let mut found = EntryReport {
             entry: entry.clone(),
+            steps: Vec::new(),
             parts: pricer.overhead_parts(),
             collectives: Vec::new(),
             outputs: outputs(program),
         };
-        for priced in priced_steps(graph, &program.steps, &program.outputs, pricer, mesh, index) {
+        let priced = priced_steps(graph, &program.steps, &program.outputs, pricer, mesh, index);
+        let made = program.steps.iter().map(|s| pricer.result_bytes(s.value, &s.layout, mesh, index));
+        found.steps = made.zip(&priced).map(|(bytes, p)| StepReport { parts: p.parts, bytes }).collect();
+        for priced in priced {
             found.parts.add(&priced.parts, 1.0);
             found.collectives.extend(priced.collective);
         }
@@ -314,33 +339,6 @@ pub fn without_numbers(name: &str) -> String {
     text
 }
 
-/// A number of bytes with a binary unit: `12.30 MiB`.
-pub struct Bytes(pub u64);
-
-impl fmt::Display for Bytes {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let scales = [(1u64 << 40, "TiB"), (1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")];
-        match scales.iter().find(|(scale, _)| self.0 >= *scale) {
-            Some((scale, unit)) => f.pad(&format!("{:.2} {unit}", self.0 as f64 / *scale as f64)),
-            None => f.pad(&format!("{} B", self.0)),
-        }
-    }
-}
-
-/// A time with its unit: `12.30 µs`.
-pub struct Seconds(pub f64);
-
-impl fmt::Display for Seconds {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (value, unit) = match self.0 {
-            s if s >= 1.0 => (s, "s"),
-            s if s >= 1e-3 => (s * 1e3, "ms"),
-            s => (s * 1e6, "µs"),
-        };
-        f.pad(&format!("{value:.2} {unit}"))
-    }
-}
-
 impl fmt::Display for PlanReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let ranks = self.mesh.ranks();
@@ -350,6 +348,21 @@ impl fmt::Display for PlanReport {
         self.write_memory(f)?;
         self.write_stored(f)?;
         self.write_collectives(f)
+    }
+}
+
+impl EntryReport {
+    /// The collectives with alike ones together: how many there are, and the seconds of all of them.
+    pub fn collective_kinds(&self) -> Vec<(CollectiveKind, usize, f64)> {
+        let mut kinds: BTreeMap<CollectiveKind, (usize, f64)> = BTreeMap::new();
+        for c in &self.collectives {
+            let origin = without_numbers(&c.origin);
+            let kind = CollectiveKind { kind: c.kind, origin, ranks: c.ranks, payload: c.payload };
+            let (count, seconds) = kinds.entry(kind).or_default();
+            *count += 1;
+            *seconds += c.seconds;
+        }
+        kinds.into_iter().map(|(kind, (count, seconds))| (kind, count, seconds)).collect()
     }
 }
 
@@ -452,11 +465,7 @@ impl PlanReport {
         for found in &self.entries {
             let entry = self.entry_suffix(found);
             writeln!(f, "\ncollectives{entry}: {} (bytes per rank)", found.collectives.len())?;
-            let mut kinds: BTreeMap<(&str, String, usize, u64), usize> = BTreeMap::new();
-            for c in &found.collectives {
-                *kinds.entry((c.kind, without_numbers(&c.origin), c.ranks, c.payload)).or_default() += 1;
-            }
-            for ((kind, origin, ranks, payload), count) in kinds {
+            for (CollectiveKind { kind, origin, ranks, payload }, count, _) in found.collective_kinds() {
                 writeln!(f, "  {count:4}x {kind} over {ranks} of {origin}: {}", Bytes(payload))?;
             }
         }

@@ -335,8 +335,14 @@ fn check_config(
         }
     }
     let payloads = vec![String::new(); folder.ranks];
-    let contents =
-        Contents { weights: &weights, weights_hash: "", program_hash, payloads: &payloads, plan_sha256: "" };
+    let contents = Contents {
+        weights: &weights,
+        weights_hash: "",
+        program_hash,
+        payloads: &payloads,
+        plan_sha256: "",
+        report_sha256: "",
+    };
     files::differences(&folder.config, &config(inputs, entries, &contents), "", findings);
 }
 

@@ -13,6 +13,7 @@ mod names;
 mod pins;
 pub(crate) mod plan;
 pub(crate) mod planning;
+mod report_page;
 pub(crate) mod reporting;
 pub(crate) mod run;
 pub(crate) mod shard;

@@ -183,7 +183,7 @@ pub(crate) fn report_json(report: &PlanReport) -> Value {
 }
 
 fn entry_json(found: &EntryReport) -> Value {
-    let EntryReport { entry, parts, collectives, outputs } = found;
+    let EntryReport { entry, parts, collectives, outputs, .. } = found;
     let dims: Value = entry.bindings.iter().map(|(k, v)| (k.to_string(), Value::from(*v))).collect();
     let collectives: Vec<Value> = collectives
         .iter()

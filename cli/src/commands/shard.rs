@@ -1,7 +1,8 @@
 //! `tpshard MODEL --tp N`: the main job.
 
 use super::pins;
-use super::planning::{check_ranks, findings_text, import_model, plan_model, profile_text};
+use super::planning::{Planning, check_ranks, findings_text, import_model, profile_text};
+use super::report_page::report_page;
 use super::reporting::{report_json, summary, warn};
 use crate::arguments::ShardArguments;
 use crate::failure::{Classify, Failure, Kind, Outcome};
@@ -34,10 +35,13 @@ pub(crate) fn shard(arguments: &ShardArguments, json: bool, quiet: bool) -> Outc
     let folder = OutputFolder::create(&target, arguments.overwrite, runners, &[model_folder]);
     let folder = folder.or_fail(Kind::Resource)?;
     let imported = import_model(&arguments.model, &arguments.from, true)?;
-    let plan = plan_model(&imported, arguments.tp, &arguments.pricing)?;
+    let planning = Planning::new(&imported, &arguments.pricing, &[arguments.tp])?;
+    let plan = planning.plan(arguments.tp).map_err(|error| planning.failure(arguments.tp, &error))?;
     check(&plan, &imported, arguments)?;
     let plan_text = plan.report.to_string();
+    let report_html = report_page(&file_name(&arguments.model), &planning, &plan);
     let needed = Sizes::of(&plan, &imported, &runner).folder(arguments.tp);
+    let needed = needed.saturating_add(report_html.len() as u64);
     folder.require_space(needed).or_fail(Kind::Resource)?;
     let source = ModelWeights { imported: &imported };
     let inputs = build_inputs(arguments, &imported, &plan, &runner)?;
@@ -45,6 +49,7 @@ pub(crate) fn shard(arguments: &ShardArguments, json: bool, quiet: bool) -> Outc
         imported: &imported.graph,
         entries: &plan.programs,
         plan_text: &plan_text,
+        report_html: &report_html,
         runner: &runner,
         source: &source,
         inputs,
@@ -71,6 +76,10 @@ pub(crate) fn shard(arguments: &ShardArguments, json: bool, quiet: bool) -> Outc
     }
     warn(&plan.report);
     Ok(())
+}
+
+fn file_name(path: &Path) -> String {
+    path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default()
 }
 
 fn default_folder(model: &Path, ranks: usize) -> PathBuf {
@@ -221,12 +230,11 @@ fn build_inputs(
     plan: &Plan,
     runner: &[u8],
 ) -> Outcome<Map<String, Value>> {
-    let file_name = arguments.model.file_name().map(|n| n.to_string_lossy().into_owned());
     let pricing = &arguments.pricing;
     let value = json!({
         "tool": env!("CARGO_PKG_VERSION"),
         "model": {
-            "file": file_name,
+            "file": file_name(&arguments.model),
             "sha256": file_sha256(&arguments.model)?,
             "ir_version": imported.model.ir_version,
             "opsets": imported.model.opsets,

@@ -215,6 +215,11 @@ impl<'a> Pricer<'a> {
         local_extents(&self.extents[value.index()][entry], layout, mesh, &self.entries[entry].bindings)
     }
 
+    /// Bytes of `value` on rank 0 under one entry.
+    pub fn result_bytes(&self, value: ValueId, layout: &Layout, mesh: &Mesh, entry: usize) -> u64 {
+        bytes(self.graph.ty(value).dtype, &self.local(value, layout, mesh, entry))
+    }
+
     /// The weighted time of computing `value` in layout `result` from operands in `layouts`.
     pub fn compute(&self, value: ValueId, layouts: &[&Layout], result: &Layout, mesh: &Mesh) -> Cost {
         Cost::local(self.weighted(|e| self.compute_parts(value, layouts, result, mesh, e).total()))

@@ -101,6 +101,7 @@ pub fn extract(graph: &LayoutGraph, budget: Budget, limits: Limits) -> Result<Ex
             budget: None,
             bound: Cost::ZERO,
             segments: (segments.len(), shapes),
+            effort: choices.effort,
         });
     }
     let budget = match budget {

@@ -1,4 +1,5 @@
-//! The files of a folder besides programs and weights: `config.json`, `run`, `plan.txt`, and files that nobody wrote.
+//! The files of a folder besides programs and weights: `config.json`, `run`, `plan.txt`,
+//! `report.html`, and files that nobody wrote.
 
 use crate::commands::shard::hex;
 use crate::folder::Folder;
@@ -6,13 +7,13 @@ use crate::rank_program::payload;
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 use std::collections::BTreeSet;
-use tpshard_codegen::build::{MODEL_TEXT, PART_LAUNCHER, PLAN_TEXT, weight_file};
+use tpshard_codegen::build::{MODEL_TEXT, PART_LAUNCHER, PLAN_TEXT, REPORT_PAGE, weight_file};
 use tpshard_codegen::folder::CONFIG;
 use tpshard_ir::container;
 
 /// Keys of `config.json` whose values are compared where what they are the hash of is read.
-const COMPARED_ELSEWHERE: [&str; 5] =
-    ["payload_sha256", "program_hash", "weights_hash", "sha256", "plan_sha256"];
+const COMPARED_ELSEWHERE: [&str; 6] =
+    ["payload_sha256", "program_hash", "weights_hash", "sha256", "plan_sha256", "report_sha256"];
 /// Most other files that are named.
 const NAMED: usize = 8;
 
@@ -36,24 +37,30 @@ pub(super) fn check_launcher(folder: &Folder, findings: &mut Vec<String>) {
     }
 }
 
-/// The plan cannot be derived from the programs alone, so its hash stands for it.
+/// The plan cannot be derived from the programs alone, so hashes stand for what is told of it.
 pub(super) fn check_plan(folder: &Folder, findings: &mut Vec<String>) {
-    let text = match folder.text(PLAN_TEXT) {
-        Ok(text) => text,
-        Err(failure) => return findings.push(failure.to_string()),
-    };
-    if text.trim().is_empty() {
-        findings.push(format!("{PLAN_TEXT}: is empty"));
-    }
-    let hash = hex(&Sha256::digest(text.as_bytes()));
-    if folder.config.get("plan_sha256").and_then(Value::as_str) != Some(hash.as_str()) {
-        findings.push(format!("{PLAN_TEXT}: is not the text whose hash {CONFIG} states"));
+    for (name, key) in [(PLAN_TEXT, "plan_sha256"), (REPORT_PAGE, "report_sha256")] {
+        let text = match folder.text(name) {
+            Ok(text) => text,
+            Err(failure) => {
+                findings.push(failure.to_string());
+                continue;
+            }
+        };
+        if text.trim().is_empty() {
+            findings.push(format!("{name}: is empty"));
+        }
+        let hash = hex(&Sha256::digest(text.as_bytes()));
+        if folder.config.get(key).and_then(Value::as_str) != Some(hash.as_str()) {
+            findings.push(format!("{name}: is not the text whose hash {CONFIG} states"));
+        }
     }
 }
 
 /// A file of a rank that there is not is a finding; what is not ours at all is only named, in the line returned.
 pub(super) fn check_strays(folder: &Folder, findings: &mut Vec<String>) -> Option<String> {
-    let mut known: BTreeSet<String> = [CONFIG, MODEL_TEXT, PLAN_TEXT, "run"].map(str::to_owned).into();
+    let mut known: BTreeSet<String> =
+        [CONFIG, MODEL_TEXT, PLAN_TEXT, REPORT_PAGE, "run"].map(str::to_owned).into();
     for rank in 0..folder.ranks {
         known.extend([format!("rank{rank}"), weight_file(rank)]);
     }
