@@ -92,7 +92,7 @@ impl Explained {
         for pin in &self.pinned {
             lines.push(format!("{chosen} is not a decision of the planner: {pin} fixes it."));
         }
-        let others: Vec<(&Possibility, &Measure, Option<(u64, u64)>)> = self
+        let others: Vec<_> = self
             .options
             .iter()
             .filter(|option| !option.chosen)
