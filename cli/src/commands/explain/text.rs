@@ -13,9 +13,6 @@ const LISTED: usize = 3;
 /// Differences below this share of a step are rounding.
 const NOTHING: f64 = 5e-9;
 
-/// A layout that was not chosen: what it comes to, and the bytes it lacks of which budget.
-type Other<'a> = (&'a Possibility, &'a Measure, Option<(u64, u64)>);
-
 impl Explained {
     pub(super) fn text(&self) -> String {
         let Explained { tensor, dtype, dims, mesh, profile, plan, .. } = self;
@@ -95,7 +92,7 @@ impl Explained {
         for pin in &self.pinned {
             lines.push(format!("{chosen} is not a decision of the planner: {pin} fixes it."));
         }
-        let others: Vec<Other<'_>> = self
+        let others: Vec<_> = self
             .options
             .iter()
             .filter(|option| !option.chosen)
