@@ -5,19 +5,22 @@
 //! failure.
 
 mod oracles;
+mod trusted;
 
 use anyhow::{Context, Result, bail};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 
-const USAGE: &str = "usage: cargo xtask test-all\n\
+const USAGE: &str = "usage: cargo xtask test-all | trusted-base\n\
                      \n\
-                     test-all   formatting, lints, all tests, and comparisons with tools nobody here wrote";
+                     test-all      formatting, lints, all tests, and comparisons with tools nobody here wrote\n\
+                     trusted-base  writes the table of what must be right into docs/architecture.md";
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let result = match arguments.iter().map(String::as_str).collect::<Vec<_>>().as_slice() {
         ["test-all"] => test_all(),
+        ["trusted-base"] => root().and_then(|root| trusted::write(&root)),
         _ => {
             eprintln!("{USAGE}");
             return ExitCode::from(2);
@@ -35,6 +38,7 @@ fn main() -> ExitCode {
 fn test_all() -> Result<()> {
     let root = root()?;
     cargo(&root, &["fmt", "--all", "--check"])?;
+    trusted::check(&root)?;
     cargo(&root, &["clippy", "--quiet", "--workspace", "--all-targets", "--", "-D", "warnings"])?;
     cargo(&root, &["test", "--quiet", "--workspace", "--release"])?;
     let outcome = oracles::run(&root)?;
