@@ -8,6 +8,9 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 const PROBE: &str = include_str!("report_probe.js");
+/// A page around the page: a window cannot be as narrow as a phone. It takes down what the probe says.
+const FRAME: &str = "<!DOCTYPE html><meta charset=\"utf-8\"><style>iframe { border: 0 }</style><pre id=\"probe\"></pre>\
+                     <script>onmessage = (message) => { probe.textContent = message.data; };</script>";
 /// Wide as a desk and as a phone.
 const WINDOWS: [(u32, u32); 2] = [(1280, 800), (360, 740)];
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -54,14 +57,19 @@ impl Browser<'_> {
         let expected = format!("const EXPECTED = {{ width: {width}, dark: {dark} }};");
         let Some((body, end)) = page.rsplit_once("</body>") else { bail!("the page has no end") };
         let probed = format!("{body}<script>{expected}\n{PROBE}</script>\n</body>{end}");
-        let path = self.work.join("probed.html");
-        std::fs::write(&path, probed)?;
+        std::fs::write(self.work.join("probed.html"), probed)?;
+        let frame = self.work.join("frame.html");
+        std::fs::write(
+            &frame,
+            format!("{FRAME}<iframe src=\"probed.html\" width=\"{width}\" height=\"{height}\"></iframe>"),
+        )?;
         let scheme = if dark { "preferredColorScheme=0" } else { "preferredColorScheme=1" };
         let (dom, log) = self.run(&[
             format!("--blink-settings={scheme}"),
-            format!("--window-size={width},{height}"),
+            "--window-size=1400,900".into(),
+            "--virtual-time-budget=10000".into(),
             "--dump-dom".into(),
-            format!("file://{}", path.display()),
+            format!("file://{}", frame.display()),
         ])?;
         let mut found: Vec<String> = log
             .lines()
@@ -70,8 +78,8 @@ impl Browser<'_> {
         let said = dom.rsplit_once("<pre id=\"probe\">").and_then(|(_, rest)| rest.split_once("</pre>"));
         match said {
             Some(("all well", _)) => {}
+            Some(("", _)) | None => found.push("the probe did not come to its end".into()),
             Some((wrong, _)) => found.extend(wrong.lines().map(str::to_owned)),
-            None => found.push("the probe did not come to its end".into()),
         }
         Ok(found)
     }
@@ -80,7 +88,13 @@ impl Browser<'_> {
     fn run(&self, arguments: &[String]) -> Result<(String, String)> {
         let (out, err) = (self.work.join("chromium.out"), self.work.join("chromium.err"));
         let mut child = Command::new(self.program)
-            .args(["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"])
+            .args([
+                "--headless",
+                "--no-sandbox",
+                "--disable-gpu",
+                "--disable-dev-shm-usage",
+                "--no-first-run",
+            ])
             .args(["--hide-scrollbars", "--enable-logging=stderr", "--disable-background-networking"])
             .arg(format!("--user-data-dir={}", self.work.join("chromium-profile").display()))
             .args(arguments)
@@ -101,7 +115,8 @@ impl Browser<'_> {
             }
             std::thread::sleep(Duration::from_millis(20));
         };
-        let read = |path: &Path| std::fs::read(path).map(|bytes| String::from_utf8_lossy(&bytes).into_owned());
+        let read =
+            |path: &Path| std::fs::read(path).map(|bytes| String::from_utf8_lossy(&bytes).into_owned());
         let (out, err) = (read(&out)?, read(&err)?);
         if status.success() { Ok((out, err)) } else { bail!("{} failed: {err}", self.program.display()) }
     }
