@@ -98,7 +98,7 @@ fn scaling(planning: &Planning, report: &PlanReport, compare: bool) -> (Vec<Scal
             Err(PlanError::Extract(ExtractError::Budget { least, .. })) => {
                 Err(format!("does not fit: needs {} per rank", Bytes(least)))
             }
-            Err(_) => Err("has no plan".into()),
+            Err(error) => Err(format!("no plan: {}", error.to_string().lines().next().unwrap_or_default())),
         };
         all.push(Scaling { ranks, chosen: false, outcome });
     }
