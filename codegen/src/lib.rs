@@ -1,7 +1,8 @@
 //! Writes down what was planned: rank executables, weight shards and the folder that holds them.
 //!
 //! [`folder`] makes a folder appear complete or not at all, [`weights`] streams each rank's slices into safetensors,
-//! [`elf`] puts a rank program into a copy of the runner. How collectives are carried is not known here.
+//! [`elf`] puts a rank program into a copy of the runner, [`report_html`] shows the plan in a browser. How collectives
+//! are carried is not known here.
 
 pub mod build;
 pub mod elf;

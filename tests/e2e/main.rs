@@ -12,6 +12,7 @@ mod explain;
 mod golden_plan;
 mod hostile;
 mod launch;
+mod report_page;
 mod requests;
 mod shard_and_run;
 mod support;

@@ -4,6 +4,7 @@
 //! folder where that is possible, and skipped aloud where it is not. `TPSHARD_REQUIRE=name,name` turns a skip into a
 //! failure.
 
+mod chromium;
 mod oracles;
 mod trusted;
 

@@ -1,5 +1,7 @@
-//! Comparisons with tools nobody here wrote: ONNX Runtime on the committed model, and the launchers people use.
+//! Comparisons with tools nobody here wrote: ONNX Runtime on the committed model, the launchers and the browser people
+//! use.
 
+use crate::chromium::check_pages;
 use anyhow::{Context, Result};
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -7,6 +9,9 @@ use std::process::{Command, Stdio};
 
 /// Packages of the Python oracles, pinned.
 const PACKAGES: [&str; 3] = ["numpy==2.4.6", "onnx==1.23.2", "onnxruntime==1.31.1"];
+
+/// Names of the browser.
+const BROWSERS: [&str; 4] = ["chromium", "chromium-browser", "google-chrome-stable", "google-chrome"];
 
 /// What the checks came to.
 #[derive(Debug, Default)]
@@ -39,6 +44,10 @@ pub(crate) fn run(root: &Path) -> Result<Outcome> {
     match find("torchrun") {
         Some(torchrun) => outcome.record("torchrun", torchrun_ranks(root, &work, &tpshard, &torchrun)),
         None => outcome.skip("torchrun", "no torchrun on PATH (pip install torch)"),
+    }
+    match BROWSERS.into_iter().find_map(find) {
+        Some(chromium) => outcome.record("chromium", report_pages(root, &work, &tpshard, &chromium)),
+        None => outcome.skip("chromium", "chromium not found (apt-get install chromium)"),
     }
     Ok(outcome)
 }
@@ -152,4 +161,14 @@ fn torchrun_ranks(root: &Path, work: &Path, tpshard: &Path, torchrun: &Path) -> 
     let mut launcher = Command::new(torchrun);
     launcher.args(["--no-python", "--nproc-per-node", "4"]);
     launched(root, work, tpshard, &mut launcher, "torchrun")
+}
+
+/// The page of an even plan, and of an uneven one with several entries.
+fn report_pages(root: &Path, work: &Path, tpshard: &Path, chromium: &Path) -> Result<()> {
+    let (even, uneven) = (work.join("chromium-tp4"), work.join("chromium-tp3"));
+    shard(tpshard, &model(root), 4, &even)?;
+    let mut command = Command::new(tpshard);
+    command.arg(model(root)).args(["--tp", "3", "--dim", "decode*100:seq=1", "--dim", "prefill:seq=64"]);
+    run_checked(command.args(["--memory", "min", "--overwrite", "--quiet", "-o"]).arg(&uneven))?;
+    check_pages(chromium, work, &[even, uneven].map(|folder| folder.join("report.html")))
 }

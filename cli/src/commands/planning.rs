@@ -12,7 +12,7 @@ use tpshard_frontend::{ImportOptions, Imported, Limits, OutputRequest, Role, imp
 use tpshard_ir::{Data, Tensor};
 use tpshard_passes::cost::Profile;
 use tpshard_passes::extended::Extended;
-use tpshard_passes::extract::{self, ExtractError};
+use tpshard_passes::extract::ExtractError;
 use tpshard_passes::{MemoryGoal, Pin, Plan, PlanError, PlanOptions, fit};
 
 /// Imports a model as the flags say. Planning alone needs no weights.
@@ -147,9 +147,6 @@ fn memory(text: &Option<String>) -> Outcome<MemoryGoal> {
     }
 }
 
-/// Bounds on the search for plans that are only compared with: a fraction of the usual ones.
-const SKETCH: extract::Limits = extract::Limits { states: 256, labels: 64 };
-
 /// An imported model ready to be planned for any number of ranks.
 pub(crate) struct Planning {
     extended: Extended,
@@ -190,12 +187,6 @@ impl Planning {
     /// The plan for `ranks`.
     pub(crate) fn plan(&self, ranks: usize) -> Result<Plan, PlanError> {
         tpshard_passes::plan(self.extended.clone(), &self.options(ranks))
-    }
-
-    /// A plan for `ranks` for comparison, made with less effort; there may be better ones.
-    pub(crate) fn sketch(&self, ranks: usize) -> Result<Plan, PlanError> {
-        let options = PlanOptions { limits: SKETCH, ..self.options(ranks) };
-        tpshard_passes::plan(self.extended.clone(), &options)
     }
 
     /// What a device of the profile has.

@@ -14,7 +14,7 @@ use tpshard_passes::{Plan, PlanError, PlanReport};
 /// The numbers of ranks that the plan is compared with.
 const COMPARED: [usize; 4] = [1, 2, 4, 8];
 /// Most steps of a program, over all entries, for which plans for other numbers of ranks are made, too.
-const COMPARABLE: usize = 20_000;
+const COMPARABLE: usize = 10_000;
 
 /// The page about `plan`.
 pub(crate) fn report_page(model: &str, planning: &Planning, plan: &Plan) -> String {
@@ -79,32 +79,31 @@ fn warnings(report: &PlanReport) -> Vec<String> {
     report.idle_ranks.then(|| idle.to_owned()).into_iter().collect()
 }
 
-/// The plan among plans for other numbers of ranks, which are searched for with less effort; why some are missing.
+/// The plan among plans for other numbers of ranks, and why some are missing. Whether they are made depends on the
+/// program alone, so that equal builds write equal pages.
 fn scaling(planning: &Planning, report: &PlanReport, compare: bool) -> (Vec<Scaling>, Option<String>) {
     let times = |report: &PlanReport| report.entries.iter().map(|e| time(&e.parts)).collect();
     let own = report.mesh.ranks();
     let mut all = vec![Scaling { ranks: own, chosen: true, outcome: Ok(times(report)) }];
     if !compare {
         let note = format!(
-            "The program has more than {COMPARABLE} steps, so other numbers of ranks were not planned. \
-             `tpshard plan` compares them."
+            "The program has more than {COMPARABLE} steps, so other numbers of ranks were not planned; \
+             tpshard plan compares them."
         );
         return (all, Some(note));
     }
     for ranks in COMPARED.into_iter().filter(|ranks| *ranks != own) {
-        let outcome = match planning.sketch(ranks) {
+        let outcome = match planning.plan(ranks) {
             Ok(plan) => Ok(times(&plan.report)),
             Err(PlanError::Extract(ExtractError::Budget { least, .. })) => {
                 Err(format!("does not fit: needs {} per rank", Bytes(least)))
             }
-            Err(_) => Err("has no plan".into()),
+            Err(error) => Err(format!("no plan: {}", error.to_string().lines().next().unwrap_or_default())),
         };
         all.push(Scaling { ranks, chosen: false, outcome });
     }
     all.sort_by_key(|scaling| scaling.ranks);
-    let note = "Other numbers of ranks are planned with less effort than this one; \
-                `tpshard plan` compares them with all of it.";
-    (all, Some(note.into()))
+    (all, None)
 }
 
 fn stored(kind: &tpshard_passes::report::StoredKind) -> Stored {

@@ -128,7 +128,8 @@ pub(super) fn memory(page: &mut String, report: &Report) {
     let most = memory.ranks.iter().map(RankBytes::total).max().unwrap_or(0);
     let scaled = most.max(memory.budget.unwrap_or(0));
     let to_device = scaled as f64 >= VISIBLE * memory.device as f64;
-    let whole = if to_device { scaled.max(memory.device) } else { scaled };
+    let to_device = to_device && scaled <= memory.device;
+    let whole = if to_device { memory.device } else { scaled };
     page.push_str("<section id=\"memory\">\n<h2>Memory per rank</h2>\n");
     let parts = |bytes: &RankBytes| -> [Part; 3] {
         [
@@ -167,13 +168,13 @@ pub(super) fn memory(page: &mut String, report: &Report) {
         }
         None => "There is no budget: the fastest plan was wanted.".to_owned(),
     };
-    let scale = if to_device { "A full bar is" } else { "The bars are longer than to the scale of" };
+    let used = memory.ranks.first().map_or(0.0, |r| r.total() as f64 / memory.device.max(1) as f64 * 100.0);
+    let scale = if to_device { " and full bars are that long" } else { "" };
     put!(
         page,
-        "<p class=\"note\">{budget} {scale} a device with {}: {:.2} % of it is used by rank 0. The least possible for \
+        "<p class=\"note\">{budget} A device has {}{scale}; rank 0 uses {used:.2} % of it. The least possible for \
          weights and state is {} per rank; one rank would hold {}.</p>\n</section>\n",
         Bytes(memory.device),
-        memory.ranks.first().map_or(0.0, |r| r.total() as f64 / memory.device.max(1) as f64 * 100.0),
         Bytes(memory.least),
         Bytes(memory.alone)
     );

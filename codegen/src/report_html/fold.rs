@@ -25,9 +25,19 @@ pub(super) struct Block {
     pub(super) time: Time,
 }
 
+/// Where every step comes from; states and what else has no origin stand where they are first used, in front of it.
+pub(super) fn origins(steps: &[Step]) -> Vec<&str> {
+    let mut next = "";
+    let mut origins: Vec<&str> = steps.iter().map(|s| s.origin.as_str()).collect();
+    for origin in origins.iter_mut().rev() {
+        if origin.is_empty() { *origin = next } else { next = origin }
+    }
+    origins
+}
+
 /// The blocks of a program in the order they run.
 pub(super) fn blocks(steps: &[Step]) -> Vec<Block> {
-    let layers: Vec<Option<&str>> = steps.iter().map(|s| layer(&s.origin)).collect();
+    let layers: Vec<Option<&str>> = origins(steps).into_iter().map(layer).collect();
     let kinds = kinds(steps);
     let parts = if layers.iter().any(Option::is_some) {
         by_name(&layers)
@@ -95,7 +105,7 @@ pub(super) fn scope(origin: &str) -> Option<&str> {
     Some(path.trim_matches(['/', '.'])).filter(|path| !path.is_empty())
 }
 
-/// Layers by name, with what runs between them; steps without a name belong to the layer of the step before.
+/// Layers by name, with what runs between them.
 fn by_name(layers: &[Option<&str>]) -> Vec<(String, Vec<usize>)> {
     let mut order: Vec<(&str, usize, usize)> = Vec::new();
     let mut place: BTreeMap<&str, usize> = BTreeMap::new();
@@ -244,6 +254,23 @@ mod tests {
         let seconds: f64 = steps.iter().map(|s| s.time.total()).sum();
         let told: f64 = blocks.iter().map(|b| b.time.total()).sum();
         assert!((seconds - told).abs() < 1e-12);
+    }
+
+    #[test]
+    fn what_has_no_origin_stands_where_it_is_used() {
+        let steps = program(&[
+            ("state", ""),
+            ("append", "/layers.0/attn/Concat"),
+            ("state", ""),
+            ("add", "/end/Add"),
+            ("x", ""),
+        ]);
+        assert_eq!(
+            origins(&steps),
+            ["/layers.0/attn/Concat", "/layers.0/attn/Concat", "/end/Add", "/end/Add", ""]
+        );
+        let shown: Vec<Vec<usize>> = blocks(&steps).into_iter().map(|b| b.steps).collect();
+        assert_eq!(shown, [vec![0, 1], vec![2, 3, 4]]);
     }
 
     #[test]

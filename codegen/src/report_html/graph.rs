@@ -1,8 +1,8 @@
 //! The graph by layers: every step a chip in the colour, and with the letters, of its layout.
 
-use super::fold::{Block, blocks, scope};
+use super::fold::{Block, blocks, origins, scope};
 use super::text::Text;
-use super::{Entry, Report, Role, Step, entry_heading, put};
+use super::{Entry, Report, Role, Step, counted, entry_heading, put};
 use std::collections::BTreeSet;
 use std::fmt::Write;
 use tpshard_ir::quantity::{Bytes, Seconds};
@@ -76,12 +76,13 @@ fn legend(page: &mut String, report: &Report) {
 
 fn one_entry(page: &mut String, report: &Report, entry: &Entry, left: &mut usize) {
     let mut hidden = 0;
+    let origins = origins(&entry.steps);
     for block in blocks(&entry.steps) {
         let shown = block.steps.len().min(*left);
         hidden += (block.steps.len() - shown) * block.count;
         *left -= shown;
         if shown > 0 {
-            one_block(page, entry, &block, shown);
+            one_block(page, entry, &origins, &block, shown);
         }
     }
     if hidden > 0 {
@@ -93,9 +94,10 @@ fn one_entry(page: &mut String, report: &Report, entry: &Entry, left: &mut usize
     }
 }
 
-fn one_block(page: &mut String, entry: &Entry, block: &Block, shown: usize) {
-    let steps: Vec<&Step> = block.steps.iter().filter_map(|&s| entry.steps.get(s)).collect();
-    let exchanges = steps.iter().filter(|s| s.role == Role::Communicates).count();
+fn one_block(page: &mut String, entry: &Entry, origins: &[&str], block: &Block, shown: usize) {
+    let steps: Vec<(&Step, &str)> =
+        block.steps.iter().filter_map(|&s| Some((entry.steps.get(s)?, *origins.get(s)?))).collect();
+    let exchanges = steps.iter().filter(|(s, _)| s.role == Role::Communicates).count();
     let (first, last) = (Text(&block.names.0), Text(&block.names.1));
     let name = match block.count {
         _ if block.names.0.is_empty() && block.count > 1 => "A layer".to_owned(),
@@ -109,25 +111,19 @@ fn one_block(page: &mut String, entry: &Entry, block: &Block, shown: usize) {
         ("", String::new())
     };
     put!(page, "<article class=\"block{class}\">\n<h4>{name}{times}</h4>\n<p class=\"parts\">");
-    let of = if block.count > 1 { " together" } else { "" };
+    let (each, together) = if block.count > 1 { (" each", " together") } else { ("", "") };
     put!(
         page,
-        "{} steps · {exchanges} collectives{}",
-        steps.len(),
-        if block.count > 1 { " each" } else { "" }
-    );
-    put!(
-        page,
-        " · {}{of}, {} of it communication</p>\n",
+        "{}, {}{each} · {}{together}, {} of it communication</p>\n",
+        counted(steps.len(), "step"),
+        counted(exchanges, "collective"),
         Seconds(block.time.total()),
         Seconds(block.time.communication)
     );
     let mut previous = None;
-    for step in steps.into_iter().take(shown) {
-        let here = scope(&step.origin).unwrap_or_default();
-        // A step that no node is the origin of stays with its neighbours.
-        let same = previous.is_some_and(|p| p == here || step.origin.is_empty());
-        if !same {
+    for (step, origin) in steps.into_iter().take(shown) {
+        let here = scope(origin).unwrap_or_default();
+        if previous != Some(here) {
             close(page, previous);
             put!(
                 page,

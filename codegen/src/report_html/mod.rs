@@ -213,7 +213,7 @@ fn summary(page: &mut String, report: &Report) {
     fact("ranks", report.mesh.ranks().to_string());
     fact("mesh", report.mesh.to_string());
     fact("profile", Text(&report.profile).to_string());
-    fact("gap to the optimum", format!("at most {:.2} %", report.gap * 100.0));
+    fact("gap to the optimum", format!("≤ {:.2} %", report.gap * 100.0));
     let collectives: usize = report.entries.iter().flat_map(|e| &e.collectives).map(|c| c.count).sum();
     fact("collectives", collectives.to_string());
     page.push_str("</dl>\n<nav aria-label=\"Sections\">\n");
@@ -245,8 +245,13 @@ fn foot(page: &mut String, report: &Report) {
     );
 }
 
+/// `1 rank`, `2 ranks`.
+fn counted(count: usize, noun: &str) -> String {
+    format!("{count} {noun}{}", if count == 1 { "" } else { "s" })
+}
+
 fn ranks_text(ranks: usize) -> String {
-    format!("{ranks} {}", if ranks == 1 { "rank" } else { "ranks" })
+    counted(ranks, "rank")
 }
 
 /// Names an entry where there are several.

@@ -2,7 +2,7 @@
 
 use super::graph::badge;
 use super::text::Text;
-use super::{Entry, Report, entry_heading, put};
+use super::{Entry, Report, counted, entry_heading, put};
 use std::fmt::Write;
 use tpshard_ir::quantity::{Bytes, Seconds};
 
@@ -55,7 +55,7 @@ fn of_entry(page: &mut String, report: &Report, entry: &Entry) {
         return;
     }
     let columns = ["Kind", "Node", "Ranks#", "Count#", "Bytes each#", "Time#", "Share of all time#"];
-    open(page, &format!("{heading}{count} collectives"), &columns);
+    open(page, &format!("{heading}{}", counted(count, "collective")), &columns);
     let share = |seconds: f64| {
         let whole = entry.time.total();
         if whole > 0.0 { seconds / whole * 100.0 } else { 0.0 }
