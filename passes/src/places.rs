@@ -217,6 +217,16 @@ fn inside(
     if whole == part {
         return Ok(Some(dim));
     }
+    if let (WeightKind::Initializer { name }, WeightKind::Initializer { name: own }) =
+        (whole.kind(), part.kind())
+        && name.trim_end_matches('\'') == own
+        && let Some(shape) = unpacked(part, whole)
+    {
+        let Some(dim) = dim else { return Ok(Some(None)) };
+        let to = sizes(whole.shape());
+        let merged = || PlaceError::Merged { dim, shape: shape_text(&to) };
+        return reshaped(&sizes(&shape), &to, dim).map(|dim| Some(Some(dim))).ok_or_else(merged);
+    }
     let mut found: Option<Option<usize>> = None;
     for source in whole.kind().sources() {
         let Some(inner) = inside(source, part, dim)? else { continue };
@@ -232,6 +242,22 @@ fn inside(
     Ok(found)
 }
 
+fn sizes(shape: &[usize]) -> Vec<Dim> {
+    shape.iter().map(|&size| Dim::from(size)).collect()
+}
+
+/// The shape of `packed` in elements of `whole`, which the importer made of the same bytes: quantised weights are stored
+/// in bytes along the last dim. None if they are not as many bits.
+fn unpacked(packed: &WeightExpr, whole: &WeightExpr) -> Option<Vec<usize>> {
+    let mut shape = packed.shape().to_vec();
+    let last = shape.last_mut()?;
+    let bits = last.checked_mul(packed.dtype().bits())?;
+    (bits % whole.dtype().bits() == 0).then_some(())?;
+    *last = bits / whole.dtype().bits();
+    let count = |shape: &[usize]| shape.iter().try_fold(1usize, |n, &size| n.checked_mul(size));
+    (count(&shape)? == count(whole.shape())?).then_some(shape)
+}
+
 /// Where dim `at` of `source`, which `whole` is made of, is in `whole`.
 fn outwards(whole: &WeightExpr, source: &WeightExpr, at: usize) -> Result<usize, PlaceError> {
     match whole.kind() {
@@ -240,8 +266,7 @@ fn outwards(whole: &WeightExpr, source: &WeightExpr, at: usize) -> Result<usize,
         }
         WeightKind::Transpose { perm, .. } => Ok(perm.iter().position(|&p| p == at).unwrap_or(at)),
         WeightKind::Reshape { .. } => {
-            let dims = |e: &WeightExpr| -> Vec<Dim> { e.shape().iter().map(|&d| Dim::from(d)).collect() };
-            let (from, to) = (dims(source), dims(whole));
+            let (from, to) = (sizes(source.shape()), sizes(whole.shape()));
             let merged = || PlaceError::Merged { dim: at, shape: shape_text(&to) };
             reshaped(&from, &to, at).ok_or_else(merged)
         }
@@ -325,6 +350,18 @@ mod tests {
         let flat = w.reshape(vec![64 * 192]).unwrap();
         assert_eq!(inside(&flat, &w, Some(0)), Ok(Some(Some(0))));
         assert!(matches!(inside(&flat, &w, Some(1)), Err(PlaceError::Merged { dim: 1, .. })));
+    }
+
+    #[test]
+    fn packed_weights_are_found_in_what_they_hold() {
+        let packed = WeightExpr::initializer("w", DType::U8, vec![512, 8, 16]).unwrap();
+        let held = WeightExpr::initializer("w'", DType::U4, vec![512, 256]).unwrap();
+        assert_eq!(inside(&held, &packed, Some(0)), Ok(Some(Some(0))));
+        assert_eq!(inside(&held, &packed, Some(1)), Ok(Some(Some(1))));
+        assert!(matches!(inside(&held, &packed, Some(2)), Err(PlaceError::Merged { dim: 2, .. })));
+        assert_eq!(inside(&held, &packed, None), Ok(Some(None)));
+        let other = WeightExpr::initializer("w'", DType::U4, vec![512, 128]).unwrap();
+        assert_eq!(inside(&other, &packed, Some(0)), Ok(None));
     }
 
     #[test]

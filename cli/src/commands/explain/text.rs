@@ -10,8 +10,6 @@ use tpshard_passes::report::{Bytes, Seconds, without_numbers};
 
 /// Most kinds of collectives that a sentence lists.
 const LISTED: usize = 3;
-/// Differences below this share of a step are rounding.
-const NOTHING: f64 = 5e-9;
 
 impl Explained {
     pub(super) fn text(&self) -> String {
@@ -129,7 +127,7 @@ impl Explained {
         let change = measure.seconds - self.plan.seconds;
         let than = than(self.plan.seconds, measure.seconds);
         match () {
-            () if change.abs() <= NOTHING * self.plan.seconds => {
+            () if is_nothing(change) => {
                 format!("{chosen} is one of several best: with {other} a step takes the same time.")
             }
             () if change > 0.0 => {
@@ -254,10 +252,15 @@ fn parts_text(parts: &Parts) -> String {
     )
 }
 
+/// True for what would be printed as nothing.
+fn is_nothing(change: f64) -> bool {
+    Seconds(change.abs()).to_string() == Seconds(0.0).to_string()
+}
+
 /// `+6.10 µs (+2.7 %)`.
 fn difference(old: f64, new: f64) -> String {
     let change = new - old;
-    if change.abs() <= NOTHING * old {
+    if is_nothing(change) {
         return "same".into();
     }
     let sign = if change < 0.0 { "-" } else { "+" };
@@ -267,7 +270,7 @@ fn difference(old: f64, new: f64) -> String {
 /// `6.10 µs more (+2.7 %)`.
 fn than(old: f64, new: f64) -> String {
     let change = new - old;
-    if change.abs() <= NOTHING * old {
+    if is_nothing(change) {
         return "the same time".into();
     }
     let word = if change < 0.0 { "less" } else { "more" };
@@ -349,10 +352,8 @@ fn because(plan: &Measure, other: &Measure) -> String {
         ("launches", other.parts.launch - plan.parts.launch),
         ("communication", other.parts.communication - plan.parts.communication),
     ];
-    // What is printed as nothing is left out.
-    let visible = |change: f64| Seconds(change.abs()).to_string() != Seconds(0.0).to_string();
     let sign = |change: f64| if change < 0.0 { "-" } else { "+" };
-    let changed = parts.iter().filter(|(_, change)| visible(*change));
+    let changed = parts.iter().filter(|(_, change)| !is_nothing(*change));
     let parts: Vec<String> =
         changed.map(|(name, change)| format!("{name} {}{}", sign(*change), Seconds(change.abs()))).collect();
     let parts = if parts.is_empty() { String::new() } else { format!(" ({})", parts.join(", ")) };
