@@ -2,6 +2,7 @@
 //!
 //! What must not live here: protobuf, files, processes, devices.
 
+mod balance;
 pub mod canonical;
 pub mod cost;
 pub mod counters;
@@ -20,6 +21,7 @@ pub mod segment;
 pub mod sharding;
 mod unplanned;
 
+pub use balance::Balance;
 pub use cost::price::Entry;
 pub use emit::EmitError;
 pub use layout_graph::{Pin, PinError};

@@ -7,7 +7,7 @@ use crate::extended::Extended;
 use crate::extract::{Budget, ExtractError, Extraction, Joint, Limits, extract_entries};
 use crate::layout_graph::{BuildError, Classes, LayoutGraph, Model, Pin, PinError, apply_pins, build};
 use crate::logical::{Alternatives, alternatives};
-use crate::report::{PlanReport, Summary, program_cost, report};
+use crate::report::{OnMesh, PlanReport, Summary, program_cost, report};
 use crate::sharding::{Units, candidate_units};
 use crate::unplanned::least_cost;
 use std::collections::BTreeSet;
@@ -112,6 +112,8 @@ struct Candidate {
     cost: Cost,
     /// No plan's programs take less.
     bound: Cost,
+    /// What the best plan on every mesh takes.
+    considered: Vec<OnMesh>,
 }
 
 /// The steps of one entry.
@@ -155,6 +157,7 @@ pub fn plan(extended: Extended, options: &PlanOptions) -> Result<Plan, PlanError
         cost: best.cost,
         bound: best.bound,
         alone,
+        meshes: &best.considered,
         options,
     };
     let report = report(&found.extended.graph, &best.emitted, &pricer, &summary);
@@ -230,6 +233,7 @@ impl Planner<'_> {
     /// The best plan over all meshes of the wanted number of ranks, with `reserve` bytes set aside.
     fn best(&self, reserve: u64) -> Result<Candidate, PlanError> {
         let mut best: Option<Candidate> = None;
+        let mut considered = Vec::new();
         for mesh in meshes(&self.found.extended.graph, self.options.ranks) {
             let next = match self.candidate(&mesh, self.options.memory, reserve) {
                 // The flat mesh comes first and has the message; a factored one need not allow every pin.
@@ -238,6 +242,11 @@ impl Planner<'_> {
                 }
                 other => other?,
             };
+            considered.push(OnMesh {
+                mesh,
+                seconds: next.cost.seconds(),
+                bytes: next.extraction.bytes.saturating_add(next.classes.reserved),
+            });
             let better = |b: &Candidate| match self.options.memory {
                 MemoryGoal::Fewest => next.extraction.bytes < b.extraction.bytes,
                 _ => next.cost < b.cost,
@@ -246,7 +255,8 @@ impl Planner<'_> {
                 best = Some(next);
             }
         }
-        best.ok_or(PlanError::Ranks { found: self.options.ranks })
+        let best = best.ok_or(PlanError::Ranks { found: self.options.ranks })?;
+        Ok(Candidate { considered, ..best })
     }
 
     /// What one rank takes that has room for everything.
@@ -283,7 +293,15 @@ impl Planner<'_> {
             bound = bound + least_cost(graph, layouts, &found.extended.outputs, pricer) + overhead;
             emitted.push(Emitted { steps, outputs });
         }
-        Ok(Candidate { classes, layouts, extraction, emitted, cost, bound: bound.min(cost) })
+        Ok(Candidate {
+            classes,
+            layouts,
+            extraction,
+            emitted,
+            cost,
+            bound: bound.min(cost),
+            considered: vec![],
+        })
     }
 
     fn extract(

@@ -2,6 +2,7 @@
 //!
 //! Everything in it follows from the program and the prices, so equal builds print equal text.
 
+use crate::balance::Balance;
 use crate::cost::price::Entry;
 use crate::cost::{Cost, Parts, Pricer};
 use crate::counters::Counters;
@@ -85,6 +86,16 @@ pub struct EntryReport {
     pub outputs: Vec<(String, Layout)>,
 }
 
+/// The best plan on one mesh.
+#[derive(Clone, Debug, PartialEq)]
+pub struct OnMesh {
+    pub mesh: Mesh,
+    /// Weighted over the entries.
+    pub seconds: f64,
+    /// Of weights and state, per rank.
+    pub bytes: u64,
+}
+
 /// What a plan is and what it is predicted to cost.
 #[derive(Clone, Debug, PartialEq)]
 pub struct PlanReport {
@@ -109,8 +120,9 @@ pub struct PlanReport {
     pub gap: f64,
     pub segments: (usize, usize),
     pub counters: Counters,
-    /// True if some rank owns no part of a split tensor.
-    pub idle_ranks: bool,
+    pub balance: Balance,
+    /// What the best plan on each mesh takes, the chosen one included.
+    pub meshes: Vec<OnMesh>,
 }
 
 /// What the report needs besides the program.
@@ -122,6 +134,7 @@ pub(crate) struct Summary<'a> {
     pub(crate) cost: Cost,
     pub(crate) bound: Cost,
     pub(crate) alone: Cost,
+    pub(crate) meshes: &'a [OnMesh],
     pub(crate) options: &'a PlanOptions,
 }
 
@@ -159,7 +172,6 @@ pub(crate) fn report(
         .filter_map(|g| g.productions.first())
         .map(|p| p.bytes)
         .fold(summary.reserved, u64::saturating_add);
-    let steps = || programs.iter().flat_map(|p| &p.steps);
     PlanReport {
         profile: options.profile.name.clone(),
         mesh: mesh.clone(),
@@ -173,7 +185,8 @@ pub(crate) fn report(
         bytes_alone,
         budget: extraction.budget.map(|b| b.saturating_add(summary.reserved)),
         least_bytes: extraction.least_bytes.saturating_add(summary.reserved),
-        idle_ranks: steps().any(|s| leaves_ranks_idle(graph, s, pricer, mesh)),
+        balance: Balance::of(graph, programs, pricer, mesh),
+        meshes: summary.meshes.to_vec(),
         stored,
         gap: gap(summary.cost, summary.bound),
         segments: extraction.segments,
@@ -272,22 +285,6 @@ fn verdict(options: &PlanOptions, cost: Cost, alone: Cost, bytes_alone: u64) -> 
         () if fits => Verdict::DoNotShard,
         () => Verdict::ForMemory,
     }
-}
-
-/// True if a weight or state is dealt out in fewer units than there are ranks.
-fn leaves_ranks_idle(graph: &Graph, step: &Step, pricer: &Pricer<'_>, mesh: &Mesh) -> bool {
-    let node = graph.node(step.value);
-    if !matches!(node.op, Op::Weight(_)) || step.kind != StepKind::Compute {
-        return false;
-    }
-    let Some(extents) = pricer.extents_of(step.value).first() else { return false };
-    step.layout.0.iter().zip(&mesh.0).any(|(part, &ranks)| match part {
-        tpshard_ir::AxisLayout::Shard { dim, unit } => {
-            let unit = unit.as_const().map_or(1, |u| u.max(1).unsigned_abs());
-            extents.get(*dim).is_some_and(|extent| extent / unit < ranks as u64)
-        }
-        tpshard_ir::AxisLayout::Replicated | tpshard_ir::AxisLayout::Partial(_) => false,
-    })
 }
 
 fn stored(graph: &Graph, programs: &[Emitted], pricer: &Pricer<'_>, mesh: &Mesh) -> Vec<StoredKind> {
@@ -404,8 +401,10 @@ impl PlanReport {
             }
         };
         writeln!(f, "  verdict: {verdict}")?;
-        if self.idle_ranks {
-            writeln!(f, "  warning: some ranks own no part of a split weight")?;
+        if let [_, _, ..] = self.meshes.as_slice() {
+            let one = |m: &OnMesh| format!("{} in {} ({})", m.mesh, Seconds(m.seconds), Bytes(m.bytes));
+            let all: Vec<String> = self.meshes.iter().map(one).collect();
+            writeln!(f, "  meshes: {}", all.join(", "))?;
         }
         writeln!(
             f,
@@ -431,7 +430,16 @@ impl PlanReport {
             "  budget {budget}, least possible {}, on one rank {}",
             Bytes(self.least_bytes),
             Bytes(self.bytes_alone)
-        )
+        )?;
+        let Balance { ranks, largest, total, idle } = self.balance;
+        if ranks > 1 {
+            let (largest, mean, ratio) = (Bytes(largest), Bytes(total / ranks as u64), self.balance.ratio());
+            writeln!(f, "  imbalance {ratio:.2}: the largest rank holds {largest}, the mean is {mean}")?;
+        }
+        if idle > 0 {
+            writeln!(f, "  warning: {idle} of {ranks} ranks own no part of some split tensor")?;
+        }
+        Ok(())
     }
 
     fn write_stored(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

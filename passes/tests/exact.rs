@@ -3,16 +3,12 @@
 
 mod common;
 
-use common::{Sizes, entry, gpt2, llama, resnet};
+use common::{Sizes, entry, gpt2, llama, resnet, simulated};
 use std::sync::Arc;
-use tpshard_ir::interp::{Array, Domain, Field, Inputs, Interpreter, Split, random_array, random_weight};
-use tpshard_ir::weight::WeightExpr;
 use tpshard_ir::{Bindings, DType, Graph};
 use tpshard_passes::cost::Profile;
 use tpshard_passes::extended::Extended;
 use tpshard_passes::{MemoryGoal, Plan, PlanOptions, plan};
-
-const LIMIT: usize = 1 << 22;
 
 /// Machines that make different plans the best ones.
 fn profiles() -> Vec<Profile> {
@@ -23,39 +19,10 @@ fn profiles() -> Vec<Profile> {
     vec![base, Profile::parse(&cheap_links).unwrap()]
 }
 
-fn inputs(graph: &Graph, bindings: &Bindings) -> Inputs<<Field as Domain>::Element> {
-    let mut all = Inputs::new();
-    for (seed, (_, name, ty)) in graph.inputs().enumerate() {
-        let shape: Vec<usize> =
-            ty.shape.iter().map(|d| usize::try_from(d.eval(bindings).unwrap()).unwrap()).collect();
-        let array = if ty.dtype == DType::I64 {
-            let count = shape.iter().product::<usize>();
-            let ids = (0..count).map(|i| Field.integer((i * 7 % 13) as i64, DType::I64)).collect();
-            Array::new(DType::I64, shape, ids).unwrap()
-        } else {
-            random_array(&Field, ty.dtype, &shape, seed as u64).unwrap()
-        };
-        all.insert(name.clone(), array);
-    }
-    all
-}
-
 fn check(graph: &Graph, options: &PlanOptions, bindings: &Bindings) -> Plan {
     let plan = plan(Extended::new(graph.clone()), options).unwrap();
-    if let Err(findings) = tpshard_checker::check(&plan.programs[0].1, graph) {
-        panic!("the checker refuses the plan: {findings:#?}\n{}", plan.report);
-    }
-    let weights = |expr: &WeightExpr| random_weight(&Field, expr, 5, LIMIT);
-    let interpreter = Interpreter { domain: &Field, weights: &weights, element_limit: LIMIT };
-    let inputs = inputs(graph, bindings);
-    let expected = interpreter.run(graph, &inputs).unwrap();
-    let found = interpreter
-        .run_program(&plan.programs[0].1, &inputs, Split::Random(3))
-        .unwrap_or_else(|e| panic!("{e}\n{}", plan.report));
-    for ((name, a), (_, b)) in expected.iter().zip(&found) {
-        assert_eq!(a, b, "{name}\n{}", plan.report);
-    }
-    assert_eq!(expected.len(), found.len());
+    simulated::assert_checked(&plan, graph);
+    simulated::assert_exact(&plan, graph, bindings);
     plan
 }
 

@@ -1,5 +1,6 @@
 //! The tool from the outside: every test starts `tpshard` or what it wrote, and looks at exit codes, messages and files.
 
+mod any_ranks;
 mod bisect;
 mod calibrate;
 mod check;

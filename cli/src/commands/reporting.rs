@@ -4,7 +4,7 @@ use crate::output;
 use serde_json::{Value, json};
 use std::fmt::Write;
 use tpshard_passes::PlanReport;
-use tpshard_passes::report::{Bytes, EntryReport, Seconds, Verdict};
+use tpshard_passes::report::{Bytes, EntryReport, OnMesh, Seconds, Verdict};
 
 /// One line that says what was decided.
 pub(crate) fn summary(report: &PlanReport) -> String {
@@ -34,8 +34,11 @@ pub(crate) fn warn(report: &PlanReport) {
             Seconds(report.seconds)
         ));
     }
-    if report.idle_ranks {
-        output::say("warning: some ranks own no part of a split tensor; fewer ranks would do");
+    if report.balance.idle > 0 {
+        output::say(format_args!(
+            "warning: {} of {} ranks own no part of some split tensor; fewer ranks would do",
+            report.balance.idle, report.balance.ranks
+        ));
     }
 }
 
@@ -75,6 +78,7 @@ pub(crate) fn table(found: &[Row]) -> String {
         "comm",
         "weights/rank",
         "state/rank",
+        "imbalance",
         "collectives",
         "gap",
         "verdict",
@@ -105,6 +109,7 @@ pub(crate) fn table(found: &[Row]) -> String {
             part(|p| p.communication),
             Bytes(report.weight_bytes).to_string(),
             Bytes(report.state_bytes).to_string(),
+            report.balance.to_string(),
             report.collectives().count().to_string(),
             format!("{:.2} %", report.gap * 100.0),
             verdict_name(report.verdict).into(),
@@ -161,6 +166,8 @@ pub(crate) fn report_json(report: &PlanReport) -> Value {
             })
         })
         .collect();
+    let on_mesh = |m: &OnMesh| json!({ "mesh": m.mesh.0, "seconds": m.seconds, "bytes_per_rank": m.bytes });
+    let meshes: Vec<Value> = report.meshes.iter().map(on_mesh).collect();
     json!({
         "profile": report.profile,
         "mesh": report.mesh.0,
@@ -178,7 +185,9 @@ pub(crate) fn report_json(report: &PlanReport) -> Value {
         "stored": stored,
         "gap": report.gap,
         "segments": { "total": report.segments.0, "distinct": report.segments.1 },
-        "idle_ranks": report.idle_ranks,
+        "imbalance": report.balance.ratio(),
+        "idle_ranks": report.balance.idle,
+        "meshes": meshes,
     })
 }
 

@@ -2,6 +2,8 @@
 
 #![allow(dead_code, unreachable_pub)]
 
+pub mod simulated;
+
 use std::sync::Arc;
 use tpshard_ir::graph::Output;
 use tpshard_ir::op::{EinsumSpec, NormKind, Real, Window};
