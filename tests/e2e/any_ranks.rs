@@ -18,7 +18,7 @@ const PAST: usize = 3;
 
 fn pairs() -> Vec<(usize, usize)> {
     let with =
-        |heads: usize| KV_HEADS.into_iter().filter(move |kv| heads % kv == 0).map(move |kv| (heads, kv));
+        |heads: usize| KV_HEADS.into_iter().filter(move |kv| heads.is_multiple_of(*kv)).map(move |kv| (heads, kv));
     HEADS.into_iter().flat_map(with).collect()
 }
 

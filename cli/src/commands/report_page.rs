@@ -76,7 +76,7 @@ fn verdict(report: &PlanReport) -> String {
 
 fn warnings(report: &PlanReport) -> Vec<String> {
     let idle = "some ranks own no part of a split weight; fewer ranks would do";
-    report.idle_ranks.then(|| idle.to_owned()).into_iter().collect()
+    (report.balance.idle > 0).then(|| idle.to_owned()).into_iter().collect()
 }
 
 /// The plan among plans for other numbers of ranks, and why some are missing. Whether they are made depends on the

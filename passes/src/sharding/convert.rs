@@ -70,6 +70,10 @@ pub fn is_well_formed(ty: &Type, layout: &Layout, mesh: &Mesh) -> bool {
         if found.iter().any(|extent| extent.exact_div(unit).is_none()) {
             return false;
         }
+        // What is left on each coordinate matters to later axes that split the same dim.
+        if !layout.0[axis + 1..].iter().any(|later| later.sharded_dim() == Some(*dim)) {
+            continue;
+        }
         let mut next: Vec<Dim> = Vec::new();
         for extent in found.iter() {
             for coordinate in 0..mesh.0[axis] {

@@ -49,7 +49,8 @@ pub fn squares_on_mesh(
 ) -> Vec<MeshSquare> {
     let start = MeshSquare { operands: vec![Layout(vec![]); args.len()], result: Layout(vec![]) };
     let mut partial = vec![(start, vec![Instance::new(op, args, result)])];
-    for &ranks in &mesh.0 {
+    for (axis, &ranks) in mesh.0.iter().enumerate() {
+        let last = axis + 1 == mesh.axes();
         let mut longer = Vec::new();
         for (prefix, instances) in &partial {
             for square in axis_squares(instances, ranks, deals) {
@@ -57,7 +58,7 @@ pub fn squares_on_mesh(
                 if next.mixes_monoids() {
                     continue;
                 }
-                if let Some(local) = local_instances(instances, &square, ranks) {
+                if let Some(local) = local_instances(instances, &square, ranks, last) {
                     longer.push((next, local));
                 }
             }
@@ -188,10 +189,23 @@ fn split(factor: &Factor, counts: &[Dim], granule: &Dim, ranks: usize) -> Square
     }
 }
 
-/// What the next axis sees: every instance at every coordinate, each once. `None` if the operation has no local form.
-fn local_instances(instances: &[Instance], square: &Square, ranks: usize) -> Option<Vec<Instance>> {
+/// What the next axis sees: every instance at every coordinate, each once; nothing after the last axis. `None` if the
+/// operation has no local form.
+fn local_instances(
+    instances: &[Instance],
+    square: &Square,
+    ranks: usize,
+    last: bool,
+) -> Option<Vec<Instance>> {
     let mut local: Vec<Instance> = Vec::new();
     for instance in instances {
+        if last {
+            // Only these may have none, by constant numbers of heads and channels.
+            if matches!(instance.op, Op::Attention { .. } | Op::Conv { .. }) {
+                (0..ranks).try_for_each(|c| localise(instance, square, ranks, c).map(drop))?;
+            }
+            continue;
+        }
         for coordinate in 0..ranks {
             let next = localise(instance, square, ranks, coordinate)?;
             if !local.contains(&next) {
