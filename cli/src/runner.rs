@@ -17,7 +17,7 @@ use std::process::Command;
 use std::time::Duration;
 use tpshard_codegen::build::PART_LAUNCHER;
 use tpshard_ir::container;
-use tpshard_runtime::comm::CommOptions;
+use tpshard_runtime::comm::{CommOptions, CommStats, Kind as Collective};
 use tpshard_runtime::io::{IoError, NamedTensors, write_npz};
 use tpshard_runtime::launch::{Agreement, Flags, LaunchError, Place, Rendezvous, connect, find_place};
 use tpshard_runtime::session::{Session, SessionError, SessionOptions};
@@ -146,7 +146,7 @@ pub(crate) fn run_rank(
                 outputs.insert(name.clone(), output.tensor.clone());
             }
         }
-        write_outputs(&outputs, arguments, json)?;
+        write_outputs(&outputs, arguments, json, Some(&session.stats()))?;
     }
     session.close().map_err(|e| session_failure(&e))
 }
@@ -175,7 +175,12 @@ fn read_inputs(file: &RankFile, arguments: &TensorArguments) -> Outcome<NamedTen
 }
 
 /// Writes the results as asked, or says what they are. A file appears complete or not at all.
-pub(crate) fn write_outputs(outputs: &NamedTensors, arguments: &TensorArguments, json: bool) -> Outcome<()> {
+pub(crate) fn write_outputs(
+    outputs: &NamedTensors,
+    arguments: &TensorArguments,
+    json: bool,
+    stats: Option<&CommStats>,
+) -> Outcome<()> {
     if let Some(path) = &arguments.outputs {
         let temporary = sibling(path);
         // The user knows nothing of the temporary file, so that errors are told of the file asked for.
@@ -195,13 +200,26 @@ pub(crate) fn write_outputs(outputs: &NamedTensors, arguments: &TensorArguments,
             .iter()
             .map(|(name, t)| serde_json::json!({ "name": name, "dtype": t.dtype().name(), "shape": t.shape() }))
             .collect();
-        output::line(serde_json::json!({ "outputs": list }))?;
+        output::line(serde_json::json!({ "outputs": list, "communication": stats.map(communication) }))?;
     } else if arguments.outputs.is_none() {
         for (name, tensor) in outputs {
             output::line(format_args!("{name}: {}{:?}", tensor.dtype(), tensor.shape()))?;
         }
     }
     Ok(())
+}
+
+/// The collectives of the program that this rank took part in, with their payload in bytes as plans count it.
+fn communication(stats: &CommStats) -> serde_json::Value {
+    let kinds =
+        [Collective::AllReduce, Collective::AllGather, Collective::ReduceScatter, Collective::AllToAll];
+    kinds
+        .into_iter()
+        .map(|kind| {
+            let found = stats.of(kind);
+            (kind.name().to_owned(), serde_json::json!({ "collectives": found.collectives, "bytes": found.bytes }))
+        })
+        .collect()
 }
 
 /// Refuses a file that the outputs cannot be written to, before any work.

@@ -17,4 +17,5 @@ mod report_page;
 mod requests;
 mod shard_and_run;
 mod support;
+mod traffic;
 mod verify;

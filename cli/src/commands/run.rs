@@ -18,7 +18,7 @@ pub(crate) fn run(arguments: &RunArguments, json: bool) -> Outcome<()> {
         let path = path.ok_or_else(|| Failure::new(Kind::Usage, "--tap needs --inputs FILE"))?;
         let inputs = tensors::read(path, &folder.names("inputs"))?;
         let outputs = tapped(&folder, &inputs, &arguments.tap)?;
-        return write_outputs(&outputs, &arguments.tensors, json);
+        return write_outputs(&outputs, &arguments.tensors, json, None);
     }
     let commands = (0..folder.ranks)
         .map(|rank| {
