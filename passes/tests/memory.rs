@@ -28,6 +28,8 @@ fn rank_0_holds_what_the_report_says_and_no_rank_more() {
             activations: report.activation_bytes,
         };
         assert_eq!((all.len(), all[0]), (ranks, first), "{report}");
+        let stored: u64 = all.iter().map(|m| m.weights + m.state).sum();
+        assert_eq!(stored, report.balance.total, "{report}");
         for (rank, memory) in all.iter().enumerate() {
             assert!(memory.weights <= first.weights && memory.state <= first.state, "{rank} of {ranks}");
             assert!(memory.total() <= first.total(), "{rank} of {ranks}: {memory:?}");

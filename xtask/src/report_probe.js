@@ -58,14 +58,13 @@
   expect(chips.length > 20 && chips.every((chip) => chip.open), `not all of ${chips.length} steps open`);
   check("open");
 
-  const head = document.querySelector("#collectives thead th.n button");
-  const keys = () => [...document.querySelectorAll("#collectives table")][0];
+  const head = document.querySelector("#stored thead th.n button");
   const column = head ? [...head.closest("tr").children].indexOf(head.closest("th")) : 0;
-  const values = () => [...keys().tBodies[0].rows].map((row) => Number(row.children[column].dataset.key));
+  const values = () => [...document.querySelector("#stored tbody").rows].map((row) => Number(row.children[column].dataset.key));
   for (const [order, sign] of [["descending", -1], ["ascending", 1]]) {
     head?.click();
     const found = values();
-    expect(head?.closest("th").getAttribute("aria-sort") === order, `the table does not say it is ${order}`);
+    expect(head?.closest("th").getAttribute("aria-sort") === order, `the weights do not say they are ${order}`);
     expect(found.length > 0 && found.every((v, i) => i === 0 || sign * (v - found[i - 1]) >= 0), `${found} is not ${order}`);
   }
 

@@ -75,8 +75,10 @@ fn verdict(report: &PlanReport) -> String {
 }
 
 fn warnings(report: &PlanReport) -> Vec<String> {
-    let idle = "some ranks own no part of a split weight; fewer ranks would do";
-    (report.balance.idle > 0).then(|| idle.to_owned()).into_iter().collect()
+    let (idle, ranks) = (report.balance.idle, report.balance.ranks);
+    let warning =
+        || format!("{idle} of {ranks} ranks own no part of some split tensor; fewer ranks would do.");
+    (idle > 0).then(warning).into_iter().collect()
 }
 
 /// The plan among plans for other numbers of ranks, and why some are missing. Whether they are made depends on the
