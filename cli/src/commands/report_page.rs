@@ -9,7 +9,7 @@ use tpshard_passes::cost::Parts;
 use tpshard_passes::extract::ExtractError;
 use tpshard_passes::memory::rank_memory;
 use tpshard_passes::report::{Bytes, EntryReport, StepReport, Verdict};
-use tpshard_passes::{Plan, PlanError, PlanReport};
+use tpshard_passes::{Balance, Plan, PlanError, PlanReport};
 
 /// The numbers of ranks that the plan is compared with.
 const COMPARED: [usize; 4] = [1, 2, 4, 8];
@@ -75,8 +75,10 @@ fn verdict(report: &PlanReport) -> String {
 }
 
 fn warnings(report: &PlanReport) -> Vec<String> {
-    let idle = "some ranks own no part of a split weight; fewer ranks would do";
-    (report.balance.idle > 0).then(|| idle.to_owned()).into_iter().collect()
+    let Balance { idle, ranks, .. } = report.balance;
+    let warning =
+        || format!("{idle} of {ranks} ranks own no part of some split tensor; fewer ranks would do");
+    (idle > 0).then(warning).into_iter().collect()
 }
 
 /// The plan among plans for other numbers of ranks, and why some are missing. Whether they are made depends on the
