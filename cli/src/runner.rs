@@ -217,7 +217,10 @@ fn communication(stats: &CommStats) -> serde_json::Value {
         .into_iter()
         .map(|kind| {
             let found = stats.of(kind);
-            (kind.name().to_owned(), serde_json::json!({ "collectives": found.collectives, "bytes": found.bytes }))
+            (
+                kind.name().to_owned(),
+                serde_json::json!({ "collectives": found.collectives, "bytes": found.bytes }),
+            )
         })
         .collect()
 }

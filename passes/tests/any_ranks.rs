@@ -23,8 +23,9 @@ const DIMS: [(&str, i64); 3] = [("batch", 1), ("seq", 2), ("past", 3)];
 
 /// All head counts with the KV head counts that divide them.
 fn pairs() -> Vec<(usize, usize)> {
-    let with =
-        |heads: usize| KV_HEADS.into_iter().filter(move |kv| heads.is_multiple_of(*kv)).map(move |kv| (heads, kv));
+    let with = |heads: usize| {
+        KV_HEADS.into_iter().filter(move |kv| heads.is_multiple_of(*kv)).map(move |kv| (heads, kv))
+    };
     HEADS.into_iter().flat_map(with).collect()
 }
 

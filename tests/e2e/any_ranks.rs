@@ -17,8 +17,9 @@ const WIDTH: usize = 10;
 const PAST: usize = 3;
 
 fn pairs() -> Vec<(usize, usize)> {
-    let with =
-        |heads: usize| KV_HEADS.into_iter().filter(move |kv| heads.is_multiple_of(*kv)).map(move |kv| (heads, kv));
+    let with = |heads: usize| {
+        KV_HEADS.into_iter().filter(move |kv| heads.is_multiple_of(*kv)).map(move |kv| (heads, kv))
+    };
     HEADS.into_iter().flat_map(with).collect()
 }
 
@@ -124,7 +125,7 @@ fn layer(heads: usize, kv_heads: usize, head: usize) -> ModelProto {
     }
 }
 
-/// The total length follows from the rest, and the ranks do not ask for it.
+/// What the model takes: the total length follows from the rest, and no rank asks for it.
 fn inputs(kv_heads: usize, head: usize) -> NamedTensors {
     let count = |value: usize| Tensor::new(vec![1], Data::I32(vec![value as i32])).unwrap();
     let cache = [1, kv_heads, PAST, head];
@@ -133,6 +134,7 @@ fn inputs(kv_heads: usize, head: usize) -> NamedTensors {
         ("past_key_values.0.key", tensor(&cache, 6)),
         ("past_key_values.0.value", tensor(&cache, 7)),
         ("seqlens_k", count(PAST)),
+        ("total_sequence_length", count(PAST + 1)),
     ]
     .map(|(name, tensor)| (name.to_owned(), tensor))
     .into_iter()

@@ -10,6 +10,9 @@ use crate::counters::Effort;
 use crate::layout_graph::{GroupKind, LayoutGraph, Unfolded};
 use std::collections::{BTreeMap, BTreeSet};
 
+/// How much less a search over several entries keeps than one over a single entry.
+const BESIDE: usize = 16;
+
 /// What is chosen for all entries.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Joint {
@@ -149,6 +152,12 @@ fn side_by_side(
     bound: Cost,
     least_bytes: u64,
 ) -> Result<Joint, ExtractError> {
+    // States multiply over the entries, and this only improves on a plan that is there already.
+    let limits = if allowed.is_empty() {
+        limits
+    } else {
+        Limits { states: limits.states / BESIDE + 1, labels: limits.labels / BESIDE + 1 }
+    };
     let (graphs, kept): (Vec<LayoutGraph>, Vec<_>) = graphs.iter().map(|g| restricted(g, allowed)).unzip();
     let unfolded = Unfolded::new(&graphs);
     let mut total = extract(&unfolded.graph, budget, limits)?;

@@ -8,7 +8,7 @@
 
 use super::reference::evaluate;
 use super::selection::{at, at_axis};
-use super::{as_built, chosen_inputs};
+use super::{as_built, chosen_inputs, only_inputs};
 use crate::arguments::VerifyArguments;
 use crate::commands::planning::import_model;
 use crate::failure::{Failure, Kind, Outcome};
@@ -72,7 +72,7 @@ pub(super) fn bisect(
     let mut tally = Tally::default();
     let pairs = chosen_inputs(arguments, folder)?;
     for (label, inputs) in &pairs {
-        let program = program_for(folder, inputs)?;
+        let program = program_for(folder, &only_inputs(folder, inputs.clone()))?;
         same_graph(&program, &imported)?;
         let points = points(&program);
         if let Some(found) =
@@ -224,7 +224,8 @@ fn compare_all(
     tally: &mut Tally,
 ) -> Outcome<Option<Difference>> {
     let reference = Reference::of(imported, program, points, inputs)?;
-    let observed = observe(folder, inputs, &points.iter().map(|p| p.step).collect::<Vec<_>>())?;
+    let given = only_inputs(folder, inputs.clone());
+    let observed = observe(folder, &given, &points.iter().map(|p| p.step).collect::<Vec<_>>())?;
     for point in points {
         let equals = point.equals;
         let detail = match observed.taps.get(&point.step) {
