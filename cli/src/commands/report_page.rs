@@ -9,7 +9,7 @@ use tpshard_passes::cost::Parts;
 use tpshard_passes::extract::ExtractError;
 use tpshard_passes::memory::rank_memory;
 use tpshard_passes::report::{Bytes, EntryReport, StepReport, Verdict};
-use tpshard_passes::{Balance, Plan, PlanError, PlanReport};
+use tpshard_passes::{Plan, PlanError, PlanReport};
 
 /// The numbers of ranks that the plan is compared with.
 const COMPARED: [usize; 4] = [1, 2, 4, 8];
