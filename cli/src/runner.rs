@@ -146,7 +146,7 @@ pub(crate) fn run_rank(
                 outputs.insert(name.clone(), output.tensor.clone());
             }
         }
-        write_outputs(&outputs, arguments, json, Some(&session.stats()))?;
+        write_outputs(&outputs, arguments, json, Some(&results.traffic))?;
     }
     session.close().map_err(|e| session_failure(&e))
 }

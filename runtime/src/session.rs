@@ -61,6 +61,9 @@ pub struct Tap {
 pub struct Results {
     pub outputs: BTreeMap<String, Output>,
     pub taps: Vec<Tap>,
+    /// What the collectives of the program carried on this rank, leaving out what sessions tell each other, inputs and
+    /// outputs.
+    pub traffic: crate::comm::CommStats,
 }
 
 /// What rank 0 asks all ranks to do.

@@ -11,7 +11,7 @@ use crate::layout_graph::{GroupKind, LayoutGraph, Unfolded};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// How much less a search over several entries keeps than one over a single entry.
-const BESIDE: usize = 16;
+const BESIDE: usize = 64;
 
 /// What is chosen for all entries.
 #[derive(Clone, Debug, PartialEq)]

@@ -84,6 +84,21 @@ impl CommStats {
         self.kinds.get(&kind).copied().unwrap_or_default()
     }
 
+    /// What was added to the counters since they were `before`.
+    #[must_use]
+    pub fn since(&self, before: &CommStats) -> CommStats {
+        let added = |(&kind, now): (&Kind, &KindStats)| {
+            let then = before.of(kind);
+            let stats = KindStats {
+                collectives: now.collectives.saturating_sub(then.collectives),
+                bytes: now.bytes.saturating_sub(then.bytes),
+                nanos: now.nanos.saturating_sub(then.nanos),
+            };
+            (kind, stats)
+        };
+        CommStats { kinds: self.kinds.iter().map(added).collect() }
+    }
+
     /// All kinds together.
     pub fn total(&self) -> KindStats {
         self.kinds.values().fold(KindStats::default(), |a, b| KindStats {

@@ -157,8 +157,10 @@ impl Worker {
         };
         let mut states = taken.as_mut().map(|t| t.values()).unwrap_or_default();
         let wanted: Vec<ValueId> = taps.iter().map(|&t| ValueId(t)).collect();
+        let before = self.communicator.stats();
         let mut finished =
             run.run(&mut states, &mut self.slots, &wanted, &*self.communicator, &mut self.sequence)?;
+        let traffic = self.communicator.stats().since(&before);
         let failure = finished.failure.take();
         let kept = match (&mut self.state, taken) {
             (Some(state), Some(taken)) => {
@@ -181,7 +183,8 @@ impl Worker {
             &*self.communicator,
             &mut self.sequence,
         )?;
-        agree(&*self.communicator, &mut self.sequence, gathered)
+        let results = agree(&*self.communicator, &mut self.sequence, gathered)?;
+        Ok(Results { traffic, ..results })
     }
 
     /// Everything a run needs that can fail on this rank alone.
