@@ -5,6 +5,7 @@
 use crate::arguments::{RunnerArguments, TensorArguments, parsed};
 use crate::commands::run::{add_flags, spawn};
 use crate::failure::{Classify, Failure, Kind, Outcome};
+use crate::folder::Folder;
 use crate::output;
 use crate::rank_program::{RankFile, ShardFile};
 use crate::tensors;
@@ -111,7 +112,7 @@ pub(crate) fn run_rank(
     }
     let inputs = if place.rank == 0 {
         check_outputs(arguments)?;
-        read_inputs(&file, arguments)?
+        read_inputs(folder, &file, arguments)?
     } else {
         NamedTensors::new()
     };
@@ -151,11 +152,14 @@ pub(crate) fn run_rank(
     session.close().map_err(|e| session_failure(&e))
 }
 
-fn read_inputs(file: &RankFile, arguments: &TensorArguments) -> Outcome<NamedTensors> {
+fn read_inputs(folder: &Path, file: &RankFile, arguments: &TensorArguments) -> Outcome<NamedTensors> {
     match &arguments.inputs {
         Some(path) => {
             let names: Vec<String> = file.input_names.clone();
-            let mut read = tensors::read(path, &names)?;
+            // The model may have inputs that no output needs: they count in numbered files, and are then left out.
+            let of_model = Folder::open(folder).map(|folder| folder.names("inputs")).unwrap_or_default();
+            let mut read = tensors::read(path, if of_model.is_empty() { &names } else { &of_model })?;
+            read.retain(|name, _| names.contains(name) || !of_model.contains(name));
             // A single .npy file is the only input of a model with one input.
             if let ([name], 1) = (names.as_slice(), read.len())
                 && !read.contains_key(name)
