@@ -39,9 +39,14 @@ pub fn extract_entries(
         return Ok(Joint { choices: vec![only.choices.clone()], total: only.clone() });
     }
     let least_bytes = alone.iter().map(|e| e.least_bytes).max().unwrap_or(0);
+    let fewest = budget == Budget::Fewest;
     let budget = alone.iter().filter_map(|e| e.budget).max();
     let bound: Cost = alone.iter().map(|e| e.bound).sum();
-    let within = budget.map_or(Budget::Free, Budget::Bytes);
+    let within = match budget {
+        Some(bytes) => Budget::Bytes(bytes),
+        None if fewest => Budget::Fewest,
+        None => Budget::Free,
+    };
     let mut effort: Effort = alone.iter_mut().map(|e| std::mem::take(&mut e.effort)).sum();
     let mut best: Option<Joint> = None;
     let mut consider = |found: Joint| {
@@ -60,7 +65,8 @@ pub fn extract_entries(
         consider(together(&all, bound, least_bytes, budget));
     }
     let settled = best.as_ref().is_some_and(|b| b.total.cost.picoseconds() <= bound.picoseconds());
-    if !settled {
+    // What one entry needs at least is what all do, as they differ in prices only.
+    if !settled && !fewest {
         let any = proposals.into_iter().fold(Stored::new(), |mut all, proposal| {
             proposal.into_iter().for_each(|(group, some)| all.entry(group).or_default().extend(some));
             all
@@ -106,6 +112,16 @@ fn restricted(graph: &LayoutGraph, allowed: &Stored) -> (LayoutGraph, BTreeMap<u
     (graph, kept)
 }
 
+/// What a plan has in memory, and nothing else.
+fn complete(graph: &LayoutGraph, mut proposal: Stored) -> Stored {
+    for (index, group) in graph.groups.iter().enumerate() {
+        if group.kind == GroupKind::Stored {
+            proposal.entry(index as u32).or_default();
+        }
+    }
+    proposal
+}
+
 /// Names the productions of a restricted graph as in the whole one.
 fn unrestricted(choices: &mut BTreeMap<u32, Choice>, kept: &BTreeMap<u32, Vec<u16>>) {
     for (group, choice) in choices {
@@ -122,7 +138,7 @@ fn follow(
     budget: Budget,
     limits: Limits,
 ) -> Result<Extraction, ExtractError> {
-    let (graph, kept) = restricted(graph, proposal);
+    let (graph, kept) = restricted(graph, &complete(graph, proposal.clone()));
     let mut found = extract(&graph, budget, limits)?;
     unrestricted(&mut found.choices, &kept);
     Ok(found)
