@@ -7,9 +7,9 @@
 
 use super::choices::{Choices, Slots};
 use crate::cost::Cost;
-use crate::layout_graph::{GroupKind, LayoutGraph};
+use crate::layout_graph::{GroupKind, LayoutGraph, Operand};
 use crate::segment::{Range, RangeName, Segment};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 
 /// What the search minimises.
@@ -99,7 +99,7 @@ pub(super) struct Search<'a, 'c> {
     trails: Vec<(u32, Deed)>,
     /// Per name of a range and demand in relative names: where it was solved, and with what result.
     solved: BTreeMap<(RangeName, Demand), (u32, Rc<Ends>)>,
-    /// Per segment, the fewest bytes that all below it take.
+    /// Per group, the fewest bytes that all below it take in any plan.
     bytes_below: Vec<u64>,
     complete: bool,
 }
@@ -113,8 +113,8 @@ impl<'a, 'c> Search<'a, 'c> {
     ) -> Search<'a, 'c> {
         let mut below = 0u64;
         let mut bytes_below = vec![0];
-        for group in &graph.groups {
-            if group.kind == GroupKind::Stored {
+        for (group, needed) in graph.groups.iter().zip(surely_needed(graph)) {
+            if needed && group.kind == GroupKind::Stored {
                 let least = group.productions.iter().map(|p| p.bytes).min().unwrap_or(0);
                 below = below.saturating_add(least);
             }
@@ -145,7 +145,13 @@ impl<'a, 'c> Search<'a, 'c> {
         let last = self.remember(&best);
         let mut choices = BTreeMap::new();
         self.retrace(last, &mut choices);
-        Some(Found { cost: best.cost, bytes: best.bytes, choices, rank: best.rank, complete: self.complete })
+        Some(Found {
+            cost: best.cost,
+            bytes: best.bytes,
+            choices,
+            rank: best.rank,
+            complete: self.complete,
+        })
     }
 
     fn rank(&self, cost: Cost, bytes: u64) -> u128 {
@@ -371,6 +377,30 @@ impl<'a, 'c> Search<'a, 'c> {
             }
         }
     }
+}
+
+/// Per group, true if no plan does without it as far as can be seen from one group at a time: outputs, and what all
+/// productions of such a group use.
+fn surely_needed(graph: &LayoutGraph) -> Vec<bool> {
+    let mut needed: Vec<bool> = graph.groups.iter().map(|g| !g.exits.is_empty()).collect();
+    for index in (0..graph.groups.len()).rev().filter(|&i| graph.is_planned(i as u32)) {
+        let group = &graph.groups[index];
+        if needed[index] {
+            let production = in_all(group.productions.iter().map(|p| p.operands.as_slice()));
+            let exit = in_all(group.exits.iter().map(|e| e.also.as_slice()));
+            production.into_iter().chain(exit).for_each(|g| needed[g as usize] = true);
+        }
+    }
+    needed
+}
+
+/// The groups that all of some lists of operands name.
+fn in_all<'a>(mut lists: impl Iterator<Item = &'a [Operand]>) -> BTreeSet<u32> {
+    let mut common: BTreeSet<u32> = lists.next().into_iter().flatten().map(|o| o.group).collect();
+    for list in lists {
+        common.retain(|&group| list.iter().any(|o| o.group == group));
+    }
+    common
 }
 
 fn lowest(labels: &[Label]) -> u128 {
