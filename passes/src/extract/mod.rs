@@ -78,6 +78,8 @@ pub enum ExtractError {
 const PRICES: usize = 24;
 /// The highest price: a second per byte.
 const HIGHEST_PRICE: f64 = 1e12;
+/// The most that all bytes of a plan may be worth, in picoseconds: what prices make of them is added up in 64 bits.
+const HIGHEST_WORTH: f64 = 1e18;
 
 /// The plan that takes the least time within `budget`.
 ///
@@ -123,7 +125,7 @@ pub fn extract(graph: &LayoutGraph, budget: Budget, limits: Limits) -> Result<Ex
     let least_bytes = leanest.bytes;
     let mut outcome = match budget.filter(|&b| fastest.bytes > b) {
         None => Outcome { bound: lower_bound(&fastest, 0.0, 0), best: fastest },
-        Some(bytes) => within(leanest, fastest, bytes, &mut run),
+        Some(bytes) => within(leanest, fastest, bytes, all_bytes(graph), &mut run),
     };
     if outcome.bound < outcome.best.cost {
         let (bound, effort) = without_conversions(graph, limits);
@@ -147,6 +149,11 @@ pub fn extract(graph: &LayoutGraph, budget: Budget, limits: Limits) -> Result<Ex
 struct Outcome {
     best: Found,
     bound: Cost,
+}
+
+/// More than any plan takes.
+fn all_bytes(graph: &LayoutGraph) -> u64 {
+    graph.groups.iter().flat_map(|g| &g.productions).fold(0, |all, p| all.saturating_add(p.bytes))
 }
 
 /// What a finished search at `price` says about every plan of at most `budget` bytes. A search that was cut short
@@ -175,6 +182,7 @@ fn within(
     leanest: Found,
     fastest: Found,
     budget: u64,
+    all_bytes: u64,
     run: &mut impl FnMut(Aim) -> Option<Found>,
 ) -> Outcome {
     let mut bound = lower_bound(&fastest, 0.0, 0);
@@ -185,7 +193,8 @@ fn within(
     for _ in 0..PRICES {
         let saved = best.cost.picoseconds().saturating_sub(above.0.picoseconds());
         let spent = above.1.saturating_sub(best.bytes).max(1);
-        let price = (saved as f64 / spent as f64).min(HIGHEST_PRICE);
+        let most = HIGHEST_PRICE.min(HIGHEST_WORTH / all_bytes.max(1) as f64);
+        let price = (saved as f64 / spent as f64).min(most);
         let Some(found) = run(Aim::Time { price }) else { break };
         bound = bound.max(lower_bound(&found, price, budget));
         if found.bytes > budget {
