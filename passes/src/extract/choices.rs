@@ -1,10 +1,11 @@
 //! What can be done to satisfy a set of demanded slots of one group: productions, and a cheapest forest of
 //! conversions from what they make to what is demanded.
 
+use super::trees::{MOST_WANTED, Trees, halves};
 use crate::cost::Cost;
 use crate::counters::Effort;
 use crate::layout_graph::{Group, LayoutGraph, Operand};
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, HashMap};
 
 /// A set of slots.
 pub type Slots = u64;
@@ -28,12 +29,6 @@ pub struct Choice {
     pub exit: Option<u16>,
 }
 
-/// A conversion forest: what it costs, and its edges in order.
-type Forest = Option<(Cost, Vec<u16>)>;
-
-/// How a set of slots was reached: at what cost, from which set over which edge.
-type Reached = (Cost, Option<(Slots, u16)>);
-
 /// Choices and conversion distances, computed once per group and demand.
 pub struct Choices<'a> {
     graph: &'a LayoutGraph,
@@ -41,6 +36,9 @@ pub struct Choices<'a> {
     pub all: Vec<Choice>,
     known: BTreeMap<(u32, Slots), Vec<u32>>,
     distances: HashMap<(u32, Slots, Slots), Option<Cost>>,
+    trees: HashMap<(u32, Slots), Trees<'a>>,
+    /// False once a demand was so large that not every way to satisfy it was considered.
+    pub exact: bool,
     /// Of the searches that used these choices.
     pub effort: Effort,
 }
@@ -52,6 +50,8 @@ impl<'a> Choices<'a> {
             all: Vec::new(),
             known: BTreeMap::new(),
             distances: HashMap::new(),
+            trees: HashMap::new(),
+            exact: true,
             effort: Effort::default(),
         }
     }
@@ -61,6 +61,8 @@ impl<'a> Choices<'a> {
         if let Some(known) = self.known.get(&(group, demand)) {
             return known.clone();
         }
+        // An exit adds one slot to the demand.
+        self.exact &= demand.count_ones() < MOST_WANTED;
         let found = enumerate(self.graph, group, demand);
         let first = self.all.len() as u32;
         let ids: Vec<u32> = (first..first + found.len() as u32).collect();
@@ -69,16 +71,21 @@ impl<'a> Choices<'a> {
         ids
     }
 
-    /// What it costs to have `wanted` of a group once `present` are there.
+    /// What it costs to have `wanted` of a group once `present` are there; none also where that is not worked out.
     pub fn distance(&mut self, group: u32, present: Slots, wanted: Slots) -> Option<Cost> {
-        if wanted & !present == 0 {
+        let missing = wanted & !present;
+        if missing == 0 {
             return Some(Cost::ZERO);
         }
+        if missing.count_ones() > MOST_WANTED {
+            return None;
+        }
         let graph = self.graph;
-        *self
-            .distances
-            .entry((group, present, wanted))
-            .or_insert_with(|| forest(&graph.groups[group as usize], present, wanted).map(|(cost, _)| cost))
+        let trees = self
+            .trees
+            .entry((group, missing))
+            .or_insert_with(|| Trees::new(&graph.groups[group as usize], missing));
+        *self.distances.entry((group, present, missing)).or_insert_with(|| trees.from(present))
     }
 }
 
@@ -110,45 +117,111 @@ fn add_demand(graph: &LayoutGraph, demands: &mut Vec<(u32, Slots)>, operand: Ope
     }
 }
 
-/// All undominated ways to have `demand` of a group: one production, or two with different results.
+/// All undominated ways to have `demand` of a group: each wanted slot comes from one production, over conversions that
+/// those from the same production share.
 fn satisfy(graph: &LayoutGraph, group: &Group, demand: Slots) -> Vec<Choice> {
-    let mut forests: BTreeMap<Slots, Forest> = BTreeMap::new();
-    let mut found = Vec::new();
-    let mut consider = |chosen: &[usize]| {
-        let made = chosen.iter().fold(0, |made, &p| made | bit(group.productions[p].out));
-        let forest = forests.entry(made).or_insert_with(|| forest(group, made, demand));
-        let Some((cost, conversions)) = forest else { return };
-        let mut choice = Choice {
-            cost: *cost,
-            bytes: 0,
-            demands: Vec::new(),
-            productions: chosen.iter().map(|&p| p as u16).collect(),
-            conversions: conversions.clone(),
-            exit: None,
-        };
-        for production in chosen.iter().map(|&p| &group.productions[p]) {
-            choice.cost = choice.cost + production.cost;
-            choice.bytes = choice.bytes.saturating_add(production.bytes);
-            for &operand in &production.operands {
-                add_demand(graph, &mut choice.demands, operand);
+    let trees = Trees::new(group, demand);
+    // Per set of wanted slots, the ways to have it from one production, and from any number of them.
+    let (mut alone, mut ways): (Vec<Vec<Choice>>, Vec<Vec<Choice>>) = (vec![Vec::new()], vec![Vec::new()]);
+    for set in 1..trees.sets() {
+        let mut found = Vec::new();
+        for (index, production) in group.productions.iter().enumerate() {
+            if trees.cost(set, production.out).is_some() {
+                let mut edges = Vec::new();
+                trees.edges(set, production.out, &mut edges);
+                found.push(assemble(graph, group, vec![index as u16], edges.into_iter()));
             }
         }
-        found.push(choice);
-    };
-    let count = group.productions.len();
-    (0..count).for_each(|p| consider(&[p]));
-    // Two productions are considered if the results of both are wanted.
-    if demand.count_ones() > 1 && !group.single {
-        let wanted = |p: usize| demand & bit(group.productions[p].out) != 0;
-        for a in 0..count {
-            for b in a + 1..count {
-                if group.productions[a].out != group.productions[b].out && wanted(a) && wanted(b) {
-                    consider(&[a, b]);
+        let found = undominated(found);
+        let mut all = found.clone();
+        if !group.single {
+            for part in halves(set) {
+                for (a, b) in alone[part].iter().flat_map(|a| ways[set ^ part].iter().map(move |b| (a, b))) {
+                    all.extend(joined(graph, group, a, b));
                 }
             }
         }
+        alone.push(found);
+        ways.push(undominated(all));
+    }
+    let mut found = ways.pop().unwrap_or_default();
+    let rest = demand & !trees.wanted();
+    for slot in (0..64u8).filter(|slot| rest >> slot & 1 == 1) {
+        let trees = Trees::new(group, bit(slot));
+        found = found.iter().filter_map(|choice| extended(graph, group, choice, &trees)).collect();
     }
     undominated(found)
+}
+
+/// What comes of doing both; nothing if they start from the same slot, which one production alone does better.
+fn joined(graph: &LayoutGraph, group: &Group, a: &Choice, b: &Choice) -> Option<Choice> {
+    let out = |p: u16| group.productions[usize::from(p)].out;
+    if b.productions.iter().any(|&q| a.productions.iter().any(|&p| out(p) == out(q))) {
+        return None;
+    }
+    let mut productions: Vec<u16> = a.productions.iter().chain(&b.productions).copied().collect();
+    productions.sort_unstable();
+    let edges = a.conversions.iter().chain(&b.conversions).copied();
+    Some(assemble(graph, group, productions, edges))
+}
+
+/// The choice with one more slot: converted from what it has, or else from the cheapest production.
+fn extended(graph: &LayoutGraph, group: &Group, choice: &Choice, trees: &Trees<'_>) -> Option<Choice> {
+    let made = choice.productions.iter().map(|&p| group.productions[usize::from(p)].out);
+    let converted = choice.conversions.iter().map(|&e| group.conversions[usize::from(e)].to);
+    let root = made.chain(converted).filter_map(|root| Some((trees.cost(1, root)?, root))).min();
+    let more = || {
+        let each = group.productions.iter().enumerate();
+        each.filter_map(|(i, p)| Some((trees.cost(1, p.out)? + p.cost, p.bytes, i))).min()
+    };
+    let mut productions = choice.productions.clone();
+    let root = match root {
+        Some((_, root)) => root,
+        None if group.single => return None,
+        None => {
+            let (.., index) = more()?;
+            productions.push(index as u16);
+            group.productions[index].out
+        }
+    };
+    let mut edges = choice.conversions.clone();
+    trees.edges(1, root, &mut edges);
+    Some(assemble(graph, group, productions, edges.into_iter()))
+}
+
+/// The choice of these productions and those of the conversions that bring a new slot.
+fn assemble(
+    graph: &LayoutGraph,
+    group: &Group,
+    productions: Vec<u16>,
+    edges: impl Iterator<Item = u16>,
+) -> Choice {
+    let mut choice = Choice {
+        cost: Cost::ZERO,
+        bytes: 0,
+        demands: Vec::new(),
+        productions,
+        conversions: Vec::new(),
+        exit: None,
+    };
+    let mut have: Slots = 0;
+    for production in choice.productions.iter().map(|&p| &group.productions[usize::from(p)]) {
+        have |= bit(production.out);
+        choice.cost = choice.cost + production.cost;
+        choice.bytes = choice.bytes.saturating_add(production.bytes);
+        for &operand in &production.operands {
+            add_demand(graph, &mut choice.demands, operand);
+        }
+    }
+    for index in edges {
+        let edge = &group.conversions[usize::from(index)];
+        if have & bit(edge.to) == 0 {
+            have |= bit(edge.to);
+            choice.cost = choice.cost + edge.cost;
+            choice.conversions.push(index);
+        }
+    }
+    choice
 }
 
 /// Drops every choice that costs no less, takes no less memory and demands no less than another.
@@ -170,46 +243,4 @@ fn covers(large: &[(u32, Slots)], small: &[(u32, Slots)]) -> bool {
     small.iter().all(|&(group, slots)| {
         large.binary_search_by_key(&group, |d| d.0).is_ok_and(|at| slots & !large[at].1 == 0)
     })
-}
-
-/// The cheapest conversions that lead from the slots `present` to all of `wanted`: Dijkstra over sets of slots.
-fn forest(group: &Group, present: Slots, wanted: Slots) -> Forest {
-    // Intermediate slots beyond one per wanted slot never pay.
-    let most = wanted.count_ones() + 1;
-    let mut queue = BTreeSet::from([(Cost::ZERO, present)]);
-    let mut best: BTreeMap<Slots, Reached> = BTreeMap::from([(present, (Cost::ZERO, None))]);
-    while let Some((cost, have)) = queue.pop_first() {
-        if wanted & !have == 0 {
-            return Some((cost, trace(&best, have)));
-        }
-        if (have & !present).count_ones() >= most {
-            continue;
-        }
-        for (index, edge) in group.conversions.iter().enumerate() {
-            if have & bit(edge.from) == 0 || have & bit(edge.to) != 0 {
-                continue;
-            }
-            let (next, total) = (have | bit(edge.to), cost + edge.cost);
-            let known = best.get(&next).map(|b| b.0);
-            if known.is_none_or(|k| total < k) {
-                if let Some(k) = known {
-                    queue.remove(&(k, next));
-                }
-                best.insert(next, (total, Some((have, index as u16))));
-                queue.insert((total, next));
-            }
-        }
-    }
-    None
-}
-
-fn trace(best: &BTreeMap<Slots, Reached>, end: Slots) -> Vec<u16> {
-    let mut edges = Vec::new();
-    let mut at = end;
-    while let Some((_, Some((before, edge)))) = best.get(&at) {
-        edges.push(*edge);
-        at = *before;
-    }
-    edges.reverse();
-    edges
 }

@@ -9,6 +9,7 @@
 mod choices;
 mod joint;
 mod search;
+mod trees;
 
 pub use choices::{Choice, Choices, Slots};
 pub use joint::{Joint, extract_entries};

@@ -150,7 +150,7 @@ impl<'a, 'c> Search<'a, 'c> {
             bytes: best.bytes,
             choices,
             rank: best.rank,
-            complete: self.complete,
+            complete: self.complete && self.choices.exact,
         })
     }
 
