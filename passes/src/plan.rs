@@ -234,6 +234,8 @@ impl Planner<'_> {
     fn best(&self, reserve: u64) -> Result<Candidate, PlanError> {
         let mut best: Option<Candidate> = None;
         let mut considered = Vec::new();
+        // A plan on another mesh may be better than the best one found there, too.
+        let mut bound: Option<Cost> = None;
         for mesh in meshes(&self.found.extended.graph, self.options.ranks) {
             let next = match self.candidate(&mesh, self.options.memory, reserve) {
                 // The flat mesh comes first and has the message; a factored one need not allow every pin.
@@ -242,6 +244,7 @@ impl Planner<'_> {
                 }
                 other => other?,
             };
+            bound = Some(bound.map_or(next.bound, |b| b.min(next.bound)));
             considered.push(OnMesh {
                 mesh,
                 seconds: next.cost.seconds(),
@@ -256,7 +259,8 @@ impl Planner<'_> {
             }
         }
         let best = best.ok_or(PlanError::Ranks { found: self.options.ranks })?;
-        Ok(Candidate { considered, ..best })
+        let bound = bound.unwrap_or(best.bound);
+        Ok(Candidate { considered, bound, ..best })
     }
 
     /// What one rank takes that has room for everything.
