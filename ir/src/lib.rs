@@ -16,12 +16,12 @@ pub mod interp;
 pub mod layout;
 pub mod op;
 pub mod program;
-pub mod quantity;
 pub mod spmd;
 pub mod tensor;
 pub mod text;
 pub mod verify;
 pub mod weight;
+pub mod wording;
 
 pub use decompose::decompose;
 pub use dim::{Bindings, Dim, EvalError};

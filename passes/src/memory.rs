@@ -6,7 +6,7 @@ use crate::plan::Plan;
 use std::collections::{BTreeMap, BTreeSet};
 use tpshard_ir::program::lower;
 use tpshard_ir::spmd::instantiate;
-use tpshard_ir::{AxisLayout, DType, Layout, Mesh, Op, Spmd, StepKind, Type, ValueId};
+use tpshard_ir::{AxisLayout, Bindings, DType, Graph, Layout, Mesh, Op, Spmd, Step, StepKind, Type, ValueId};
 
 /// Most steps that are lowered to learn what the buffers of ranks unlike rank 0 take.
 const LOWERED: usize = 200_000;
@@ -35,7 +35,7 @@ struct Dealt {
 }
 
 impl Dealt {
-    fn new(program: &Spmd, ty: &Type, layout: &Layout, sizes: &tpshard_ir::Bindings) -> Dealt {
+    fn new(graph: &Graph, ty: &Type, layout: &Layout, sizes: &Bindings) -> Dealt {
         let deal = |part: &AxisLayout| match part {
             AxisLayout::Shard { dim, unit } => {
                 let unit = unit.eval(sizes).ok().and_then(|u| u64::try_from(u).ok()).unwrap_or(1);
@@ -45,7 +45,7 @@ impl Dealt {
         };
         Dealt {
             bits: ty.dtype.bits(),
-            extents: extents(&program.logical, ty, sizes),
+            extents: extents(graph, ty, sizes),
             deals: layout.0.iter().map(deal).collect(),
         }
     }
@@ -65,17 +65,70 @@ impl Dealt {
     }
 }
 
+/// A tensor that a plan keeps between steps.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Stored<'a> {
+    pub(crate) value: ValueId,
+    pub(crate) layout: &'a Layout,
+    pub(crate) is_state: bool,
+}
+
+/// The weights and the state that `steps` read, each once however many entries share it.
+pub(crate) fn stored<'a>(graph: &Graph, steps: impl Iterator<Item = &'a Step>) -> BTreeSet<Stored<'a>> {
+    let of_step = |step: &'a Step| {
+        let is_state = match &graph.node(step.value).op {
+            Op::Weight(_) => false,
+            Op::Input { name } if graph.states.iter().any(|s| s.input == *name) => true,
+            _ => return None,
+        };
+        Some(Stored { value: step.value, layout: &step.layout, is_state })
+    };
+    steps.filter(|s| s.kind == StepKind::Compute).filter_map(of_step).collect()
+}
+
 /// A stored tensor under every entry.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-struct Stored {
+struct Kind {
     is_state: bool,
     by_entry: Vec<Dealt>,
+}
+
+/// What ranks hold between steps, alike tensors together with their number.
+pub(crate) struct Holdings(BTreeMap<Kind, u64>);
+
+impl Holdings {
+    /// `sizes` are the largest of every entry.
+    pub(crate) fn of<'a>(
+        graph: &Graph,
+        steps: impl Iterator<Item = &'a Step>,
+        sizes: &[Bindings],
+    ) -> Holdings {
+        let mut kinds: BTreeMap<Kind, u64> = BTreeMap::new();
+        for Stored { value, layout, is_state } in stored(graph, steps) {
+            let by_entry = sizes.iter().map(|s| Dealt::new(graph, graph.ty(value), layout, s)).collect();
+            *kinds.entry(Kind { is_state, by_entry }).or_default() += 1;
+        }
+        Holdings(kinds)
+    }
+
+    /// Of one tensor of every kind, the most over all entries: whether it is state, its bytes on the rank at
+    /// `coordinates`, and how many tensors are of that kind.
+    pub(crate) fn on(&self, mesh: &Mesh, coordinates: &[usize]) -> impl Iterator<Item = (bool, u64, u64)> {
+        self.0.iter().map(move |(kind, &count)| {
+            let bytes = kind.by_entry.iter().map(|d| d.bytes(mesh, coordinates)).max().unwrap_or(0);
+            (kind.is_state, bytes, count)
+        })
+    }
 }
 
 /// What each rank holds, rank 0 first.
 pub fn rank_memory(plan: &Plan) -> Vec<RankMemory> {
     let mesh = &plan.report.mesh;
-    let kinds = stored(plan);
+    let holdings = plan.programs.first().map(|(_, first)| {
+        let sizes = plan.report.entries.iter().map(|e| complete(&first.logical, &e.entry.largest));
+        let steps = plan.programs.iter().flat_map(|(_, program)| &program.steps);
+        Holdings::of(&first.logical, steps, &sizes.collect::<Vec<_>>())
+    });
     let buffers = buffers(plan);
     // The bytes of all kinds of buffers tell what the buffers of a rank take.
     let mut known: BTreeMap<Vec<u64>, u64> = BTreeMap::new();
@@ -84,10 +137,9 @@ pub fn rank_memory(plan: &Plan) -> Vec<RankMemory> {
     let of_rank = |rank: usize| {
         let coordinates = mesh.coordinates(rank);
         let mut memory = RankMemory::default();
-        for (kind, count) in &kinds {
-            let bytes = kind.by_entry.iter().map(|d| d.bytes(mesh, &coordinates)).max().unwrap_or(0);
-            let sum = if kind.is_state { &mut memory.state } else { &mut memory.weights };
-            *sum = sum.saturating_add(bytes.saturating_mul(*count));
+        for (is_state, bytes, count) in holdings.iter().flat_map(|h| h.on(mesh, &coordinates)) {
+            let sum = if is_state { &mut memory.state } else { &mut memory.weights };
+            *sum = sum.saturating_add(bytes.saturating_mul(count));
         }
         let sizes: Vec<u64> = buffers.iter().map(|b| b.bytes(mesh, &coordinates)).collect();
         memory.activations = *known.entry(sizes).or_insert_with(|| {
@@ -100,33 +152,6 @@ pub fn rank_memory(plan: &Plan) -> Vec<RankMemory> {
     (0..mesh.ranks()).map(of_rank).collect()
 }
 
-/// What is stored, alike tensors together with their number.
-fn stored(plan: &Plan) -> BTreeMap<Stored, u64> {
-    let mut seen: BTreeSet<(ValueId, &Layout)> = BTreeSet::new();
-    let mut kinds: BTreeMap<Stored, u64> = BTreeMap::new();
-    for (_, program) in &plan.programs {
-        for step in program.steps.iter().filter(|s| s.kind == StepKind::Compute) {
-            let node = program.logical.node(step.value);
-            let is_state = match &node.op {
-                Op::Weight(_) => false,
-                Op::Input { name } if program.logical.states.iter().any(|s| s.input == *name) => true,
-                _ => continue,
-            };
-            // Entries share what they store.
-            if !seen.insert((step.value, &step.layout)) {
-                continue;
-            }
-            let dealt = |entry: &crate::report::EntryReport| {
-                let sizes = complete(&program.logical, &entry.entry.largest);
-                Dealt::new(program, &node.ty, &step.layout, &sizes)
-            };
-            let by_entry = plan.report.entries.iter().map(dealt).collect();
-            *kinds.entry(Stored { is_state, by_entry }).or_default() += 1;
-        }
-    }
-    kinds
-}
-
 /// Every kind of tensor that steps make.
 fn buffers(plan: &Plan) -> BTreeSet<Dealt> {
     let mut shapes: BTreeSet<(usize, DType, &[tpshard_ir::Dim], &Layout)> = BTreeSet::new();
@@ -136,7 +161,7 @@ fn buffers(plan: &Plan) -> BTreeSet<Dealt> {
         for step in &program.steps {
             let ty = program.logical.ty(step.value);
             if shapes.insert((index, ty.dtype, &ty.shape, &step.layout)) {
-                kinds.insert(Dealt::new(program, ty, &step.layout, &sizes));
+                kinds.insert(Dealt::new(&program.logical, ty, &step.layout, &sizes));
             }
         }
     }

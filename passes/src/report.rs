@@ -8,13 +8,14 @@ use crate::cost::{Cost, Parts, Pricer};
 use crate::counters::Counters;
 use crate::extract::Extraction;
 use crate::layout_graph::LayoutGraph;
+use crate::memory::{self, Holdings, Stored};
 use crate::plan::{Emitted, PlanOptions};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::fmt::{self, Write};
 use tpshard_ir::op::Op;
-pub use tpshard_ir::quantity::{Bytes, Seconds};
 use tpshard_ir::weight::WeightExpr;
-use tpshard_ir::{Graph, Layout, Mesh, SpmdOutput, Step, StepId, StepKind, ValueId};
+pub use tpshard_ir::wording::{Bytes, Seconds, without_numbers};
+use tpshard_ir::{Graph, Layout, Mesh, SpmdOutput, Step, StepId, StepKind};
 
 /// Whether to shard at all, as far as time goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -172,6 +173,8 @@ pub(crate) fn report(
         .filter_map(|g| g.productions.first())
         .map(|p| p.bytes)
         .fold(summary.reserved, u64::saturating_add);
+    let steps = programs.iter().flat_map(|p| &p.steps);
+    let holdings = Holdings::of(graph, steps, pricer.largest_bindings());
     PlanReport {
         profile: options.profile.name.clone(),
         mesh: mesh.clone(),
@@ -185,7 +188,7 @@ pub(crate) fn report(
         bytes_alone,
         budget: extraction.budget.map(|b| b.saturating_add(summary.reserved)),
         least_bytes: extraction.least_bytes.saturating_add(summary.reserved),
-        balance: Balance::of(graph, programs, pricer, mesh),
+        balance: Balance::of(&holdings, mesh),
         meshes: summary.meshes.to_vec(),
         stored,
         gap: gap(summary.cost, summary.bound),
@@ -289,23 +292,18 @@ fn verdict(options: &PlanOptions, cost: Cost, alone: Cost, bytes_alone: u64) -> 
 
 fn stored(graph: &Graph, programs: &[Emitted], pricer: &Pricer<'_>, mesh: &Mesh) -> Vec<StoredKind> {
     let mut kinds: BTreeMap<(bool, String, String, Layout), (usize, u64)> = BTreeMap::new();
-    let mut seen: BTreeSet<(ValueId, &Layout)> = BTreeSet::new();
-    let steps = programs.iter().flat_map(|p| &p.steps).filter(|s| s.kind == StepKind::Compute);
-    for step in steps {
-        let node = graph.node(step.value);
-        let (name, is_state) = match &node.op {
-            Op::Weight(expression) => (weight_name(expression), false),
-            Op::Input { name } if graph.states.iter().any(|s| s.input == *name) => (name.to_string(), true),
+    let steps = programs.iter().flat_map(|p| &p.steps);
+    for Stored { value, layout, is_state } in memory::stored(graph, steps) {
+        let node = graph.node(value);
+        let name = match &node.op {
+            Op::Weight(expression) => weight_name(expression),
+            Op::Input { name } => name.to_string(),
             _ => continue,
         };
-        // Entries share what they store.
-        if !seen.insert((step.value, &step.layout)) {
-            continue;
-        }
-        let key = (is_state, without_numbers(&name), node.ty.to_string(), step.layout.clone());
+        let key = (is_state, without_numbers(&name), node.ty.to_string(), layout.clone());
         let entry = kinds.entry(key).or_default();
         entry.0 += 1;
-        entry.1 = entry.1.saturating_add(pricer.local_bytes(step.value, &step.layout, mesh));
+        entry.1 = entry.1.saturating_add(pricer.local_bytes(value, layout, mesh));
     }
     let kind = |((is_state, name, shape, layout), (count, bytes))| StoredKind {
         name,
@@ -321,19 +319,6 @@ fn stored(graph: &Graph, programs: &[Emitted], pricer: &Pricer<'_>, mesh: &Mesh)
 fn weight_name(expression: &WeightExpr) -> String {
     let names: Vec<&str> = expression.initializers().into_iter().collect();
     names.join("+")
-}
-
-/// `layers.12.w` and `layers.3.w` are one kind: runs of digits become `*`.
-pub fn without_numbers(name: &str) -> String {
-    let mut text = String::new();
-    for c in name.chars() {
-        match (c.is_ascii_digit(), text.ends_with('*')) {
-            (true, true) => {}
-            (true, false) => text.push('*'),
-            (false, _) => text.push(c),
-        }
-    }
-    text
 }
 
 impl fmt::Display for PlanReport {

@@ -1,11 +1,10 @@
 //! `tpshard check` finds what is wrong with a folder even if every hash in it is right, and says where.
 
-use crate::draft::{Draft, communicates};
+use crate::draft::{Draft, changed, communicates};
 use crate::support::*;
 use crate::words;
 use std::fs;
 use std::path::Path;
-use tempfile::TempDir;
 use tpshard_ir::layout::AxisLayout;
 use tpshard_ir::weight::WeightExpr;
 use tpshard_ir::{Conversion, Dim, Equation, Layout, Node, Op, Scalar, StepId, StepKind};
@@ -16,16 +15,6 @@ fn check(folder: &Path) -> Ended {
 
 fn check_with_model(folder: &Path) -> Ended {
     end(&mut tpshard(words!["check", folder, "--model", model()]))
-}
-
-/// A folder for 4 ranks, changed and with all hashes refreshed.
-fn changed(change: impl FnOnce(&mut Draft)) -> (TempDir, std::path::PathBuf) {
-    let scratch = scratch();
-    let folder = copy_of_sharded(4, &scratch);
-    let mut draft = Draft::open(&folder);
-    change(&mut draft);
-    draft.save();
-    (scratch, folder)
 }
 
 /// Expects `check` to refuse the changed folder with these words.

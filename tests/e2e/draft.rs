@@ -1,10 +1,12 @@
 //! A finished folder, taken apart, changed, and put together again with every hash refreshed: what somebody who knows
 //! the format could make of it. Only reading the content can tell that it is wrong.
 
+use crate::support::{copy_of_sharded, scratch};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 use std::fs;
 use std::path::{Path, PathBuf};
+use tempfile::TempDir;
 use tpshard_codegen::build::{
     MODEL_TEXT, certificate_part, entry, planned_shards, program_hash, weight_file,
 };
@@ -13,6 +15,16 @@ use tpshard_codegen::weights::hash::weights_hash;
 use tpshard_ir::program::{RankProgram, lower};
 use tpshard_ir::{Graph, Node, Op, Spmd, StepId, ValueId, container};
 use tpshard_runtime::io::SafeTensorsFile;
+
+/// A folder for 4 ranks, changed and with all hashes refreshed.
+pub(crate) fn changed(change: impl FnOnce(&mut Draft)) -> (TempDir, PathBuf) {
+    let scratch = scratch();
+    let folder = copy_of_sharded(4, &scratch);
+    let mut draft = Draft::open(&folder);
+    change(&mut draft);
+    draft.save();
+    (scratch, folder)
+}
 
 pub(crate) struct Draft {
     folder: PathBuf,

@@ -1,6 +1,6 @@
 //! `tpshard verify` compares all that is there to compare, says what it could not, and believes no rewrite.
 
-use crate::draft::Draft;
+use crate::draft::changed;
 use crate::support::*;
 use crate::words;
 use prost::Message;
@@ -17,16 +17,6 @@ fn verify(folder: &Path, golden: &Path) -> Ended {
 
 fn bisect(folder: &Path) -> Ended {
     end(&mut tpshard(words!["verify", folder, "--bisect", "--golden", golden()]))
-}
-
-/// A folder for 4 ranks, changed and with all hashes refreshed.
-fn changed(change: impl FnOnce(&mut Draft)) -> (tempfile::TempDir, std::path::PathBuf) {
-    let scratch = scratch();
-    let folder = copy_of_sharded(4, &scratch);
-    let mut draft = Draft::open(&folder);
-    change(&mut draft);
-    draft.save();
-    (scratch, folder)
 }
 
 /// Golden files of one pair, in a folder of their own.

@@ -3,7 +3,7 @@
 use super::text::Text;
 use super::{RankBytes, Report, Time, put, ranks_text};
 use std::fmt::Write;
-use tpshard_ir::quantity::{Bytes, Seconds};
+use tpshard_ir::wording::{Bytes, Seconds};
 
 /// Most bars of ranks; further ones are counted.
 const MOST_BARS: usize = 64;

@@ -4,9 +4,9 @@
 //! outside of all layers that run while one does, such as masks computed when first needed, are put in front of it.
 //! Where names say nothing, stretches of steps that repeat themselves are layers.
 
-use super::text::without_numbers;
 use super::{Step, Time};
 use std::collections::BTreeMap;
+use tpshard_ir::wording::without_numbers;
 
 /// Fewest steps of a stretch that counts as a layer, where names say nothing.
 const SHORTEST: usize = 6;

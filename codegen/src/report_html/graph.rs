@@ -5,7 +5,7 @@ use super::text::Text;
 use super::{Entry, Report, Role, Step, counted, entry_heading, put};
 use std::collections::BTreeSet;
 use std::fmt::Write;
-use tpshard_ir::quantity::{Bytes, Seconds};
+use tpshard_ir::wording::{Bytes, Seconds};
 use tpshard_ir::{AxisLayout, Layout};
 
 /// Most steps shown of all entries together; further ones are counted.

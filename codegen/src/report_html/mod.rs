@@ -13,7 +13,7 @@ mod text;
 
 use std::fmt::Write;
 use text::Text;
-use tpshard_ir::quantity::Seconds;
+use tpshard_ir::wording::Seconds;
 use tpshard_ir::{Layout, Mesh};
 
 const STYLE: &str = include_str!("style.css");

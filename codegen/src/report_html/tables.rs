@@ -4,7 +4,7 @@ use super::graph::badge;
 use super::text::Text;
 use super::{Entry, Report, counted, entry_heading, put};
 use std::fmt::Write;
-use tpshard_ir::quantity::{Bytes, Seconds};
+use tpshard_ir::wording::{Bytes, Seconds};
 
 /// Most rows of a table; further ones are counted in one.
 const MOST_ROWS: usize = 400;

@@ -30,19 +30,6 @@ fn reorders(c: char) -> bool {
     matches!(c, '\u{200e}' | '\u{200f}' | '\u{061c}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
 }
 
-/// `layers.12.w` and `layers.3.w` are alike: runs of digits become `*`.
-pub(super) fn without_numbers(name: &str) -> String {
-    let mut text = String::with_capacity(name.len());
-    for c in name.chars() {
-        match (c.is_ascii_digit(), text.ends_with('*')) {
-            (true, true) => {}
-            (true, false) => text.push('*'),
-            (false, _) => text.push(c),
-        }
-    }
-    text
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

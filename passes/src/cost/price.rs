@@ -119,25 +119,13 @@ fn extents_complete(ty: &Type, bindings: &Bindings) -> Vec<u64> {
 
 /// What rank 0 holds of a tensor of these extents.
 pub fn local_extents(extents: &[u64], layout: &Layout, mesh: &Mesh, bindings: &Bindings) -> Vec<u64> {
-    extents_at(extents, layout, mesh, bindings, &[])
-}
-
-/// What the rank at these coordinates holds; those that are missing are 0.
-fn extents_at(
-    extents: &[u64],
-    layout: &Layout,
-    mesh: &Mesh,
-    bindings: &Bindings,
-    coordinates: &[usize],
-) -> Vec<u64> {
     let mut local = extents.to_vec();
-    for (axis, (part, &ranks)) in layout.0.iter().zip(&mesh.0).enumerate() {
+    for (part, &ranks) in layout.0.iter().zip(&mesh.0) {
         if let AxisLayout::Shard { dim, unit } = part
             && let Some(extent) = local.get_mut(*dim)
         {
             let unit = unit.eval(bindings).ok().and_then(|u| u64::try_from(u).ok()).unwrap_or(1).max(1);
-            let coordinate = coordinates.get(axis).map_or(0, |&c| c as u64);
-            *extent = (*extent / unit).saturating_sub(coordinate).div_ceil(ranks as u64) * unit;
+            *extent = (*extent / unit).div_ceil(ranks as u64) * unit;
         }
     }
     local
@@ -217,16 +205,15 @@ impl<'a> Pricer<'a> {
 
     /// Bytes of `value` on rank 0, the most over all entries and their ranges.
     pub fn local_bytes(&self, value: ValueId, layout: &Layout, mesh: &Mesh) -> u64 {
-        self.bytes_on(value, layout, mesh, 0)
-    }
-
-    /// Bytes of `value` on `rank`, the most over all entries and their ranges.
-    pub fn bytes_on(&self, value: ValueId, layout: &Layout, mesh: &Mesh, rank: usize) -> u64 {
         let dtype = self.graph.ty(value).dtype;
         let extents = self.largest.get(value.index()).unwrap_or(&self.extents[value.index()]);
-        let coordinates = mesh.coordinates(rank);
         let local = extents.iter().zip(&self.largest_bindings);
-        local.map(|(e, b)| bytes(dtype, &extents_at(e, layout, mesh, b, &coordinates))).max().unwrap_or(0)
+        local.map(|(e, b)| bytes(dtype, &local_extents(e, layout, mesh, b))).max().unwrap_or(0)
+    }
+
+    /// A value for every symbol at the upper ends of its ranges, per entry.
+    pub(crate) fn largest_bindings(&self) -> &[Bindings] {
+        &self.largest_bindings
     }
 
     fn local(&self, value: ValueId, layout: &Layout, mesh: &Mesh, entry: usize) -> Vec<u64> {

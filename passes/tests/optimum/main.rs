@@ -1,13 +1,10 @@
-//! The extraction against every plan there is, and against an integer linear program.
-//!
-//! Small random layout graphs are searched exhaustively here. Graphs of models are too large for that: they are
-//! written down for `cargo xtask test-all`, which lets an integer linear program solver decide.
+//! The extraction against every plan there is: small random layout graphs, with random costs, are searched
+//! exhaustively.
 
 #[path = "../common/mod.rs"]
 mod common;
 mod exhaustive;
 mod joint;
-mod models;
 mod random;
 mod regressions;
 
@@ -228,12 +225,4 @@ fn bounds_hold_where_the_search_is_cut_short() {
         let tally = check_all(random::graph, 10_000..10_500, Limits { states, labels }, false);
         println!("{states} states, {labels} labels: {tally:?}");
     }
-}
-
-/// Writes the cases of the integer linear program to the file that `TPSHARD_GRAPHS` names.
-#[test]
-#[ignore = "an oracle of `cargo xtask test-all`"]
-fn graphs_of_models() {
-    let file = std::env::var_os("TPSHARD_GRAPHS").expect("TPSHARD_GRAPHS names a file");
-    models::write(std::path::Path::new(&file));
 }

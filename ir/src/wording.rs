@@ -1,4 +1,4 @@
-//! Quantities as people read them: one spelling wherever a plan or a program is described.
+//! Quantities and names as people read them: one spelling wherever a plan or a program is described.
 
 use std::fmt;
 
@@ -27,4 +27,17 @@ impl fmt::Display for Seconds {
         };
         f.pad(&format!("{value:.2} {unit}"))
     }
+}
+
+/// `layers.12.w` and `layers.3.w` are one kind: runs of digits become `*`.
+pub fn without_numbers(name: &str) -> String {
+    let mut text = String::with_capacity(name.len());
+    for c in name.chars() {
+        match (c.is_ascii_digit(), text.ends_with('*')) {
+            (true, true) => {}
+            (true, false) => text.push('*'),
+            (false, _) => text.push(c),
+        }
+    }
+    text
 }
