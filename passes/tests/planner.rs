@@ -109,44 +109,6 @@ fn entries_share_weights_and_state_and_nothing_else() {
     }
 }
 
-/// A head over a large vocabulary whose probabilities are wanted, not its logits.
-fn classifier(width: usize, vocabulary: usize) -> tpshard_ir::Graph {
-    let mut net = common::Net::new("classifier", DType::BF16);
-    let rows = net.symbol("rows");
-    let ids = net.input("ids", DType::I64, std::slice::from_ref(&rows));
-    let table = net.weight("table", &[1000, width]);
-    let x = net.add(Op::Gather { axis: 0, window: None }, &[table, ids], "embed");
-    let w = net.weight("head.weight", &[width, vocabulary]);
-    let logits = net.einsum("sk,kn->sn", x, w, "head");
-    let shares = net.add(Op::Softmax { axis: 1 }, &[logits], "softmax");
-    let values = net.weight("values", &[vocabulary, width]);
-    let mean = net.einsum("sn,nk->sk", shares, values, "mean");
-    net.output("mean", mean);
-    net.graph
-}
-
-#[test]
-fn softmax_stays_split_over_the_vocabulary() {
-    let graph = classifier(1024, 131_072);
-    let mut options = options(4, "h100-sxm");
-    options.entries = vec![common::entry("e", &[("rows", 64)])];
-    let plan = plan(Extended::new(graph), &options).unwrap();
-    let report = &plan.report;
-    let all_reduces = |origin: &str| {
-        report.collectives().filter(|c| c.origin == origin && c.kind == "all_reduce").collect::<Vec<_>>()
-    };
-    // The maximum and the sum of each row, then the contraction with the values.
-    let small = all_reduces("softmax");
-    assert_eq!(small.len(), 2, "{report}");
-    assert!(small.iter().all(|c| c.payload <= 64 * 4), "{report}");
-    assert_eq!(all_reduces("mean").len() + all_reduces("softmax").len(), 3, "{report}");
-    assert!(plan.programs[0].1.equations.iter().any(|e| &*e.rule == "decompose"));
-    for equation in &plan.programs[0].1.equations {
-        let ty = |v| plan.programs[0].1.logical.ty(v);
-        assert_eq!(ty(equation.left), ty(equation.right));
-    }
-}
-
 #[test]
 fn norm_stays_split_over_the_hidden_dim_where_links_are_cheap() {
     let profile = Profile::built_in("h100-sxm").unwrap();
