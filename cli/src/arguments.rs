@@ -80,6 +80,10 @@ pub(crate) enum Command {
     Exec(ExecArguments),
     /// Compare two files of tensors.
     Compare(CompareArguments),
+    /// Measure how long a sharded model takes on this machine, and where the time goes.
+    Bench(BenchArguments),
+    /// Continue a prompt with a sharded decoder model.
+    Generate(GenerateArguments),
     /// Measure this machine and write its hardware profile.
     Calibrate(CalibrateArguments),
 }
@@ -303,6 +307,97 @@ pub(crate) struct RunnerArguments {
     /// Print one JSON object on standard output instead of text; errors too.
     #[arg(long)]
     pub(crate) json: bool,
+    // What to do instead of running once; written by the commands that start ranks.
+    #[arg(long, hide = true, value_name = "FILE")]
+    pub(crate) job: Option<PathBuf>,
+}
+
+/// Most runs, and most tokens per run, that a bench can be asked for.
+const MOST_SAMPLES: u64 = 1_000_000;
+
+#[derive(Debug, Args)]
+pub(crate) struct BenchArguments {
+    /// The folder that `tpshard MODEL --tp N` wrote.
+    pub(crate) folder: PathBuf,
+    /// Of a decoder: take the token ids of the inputs as a prompt, keep the state with the ranks, and decode so many
+    /// tokens after it, each the most probable one. Default: the inputs are run as they are.
+    #[arg(long, value_name = "N")]
+    #[arg(value_parser = RangedU64ValueParser::<usize>::new().range(1..=MOST_SAMPLES))]
+    pub(crate) decode: Option<usize>,
+    /// Runs before measuring begins.
+    #[arg(long, value_name = "N", default_value_t = 3)]
+    #[arg(value_parser = RangedU64ValueParser::<usize>::new().range(0..=MOST_SAMPLES))]
+    pub(crate) warm_up: usize,
+    /// Runs that are measured.
+    #[arg(long, value_name = "N", default_value_t = 20)]
+    #[arg(value_parser = RangedU64ValueParser::<usize>::new().range(1..=MOST_SAMPLES))]
+    pub(crate) samples: usize,
+    /// Also list what kernels and nodes of the model take.
+    #[arg(long)]
+    pub(crate) by_op: bool,
+    /// Write a trace of the measured steps that ui.perfetto.dev opens, one track per rank.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) trace: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) tensors: TensorArguments,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct GenerateArguments {
+    /// The folder that `tpshard MODEL --tp N` wrote.
+    pub(crate) folder: PathBuf,
+    /// The text to continue.
+    #[arg(long, value_name = "TEXT", required_unless_present = "prompt_ids", conflicts_with = "prompt_ids")]
+    pub(crate) prompt: Option<String>,
+    /// The text to continue, as token ids.
+    #[arg(long, value_name = "ID,…", value_delimiter = ',')]
+    pub(crate) prompt_ids: Vec<i64>,
+    /// The model's `tokenizer.json`. Without it, tokens are printed as numbers.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) tokenizer: Option<PathBuf>,
+    /// Most tokens to add.
+    #[arg(long, value_name = "N", default_value_t = 128)]
+    #[arg(value_parser = RangedU64ValueParser::<usize>::new().range(1..=MOST_SAMPLES))]
+    pub(crate) max_tokens: usize,
+    /// Divides the logits before a token is drawn; 0 takes the most probable token.
+    #[arg(long, value_name = "T", default_value_t = 0.0, value_parser = temperature)]
+    pub(crate) temperature: f64,
+    /// Draw from the K most probable tokens only; 0 for all.
+    #[arg(long, value_name = "K", default_value_t = 0)]
+    pub(crate) top_k: usize,
+    /// Draw from the most probable tokens that together have this probability only.
+    #[arg(long, value_name = "P", default_value_t = 1.0, value_parser = probability)]
+    pub(crate) top_p: f64,
+    /// What the drawing starts from: the same seed gives the same text.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub(crate) seed: u64,
+    /// A token that ends the text, and is not printed. May be repeated. Default: `eos_token_id` of the
+    /// `generation_config.json` and `config.json` beside the tokenizer.
+    #[arg(long, value_name = "ID")]
+    pub(crate) stop_token: Vec<i64>,
+    /// Go on until there are as many tokens as asked for.
+    #[arg(long, conflicts_with = "stop_token")]
+    pub(crate) ignore_stop: bool,
+    /// Seconds without progress after which the ranks give up, 1 to 604800 (a week). Default: 30.
+    #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=MOST_SECONDS))]
+    pub(crate) timeout: Option<u64>,
+    /// Threads per rank, 1 to 1024. Default: the cores shared out among the ranks.
+    #[arg(long, value_name = "N", value_parser = RangedU64ValueParser::<usize>::new().range(1..=MOST_THREADS))]
+    pub(crate) threads: Option<usize>,
+}
+
+fn temperature(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(value) if value.is_finite() && value >= 0.0 => Ok(value),
+        _ => Err("a temperature is a number that is not negative".into()),
+    }
+}
+
+fn probability(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(value) if value > 0.0 && value <= 1.0 => Ok(value),
+        _ => Err("a probability is above 0 and at most 1".into()),
+    }
 }
 
 #[derive(Debug, Args)]

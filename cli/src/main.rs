@@ -3,9 +3,11 @@
 
 mod arguments;
 mod commands;
+mod decoder;
 mod failure;
 mod folder;
 mod in_process;
+mod job;
 mod output;
 mod progress;
 mod rank_program;
@@ -61,6 +63,8 @@ fn run(words: Vec<OsString>) -> Outcome<()> {
         Command::Inspect(arguments) => commands::inspect::inspect(&arguments, json),
         Command::Exec(arguments) => commands::exec::exec(&arguments, json),
         Command::Compare(arguments) => commands::compare::compare(&arguments, json),
+        Command::Bench(arguments) => commands::bench::bench(&arguments, json),
+        Command::Generate(arguments) => commands::generate::generate(&arguments, json, quiet),
         Command::Calibrate(arguments) => commands::calibrate::calibrate(&arguments, json, quiet),
     }
 }

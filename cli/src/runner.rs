@@ -6,6 +6,7 @@ use crate::arguments::{RunnerArguments, TensorArguments, parsed};
 use crate::commands::run::{add_flags, spawn};
 use crate::failure::{Classify, Failure, Kind, Outcome};
 use crate::folder::Folder;
+use crate::job::Job;
 use crate::output;
 use crate::rank_program::{RankFile, ShardFile};
 use crate::tensors;
@@ -39,7 +40,8 @@ pub(crate) fn main(payload: &[u8], executable: &Path, words: Vec<OsString>) -> O
         Some(place) => place,
         None => alone(&file)?,
     };
-    run_rank(&folder, file, &place, &arguments.tensors, arguments.json)
+    let job = arguments.job.as_deref().map(Job::read).transpose()?;
+    run_rank(&folder, file, &place, &arguments.tensors, arguments.json, job.as_ref())
 }
 
 /// `out/run`: becomes the executable of this process's rank, or starts all of them.
@@ -101,6 +103,7 @@ pub(crate) fn run_rank(
     place: &Place,
     arguments: &TensorArguments,
     json: bool,
+    job: Option<&Job>,
 ) -> Outcome<()> {
     if file.program.rank != place.rank {
         let message = format!(
@@ -110,7 +113,7 @@ pub(crate) fn run_rank(
         );
         return Err(Failure::new(Kind::Usage, message));
     }
-    let inputs = if place.rank == 0 {
+    let inputs = if place.rank == 0 && job.is_none_or(Job::takes_inputs) {
         check_outputs(arguments)?;
         read_inputs(folder, &file, arguments)?
     } else {
@@ -135,14 +138,19 @@ pub(crate) fn run_rank(
         local_ranks: place.local_world_size,
         ..SessionOptions::default()
     };
-    let mut session = Session::open(file.program, &mut weights, communicator, &session_options)
+    let session_options = job.map_or(session_options.clone(), |job| job.options(session_options));
+    let RankFile { program, output_names, .. } = file;
+    let mut session = Session::open(program, &mut weights, communicator, &session_options)
         .map_err(|e| session_failure(&e))?;
     drop(weights);
     let inputs: BTreeMap<String, tpshard_ir::Tensor> = inputs.into_iter().collect();
+    if let Some(job) = job {
+        return job.work(&mut session, &inputs);
+    }
     let results = session.run(&inputs).map_err(|e| step_failure(&e, place.rank))?;
     if place.rank == 0 {
         let mut outputs = NamedTensors::new();
-        for name in &file.output_names {
+        for name in &output_names {
             if let Some(output) = results.outputs.get(name) {
                 outputs.insert(name.clone(), output.tensor.clone());
             }
@@ -152,7 +160,11 @@ pub(crate) fn run_rank(
     session.close().map_err(|e| session_failure(&e))
 }
 
-fn read_inputs(folder: &Path, file: &RankFile, arguments: &TensorArguments) -> Outcome<NamedTensors> {
+pub(crate) fn read_inputs(
+    folder: &Path,
+    file: &RankFile,
+    arguments: &TensorArguments,
+) -> Outcome<NamedTensors> {
     match &arguments.inputs {
         Some(path) => {
             let names: Vec<String> = file.input_names.clone();

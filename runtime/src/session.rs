@@ -10,9 +10,11 @@
 mod agree;
 mod bind;
 mod error;
+mod timeline;
 mod worker;
 
 pub use error::SessionError;
+pub use timeline::{StepTime, now};
 
 use crate::comm::Communicator;
 use crate::cpu::WeightSource;
@@ -36,6 +38,8 @@ pub struct SessionOptions {
     pub memory_limit: Option<u64>,
     /// Room for state that stays with the ranks between steps; default: none.
     pub state: Option<StateOptions>,
+    /// Remember when the steps of runs start and end, for [`Session::take_timeline`].
+    pub timeline: bool,
 }
 
 /// A result.
@@ -154,6 +158,11 @@ impl Session {
     /// What was communicated so far.
     pub fn stats(&self) -> crate::comm::CommStats {
         self.worker.stats()
+    }
+
+    /// When the last steps ran on this rank, oldest first, if the session was opened to remember; they are forgotten.
+    pub fn take_timeline(&mut self) -> Vec<StepTime> {
+        self.worker.take_timeline()
     }
 
     /// Runs the entry that fits the inputs. State, if the model has any, enters and leaves as plain tensors. Ranks

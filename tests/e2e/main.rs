@@ -1,6 +1,7 @@
 //! The tool from the outside: every test starts `tpshard` or what it wrote, and looks at exit codes, messages and files.
 
 mod any_ranks;
+mod bench;
 mod bisect;
 mod calibrate;
 mod check;
@@ -10,6 +11,7 @@ mod draft;
 mod entries;
 mod errors;
 mod explain;
+mod generate;
 mod golden_plan;
 mod hostile;
 mod launch;

@@ -26,5 +26,5 @@ pub(crate) fn exec(arguments: &ExecArguments, json: bool) -> Outcome<()> {
         return spawn(commands);
     };
     let file = RankFile::read(&folder.executable(place.rank))?;
-    run_rank(&folder.path, file, &place, &arguments.tensors, json)
+    run_rank(&folder.path, file, &place, &arguments.tensors, json, None)
 }

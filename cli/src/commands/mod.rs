@@ -1,5 +1,6 @@
 //! One file per command. A command takes its parsed flags, prints its result, and returns a classified failure.
 
+pub(crate) mod bench;
 pub(crate) mod calibrate;
 pub(crate) mod check;
 pub(crate) mod compare;
@@ -8,6 +9,7 @@ mod dims;
 mod entries;
 pub(crate) mod exec;
 pub(crate) mod explain;
+pub(crate) mod generate;
 pub(crate) mod inspect;
 mod names;
 mod pins;

@@ -12,6 +12,7 @@ use super::movement;
 use super::pointwise::Program;
 use super::value::Value;
 use crate::comm::{CommError, Communicator, Tag};
+use crate::session::now;
 use rten_gemm::{GemmExecutor, PackedBMatrix};
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -51,6 +52,8 @@ pub(crate) struct Run<'a> {
     pub(crate) plan: &'a MemoryPlan,
     /// Whole inputs, by name.
     pub(crate) inputs: &'a BTreeMap<Arc<str>, Value>,
+    /// Steps are to be timed.
+    pub(crate) timed: bool,
 }
 
 /// Memory that outlives runs: one vector per slot of the plan.
@@ -88,6 +91,8 @@ pub(crate) struct Finished {
     pub(crate) taps: BTreeMap<ValueId, Value>,
     /// The first step that failed on this rank.
     pub(crate) failure: Option<Failed>,
+    /// When steps started and ended, if they were to be timed.
+    pub(crate) times: Vec<(ValueId, u64, u64)>,
 }
 
 /// A step that failed.
@@ -166,12 +171,17 @@ impl Run<'_> {
         for (value, id) in self.prepared.constants.iter().enumerate() {
             values[value] = id.and_then(|id| self.constants.value(id).cloned());
         }
-        let mut finished = Finished { outputs: Vec::new(), taps: BTreeMap::new(), failure: None };
+        let mut finished =
+            Finished { outputs: Vec::new(), taps: BTreeMap::new(), failure: None, times: Vec::new() };
         for (index, region) in self.prepared.lowering.regions.iter().enumerate() {
             let result = region.result();
             if region.stage == Stage::Step {
                 let spare = slots.take(self.slot(result));
+                let start = if self.timed { now() } else { 0 };
                 let made = self.step(index, region, &mut values, states, spare, communicator, sequence);
+                if self.timed {
+                    finished.times.push((result, start, now()));
+                }
                 let value = match made.and_then(|v| self.checked(result, v)) {
                     Ok(value) => value,
                     Err(StepError::Collective(error)) => return Err(error),

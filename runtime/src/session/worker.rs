@@ -1,6 +1,7 @@
 //! What every rank does for a request.
 
 use super::agree::agree;
+use super::timeline::{StepTime, Timeline};
 use super::{InputHeader, Output, Request, Results, SessionError, SessionOptions, Tap};
 use crate::comm::{CommStats, Communicator, Group, Tag};
 use crate::cpu::WeightSource;
@@ -28,6 +29,7 @@ pub(super) struct Worker {
     state: Option<StateStore>,
     memory_limit: u64,
     sequence: u64,
+    timeline: Option<Timeline>,
 }
 
 impl Worker {
@@ -62,7 +64,18 @@ impl Worker {
         let loaded = load();
         let (constants, prepared, memory_limit, state) = agree(&*communicator, &mut sequence, loaded)?;
         let slots = Slots::default();
-        Ok(Worker { program, communicator, constants, prepared, slots, state, memory_limit, sequence })
+        let timeline = options.timeline.then(Timeline::default);
+        Ok(Worker {
+            program,
+            communicator,
+            constants,
+            prepared,
+            slots,
+            state,
+            memory_limit,
+            sequence,
+            timeline,
+        })
     }
 
     pub(super) fn rank(&self) -> usize {
@@ -79,6 +92,10 @@ impl Worker {
 
     pub(super) fn state(&self) -> Option<&StateStore> {
         self.state.as_ref()
+    }
+
+    pub(super) fn take_timeline(&mut self) -> Vec<StepTime> {
+        self.timeline.as_mut().map(Timeline::take).unwrap_or_default()
     }
 
     pub(super) fn change_state(&mut self, change: &Change) -> Result<(), SessionError> {
@@ -154,6 +171,7 @@ impl Worker {
             bindings: &bindings,
             plan: &plan,
             inputs: &inputs,
+            timed: self.timeline.is_some(),
         };
         let mut states = taken.as_mut().map(|t| t.values()).unwrap_or_default();
         let wanted: Vec<ValueId> = taps.iter().map(|&t| ValueId(t)).collect();
@@ -161,6 +179,9 @@ impl Worker {
         let mut finished =
             run.run(&mut states, &mut self.slots, &wanted, &*self.communicator, &mut self.sequence)?;
         let traffic = self.communicator.stats().since(&before);
+        if let Some(timeline) = &mut self.timeline {
+            timeline.add(entry, &finished.times);
+        }
         let failure = finished.failure.take();
         let kept = match (&mut self.state, taken) {
             (Some(state), Some(taken)) => {

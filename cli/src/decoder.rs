@@ -1,0 +1,192 @@
+//! Driving a decoder model token by token: what its inputs mean, and what its next token is.
+//!
+//! Nothing is told about a model but its types: the dim of its state that grows says which inputs are as long as the
+//! new tokens and which as long as all of them.
+
+use crate::failure::{Failure, Kind, Outcome};
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use tpshard_ir::program::{Entry, Port, RankProgram};
+use tpshard_ir::{DType, Data, Dim, Tensor};
+use tpshard_runtime::session::Results;
+
+/// What an input is fed with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Feed {
+    Tokens,
+    /// The number of tokens before each new one.
+    Positions,
+    /// Ones, for the new tokens only or for all.
+    Mask {
+        all: bool,
+    },
+}
+
+/// How to step a decoder.
+#[derive(Debug)]
+pub(crate) struct Decoder {
+    inputs: Vec<(Arc<str>, DType, usize, Feed)>,
+    /// The output that holds logits, or tokens already.
+    output: String,
+}
+
+impl Decoder {
+    /// # Errors
+    /// The program is no decoder that keeps state, or has inputs whose meaning is not known.
+    pub(crate) fn new(program: &RankProgram) -> Outcome<Decoder> {
+        let refuse = |what: String| {
+            let help = "help: decoding needs a model with past and present inputs and outputs, token ids, and at most an \
+                        attention mask and positions besides";
+            Failure::new(Kind::Usage, format!("{what}\n{help}"))
+        };
+        let (Some(entry), Some(state)) = (program.entries.first(), program.states.first()) else {
+            return Err(refuse("the model keeps no state between steps".into()));
+        };
+        let past = state.ty.shape.get(state.axis).cloned().unwrap_or_else(|| Dim::from(0usize));
+        let is_state = |port: &Port| program.states.iter().any(|s| s.input == port.name);
+        let mut inputs = Vec::new();
+        for port in entry.inputs.iter().filter(|port| !is_state(port)) {
+            let feed = feed_of(port, &past).ok_or_else(|| {
+                refuse(format!("input `{}: {}` is none a decoder is known to have", port.name, port.ty))
+            })?;
+            inputs.push((port.name.clone(), port.ty.dtype, port.ty.rank(), feed));
+        }
+        if inputs.iter().filter(|(_, _, _, feed)| *feed == Feed::Tokens).count() != 1 {
+            return Err(refuse("the model does not have one input of token ids".into()));
+        }
+        let output = output_of(entry, program).ok_or_else(|| {
+            let names: Vec<&str> = entry.outputs.iter().map(|p| &*p.name).collect();
+            refuse(format!("none of the outputs {} holds the next token", names.join(", ")))
+        })?;
+        Ok(Decoder { inputs, output })
+    }
+
+    /// The inputs of a step that adds `tokens` behind `past` others.
+    pub(crate) fn inputs(&self, tokens: &[i64], past: usize) -> Outcome<BTreeMap<String, Tensor>> {
+        let mut all = BTreeMap::new();
+        for (name, dtype, rank, feed) in &self.inputs {
+            let values: Vec<i64> = match feed {
+                Feed::Tokens => tokens.to_vec(),
+                Feed::Positions => (past..past + tokens.len()).map(|p| p as i64).collect(),
+                Feed::Mask { all } => vec![1; tokens.len() + if *all { past } else { 0 }],
+            };
+            let mut shape = vec![1; *rank];
+            if let Some(last) = shape.last_mut() {
+                *last = values.len();
+            }
+            let tensor = Tensor::new(shape, numbers(*dtype, &values)?);
+            let tensor = tensor.map_err(|e| Failure::new(Kind::Internal, format!("input `{name}`: {e}")))?;
+            all.insert(name.to_string(), tensor);
+        }
+        Ok(all)
+    }
+
+    /// The token ids among the inputs of a model.
+    pub(crate) fn tokens_of(&self, inputs: &BTreeMap<String, Tensor>) -> Outcome<Vec<i64>> {
+        let name = self.inputs.iter().find(|(_, _, _, feed)| *feed == Feed::Tokens).map(|(name, ..)| name);
+        let tensor = name.and_then(|name| inputs.get(&**name));
+        let tensor = tensor.ok_or_else(|| {
+            let name = name.map_or("token ids", |name| name);
+            Failure::new(Kind::Usage, format!("the inputs lack `{name}`\nhelp: give a prompt"))
+        })?;
+        let tokens: Option<Vec<i64>> = match tensor.data() {
+            Data::I64(ids) => Some(ids.clone()),
+            Data::I32(ids) => Some(ids.iter().map(|&id| id.into()).collect()),
+            _ => None,
+        };
+        let rows = tensor.shape().split_last().map_or(1, |(_, rows)| rows.iter().product());
+        match tokens {
+            Some(tokens) if rows == 1 && !tokens.is_empty() => Ok(tokens),
+            _ => Err(Failure::new(
+                Kind::Usage,
+                format!(
+                    "{}{:?} is not one sequence of token ids\nhelp: decoding starts from one prompt",
+                    tensor.dtype(),
+                    tensor.shape()
+                ),
+            )),
+        }
+    }
+
+    /// The logits of the last position, or the token itself if the model chooses it.
+    pub(crate) fn next(&self, results: &Results) -> Outcome<Next> {
+        let wrong = |what: &str| Failure::new(Kind::Mismatch, format!("output `{}` {what}", self.output));
+        let tensor =
+            results.outputs.get(&self.output).map(|o| &o.tensor).ok_or_else(|| wrong("is missing"))?;
+        let token = |last: Option<i64>| last.map(Next::Token).ok_or_else(|| wrong("is empty"));
+        let width = tensor.shape().last().copied().unwrap_or(1);
+        let rest = |count: usize| count.saturating_sub(width);
+        let logits: Vec<f32> = match tensor.data() {
+            Data::I64(ids) => return token(ids.last().copied()),
+            Data::I32(ids) => return token(ids.last().map(|&id| id.into())),
+            Data::F32(all) => all[rest(all.len())..].to_vec(),
+            Data::F16(all) => all[rest(all.len())..].iter().map(|x| x.to_f32()).collect(),
+            Data::BF16(all) => all[rest(all.len())..].iter().map(|x| x.to_f32()).collect(),
+            _ => return Err(wrong("holds neither logits nor tokens")),
+        };
+        if logits.is_empty() { Err(wrong("is empty")) } else { Ok(Next::Logits(logits)) }
+    }
+}
+
+/// What a step says about the token after it.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) enum Next {
+    Token(i64),
+    Logits(Vec<f32>),
+}
+
+impl Next {
+    /// The most probable token, the lowest of equals.
+    pub(crate) fn greedy(&self) -> i64 {
+        match self {
+            Next::Token(token) => *token,
+            Next::Logits(logits) => {
+                let better = |best: (usize, f32), (at, &x): (usize, &f32)| {
+                    if x > best.1 { (at, x) } else { best }
+                };
+                logits.iter().enumerate().fold((0, f32::NEG_INFINITY), better).0 as i64
+            }
+        }
+    }
+}
+
+fn feed_of(port: &Port, past: &Dim) -> Option<Feed> {
+    if port.ty.dtype != DType::I64 && port.ty.dtype != DType::I32 && port.ty.dtype != DType::F32 {
+        return None;
+    }
+    let last = port.ty.shape.last()?;
+    if port.ty.rank() > 2 || last.as_size().is_some() {
+        return None;
+    }
+    let symbols: BTreeSet<Arc<str>> = past.symbols().into_iter().collect();
+    let all = last.symbols().iter().any(|symbol| symbols.contains(symbol));
+    match (all, port.name.contains("pos"), port.name.contains("mask")) {
+        (true, false, _) => Some(Feed::Mask { all: true }),
+        (false, true, false) => Some(Feed::Positions),
+        (false, false, true) => Some(Feed::Mask { all: false }),
+        (false, false, false) if port.ty.dtype != DType::F32 => Some(Feed::Tokens),
+        _ => None,
+    }
+}
+
+/// The first output that is not state: tokens, or logits.
+fn output_of(entry: &Entry, program: &RankProgram) -> Option<String> {
+    let free = |port: &&Port| !program.states.iter().any(|s| s.output == port.name) && !port.keep_sharded;
+    let fits = |port: &&Port| {
+        matches!(port.ty.dtype, DType::F32 | DType::F16 | DType::BF16 | DType::I64 | DType::I32)
+    };
+    let candidates = || entry.outputs.iter().filter(free).filter(fits);
+    let named = candidates().find(|port| port.name.contains("logits"));
+    named.or_else(|| candidates().next()).map(|port| port.name.to_string())
+}
+
+fn numbers(dtype: DType, values: &[i64]) -> Outcome<Data> {
+    match dtype {
+        DType::I64 => Ok(Data::I64(values.to_vec())),
+        DType::I32 => {
+            let narrow = values.iter().map(|&v| i32::try_from(v)).collect::<Result<Vec<i32>, _>>();
+            narrow.map(Data::I32).map_err(|e| Failure::new(Kind::Usage, format!("a token id: {e}")))
+        }
+        _ => Ok(Data::F32(values.iter().map(|&v| v as f32).collect())),
+    }
+}
