@@ -1,5 +1,6 @@
 //! What steps cost: prices from a hardware profile, and the ordered quantity that plans are compared by.
 
+pub mod kernels;
 pub mod price;
 pub mod profile;
 

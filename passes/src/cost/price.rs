@@ -6,6 +6,7 @@
 //! users. A quantised weight is widened where it is used, so its users read the quantised bytes.
 
 use super::Cost;
+use super::kernels::{Family, Look, Measured, Quantities, Sizes, Work, work};
 use super::profile::{Collective, Profile};
 use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
@@ -61,6 +62,16 @@ impl Parts {
     }
 }
 
+/// How a machine that was calibrated is priced.
+struct Kernels {
+    rates: Measured,
+    look: Look,
+    /// The weights of a step are larger than the caches.
+    cold: bool,
+    /// Bytes of the graph's inputs, per entry.
+    input_bytes: Vec<f64>,
+}
+
 /// Extents under each entry.
 type Extents = Vec<Vec<u64>>;
 
@@ -79,6 +90,8 @@ pub struct Pricer<'a> {
     largest: Rc<Vec<Extents>>,
     /// Per entry.
     largest_bindings: Vec<Bindings>,
+    /// Rates of measured kernels and what they need to know of the graph, if the profile has any.
+    measured: Option<Rc<Kernels>>,
     /// Per value: it is computed inside the kernel of its users.
     fused: Rc<Vec<bool>>,
     /// Per value: bits read per element.
@@ -161,6 +174,21 @@ impl<'a> Pricer<'a> {
                     && !users.is_empty()
             })
             .collect();
+        let all_extents = all(&bindings);
+        let measured = profile.kernels.values().next().map(|rates| {
+            let all_bytes = |wanted: fn(&Op) -> bool, entry: usize| -> f64 {
+                let of = graph.values().filter(|(_, n)| wanted(&n.op));
+                of.map(|(v, n)| bytes(n.ty.dtype, &all_extents[v.index()][entry]) as f64).sum()
+            };
+            let weights = all_bytes(|op| matches!(op, Op::Weight(_)), 0);
+            let inputs = |entry| all_bytes(|op| matches!(op, Op::Input { .. }), entry);
+            Rc::new(Kernels {
+                rates: rates.clone(),
+                look: Look::new(graph),
+                cold: profile.cache_bytes.is_none_or(|most| weights > most),
+                input_bytes: (0..entries.len()).map(inputs).collect(),
+            })
+        });
         let total: f64 = entries.iter().map(|e| e.weight).sum();
         Pricer {
             profile,
@@ -168,7 +196,8 @@ impl<'a> Pricer<'a> {
             entries,
             total_weight: if total > 0.0 { total } else { 1.0 },
             focus: None,
-            extents: Rc::new(all(&bindings)),
+            measured,
+            extents: Rc::new(all_extents),
             largest: Rc::new(if largest_bindings == bindings { Vec::new() } else { all(&largest_bindings) }),
             largest_bindings,
             fused: Rc::new(fused),
@@ -187,11 +216,17 @@ impl<'a> Pricer<'a> {
 
     /// What a step takes besides its operations, as far as it counts.
     pub fn step_overhead(&self, entry: usize) -> Cost {
-        Cost::local(self.share(entry) * self.overhead_parts().total())
+        Cost::local(self.share(entry) * self.overhead_parts(entry).total())
     }
 
     /// Where that time goes.
-    pub fn overhead_parts(&self) -> Parts {
+    pub fn overhead_parts(&self, entry: usize) -> Parts {
+        if let Some(kernels) = &self.measured
+            && let Some(&rates) = kernels.rates.get(&Family::Step)
+        {
+            let byte = kernels.input_bytes.get(entry).copied().unwrap_or(0.0);
+            return parts_of(Quantities { call: 1.0, byte, ..Quantities::default() }, rates);
+        }
         Parts { launch: self.profile.step_overhead, ..Parts::default() }
     }
 
@@ -234,7 +269,8 @@ impl<'a> Pricer<'a> {
     pub(crate) fn traits(&self, value: ValueId) -> impl Iterator<Item = u64> {
         let args = &self.graph.node(value).args;
         let bits = args.iter().map(|a| self.read_bits[a.index()].to_bits());
-        std::iter::once(u64::from(self.fused[value.index()])).chain(bits)
+        let measured = self.measured.iter().flat_map(move |k| k.look.traits(self.graph, value));
+        std::iter::once(u64::from(self.fused[value.index()])).chain(bits).chain(measured)
     }
 
     /// The weighted time of a conversion of `value`.
@@ -282,6 +318,11 @@ impl<'a> Pricer<'a> {
         let out = self.local(value, result, mesh, entry);
         let operands: Vec<Vec<u64>> =
             node.args.iter().zip(layouts).map(|(&a, l)| self.local(a, l, mesh, entry)).collect();
+        if let Some(kernels) = &self.measured {
+            let bits: Vec<f64> = node.args.iter().map(|a| self.read_bits[a.index()]).collect();
+            let sizes = Sizes { operands: &operands, out: &out, bits: &bits };
+            return self.measured_parts(kernels, value, &sizes);
+        }
         let read = |i: usize| match (node.args.get(i), operands.get(i)) {
             (Some(arg), Some(extents)) => product(extents) * self.read_bits[arg.index()] / 8.0,
             _ => 0.0,
@@ -333,6 +374,30 @@ impl<'a> Pricer<'a> {
             | Op::Iota { .. } => self.moved(reads() + write),
             Op::Convert(_) => Parts::default(),
         }
+    }
+
+    fn measured_parts(&self, kernels: &Kernels, value: ValueId, sizes: &Sizes<'_>) -> Parts {
+        let mut total = Parts::default();
+        for Work { family, amounts } in work(self.graph, &kernels.look, value, sizes) {
+            let Some(&rates) = kernels.rates.get(&family) else {
+                // Not measured: all of it is moved.
+                total.add(&self.moved(4.0 * amounts.element.max(amounts.byte / 4.0)), 1.0);
+                continue;
+            };
+            let mut parts = parts_of(amounts, rates);
+            if kernels.cold && matches!(family, Family::Product | Family::Vector) {
+                // The weight comes from memory, while the product is computed.
+                parts.memory += (amounts.byte / self.profile.bandwidth() - parts.total()).max(0.0);
+            }
+            total.add(&parts, 1.0);
+        }
+        // Nothing is free, so that equal plans with fewer steps win.
+        if total == Parts::default()
+            && !matches!(self.graph.node(value).op, Op::Input { .. } | Op::Weight(_) | Op::Literal(_))
+        {
+            return look();
+        }
+        total
     }
 
     fn roofline(&self, dtype: DType, operations: f64, bytes: f64) -> Parts {
@@ -405,6 +470,16 @@ impl<'a> Pricer<'a> {
         let whole = bytes(dtype, &self.extents[value.index()][entry]);
         let communication = self.profile.collective_time(Collective::AllGather, mesh.ranks(), whole as f64);
         Parts { communication, ..Parts::default() }
+    }
+}
+
+/// Where the time of measured work goes.
+fn parts_of(amounts: Quantities, rates: Quantities) -> Parts {
+    Parts {
+        compute: amounts.operation * rates.operation,
+        memory: amounts.element * rates.element + amounts.byte * rates.byte,
+        launch: amounts.call * rates.call + amounts.task * rates.task,
+        communication: 0.0,
     }
 }
 
