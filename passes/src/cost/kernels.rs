@@ -6,7 +6,7 @@
 
 mod work;
 
-pub use work::{Look, Sizes, work};
+pub use work::{Look, Sizes, work, work_of};
 
 use std::collections::BTreeMap;
 
@@ -92,6 +92,19 @@ impl Quantities {
 
     pub fn from_array([call, task, element, operation, byte]: [f64; 5]) -> Quantities {
         Quantities { call, task, element, operation, byte }
+    }
+
+    /// `factor` times `other` more.
+    #[must_use]
+    pub fn plus(self, other: Quantities, factor: f64) -> Quantities {
+        let mut sum = self.to_array();
+        sum.iter_mut().zip(other.to_array()).for_each(|(a, b)| *a += factor * b);
+        Quantities::from_array(sum)
+    }
+
+    #[must_use]
+    pub fn over(self, divisor: f64) -> Quantities {
+        Quantities::from_array(self.to_array().map(|amount| amount / divisor))
     }
 
     /// The sum of the products.

@@ -1,6 +1,7 @@
 //! How much work a node is, by what the CPU executor does for it.
 
 use super::{Family, Quantities, Work};
+use std::collections::BTreeMap;
 use tpshard_ir::op::{EinsumSpec, Window};
 use tpshard_ir::program::Kernel;
 use tpshard_ir::{Graph, Op, Scalar, ValueId};
@@ -335,4 +336,24 @@ fn elementwise(graph: &Graph, look: &Look, value: ValueId, scalar: Scalar, sizes
 fn is_transcendental(scalar: Scalar) -> bool {
     use Scalar as S;
     matches!(scalar, S::Exp | S::Log | S::Sin | S::Cos | S::Tanh | S::Sigmoid | S::Erf)
+}
+
+/// The work of a whole graph of constant sizes, by family.
+pub fn work_of(graph: &Graph) -> BTreeMap<Family, Quantities> {
+    let look = Look::new(graph);
+    let sizes = |v: ValueId| -> Vec<u64> {
+        graph.ty(v).shape.iter().map(|d| d.as_size().unwrap_or(0) as u64).collect()
+    };
+    let mut all: BTreeMap<Family, Quantities> = BTreeMap::new();
+    for (id, node) in graph.values() {
+        let operands: Vec<Vec<u64>> = node.args.iter().map(|&a| sizes(a)).collect();
+        let bits: Vec<f64> = node.args.iter().map(|&a| graph.ty(a).dtype.bits() as f64).collect();
+        for Work { family, amounts } in
+            work(graph, &look, id, &Sizes { operands: &operands, out: &sizes(id), bits: &bits })
+        {
+            let sum = all.entry(family).or_default();
+            *sum = sum.plus(amounts, 1.0);
+        }
+    }
+    all
 }
