@@ -34,12 +34,14 @@ families! {
     Vector "vector";
     /// Products of two computed operands. Tasks are products; elements of operands and results.
     Batched "batched";
-    /// Tasks are images times groups; elements are those of the gathered windows.
+    /// Tasks are places of window elements, which are found once an image and group; elements are gathered.
     Convolution "convolution";
     /// Elements are those under all windows.
     Pool "pool";
-    /// Tasks are heads; elements are scores.
+    /// Of several queries. Tasks are heads; elements are scores.
     Attention "attention";
+    /// Of one query: keys and values are only read.
+    Query "query";
     /// Elements per function and operand; tasks are runs of neighbours; operations are transcendental functions.
     Elementwise "elementwise";
     /// Tasks are rows.
@@ -54,13 +56,16 @@ families! {
     Move "move";
     /// A copy of elements that do not lie next to each other.
     Copy "copy";
+    /// A result in memory of its own, if that is above a mebibyte. Bytes; elements if the allocator hands every such
+    /// result back to the system.
+    Fresh "fresh";
     /// A quantised weight widened in every step.
     Widen "widen";
     /// Another shape or order of elements that stay where they are.
     View "view";
     /// The reference interpreter. Operations, and elements of operands and result.
     Reference "reference";
-    /// A step as such: calls; bytes of inputs, which every rank gets.
+    /// A step as such. Tasks are inputs, bytes are theirs, which every rank gets; elements are those of outputs.
     Step "step";
 }
 

@@ -68,8 +68,8 @@ struct Kernels {
     look: Look,
     /// The weights of a step are larger than the caches.
     cold: bool,
-    /// Bytes of the graph's inputs, per entry.
-    input_bytes: Vec<f64>,
+    /// Of the graph's inputs and outputs, per entry.
+    exchanged: Vec<Quantities>,
 }
 
 /// Extents under each entry.
@@ -181,12 +181,18 @@ impl<'a> Pricer<'a> {
                 of.map(|(v, n)| bytes(n.ty.dtype, &all_extents[v.index()][entry]) as f64).sum()
             };
             let weights = all_bytes(|op| matches!(op, Op::Weight(_)), 0);
-            let inputs = |entry| all_bytes(|op| matches!(op, Op::Input { .. }), entry);
+            let exchanged = |entry| Quantities {
+                call: 1.0,
+                task: graph.inputs().count() as f64,
+                byte: all_bytes(|op| matches!(op, Op::Input { .. }), entry),
+                element: graph.outputs.iter().map(|o| product(&all_extents[o.value.index()][entry])).sum(),
+                operation: 0.0,
+            };
             Rc::new(Kernels {
                 rates: rates.clone(),
                 look: Look::new(graph),
                 cold: profile.cache_bytes.is_none_or(|most| weights > most),
-                input_bytes: (0..entries.len()).map(inputs).collect(),
+                exchanged: (0..entries.len()).map(exchanged).collect(),
             })
         });
         let total: f64 = entries.iter().map(|e| e.weight).sum();
@@ -224,8 +230,7 @@ impl<'a> Pricer<'a> {
         if let Some(kernels) = &self.measured
             && let Some(&rates) = kernels.rates.get(&Family::Step)
         {
-            let byte = kernels.input_bytes.get(entry).copied().unwrap_or(0.0);
-            return parts_of(Quantities { call: 1.0, byte, ..Quantities::default() }, rates);
+            return parts_of(kernels.exchanged.get(entry).copied().unwrap_or_default(), rates);
         }
         Parts { launch: self.profile.step_overhead, ..Parts::default() }
     }
@@ -380,7 +385,7 @@ impl<'a> Pricer<'a> {
         let mut total = Parts::default();
         for Work { family, amounts } in work(self.graph, &kernels.look, value, sizes) {
             let Some(&rates) = kernels.rates.get(&family) else {
-                // Not measured: all of it is moved.
+                // Not measured: taken to be moved.
                 total.add(&self.moved(4.0 * amounts.element.max(amounts.byte / 4.0)), 1.0);
                 continue;
             };
@@ -391,6 +396,11 @@ impl<'a> Pricer<'a> {
             }
             total.add(&parts, 1.0);
         }
+        // What the caches do not hold comes from memory.
+        let streamed = self.streamed(value, sizes);
+        if self.profile.cache_bytes.is_some_and(|most| streamed > most) && !kernels.look.is_view(value) {
+            total.memory += (streamed / self.profile.bandwidth() - total.total()).max(0.0);
+        }
         // Nothing is free, so that equal plans with fewer steps win.
         if total == Parts::default()
             && !matches!(self.graph.node(value).op, Op::Input { .. } | Op::Weight(_) | Op::Literal(_))
@@ -398,6 +408,17 @@ impl<'a> Pricer<'a> {
             return look();
         }
         total
+    }
+
+    /// Bytes that a kernel reads and writes.
+    fn streamed(&self, value: ValueId, sizes: &Sizes<'_>) -> f64 {
+        let node = self.graph.node(value);
+        let write = product(sizes.out) * node.ty.dtype.bits() as f64 / 8.0;
+        let read = sizes.operands.iter().zip(sizes.bits).map(|(e, bits)| product(e) * bits / 8.0);
+        match node.op {
+            Op::Gather { .. } | Op::Append { .. } => 2.0 * write,
+            _ => read.sum::<f64>() + write,
+        }
     }
 
     fn roofline(&self, dtype: DType, operations: f64, bytes: f64) -> Parts {

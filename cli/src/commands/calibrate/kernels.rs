@@ -124,14 +124,23 @@ fn programs() -> Vec<(Family, Vec<(Link, Vec<usize>)>)> {
                 (Link::Attention { keys: 0 }, vec![1, 8, 128, 32]),
                 (Link::Attention { keys: 0 }, vec![1, 4, 256, 64]),
                 (Link::Attention { keys: 0 }, vec![2, 4, 16, 32]),
-                (Link::Attention { keys: 256 }, vec![1, 8, 1, 64]),
+                (Link::Attention { keys: 64 }, vec![1, 8, 32, 64]),
+            ],
+        ),
+        (
+            F::Query,
+            vec![
+                (Link::Attention { keys: 2048 }, vec![1, 8, 1, 64]),
+                (Link::Attention { keys: 512 }, vec![1, 8, 1, 64]),
                 (Link::Attention { keys: 64 }, vec![1, 8, 1, 32]),
+                (Link::Attention { keys: 256 }, vec![4, 4, 1, 32]),
             ],
         ),
         (
             F::Convolution,
             vec![
                 (Link::Convolution { kernel: 3 }, vec![1, 32, 32, 32]),
+                (Link::Convolution { kernel: 5 }, vec![1, 2, 32, 32]),
                 (Link::Convolution { kernel: 3 }, vec![1, 64, 16, 16]),
                 (Link::Convolution { kernel: 3 }, vec![2, 128, 8, 8]),
                 (Link::Convolution { kernel: 1 }, vec![1, 64, 16, 16]),
@@ -180,6 +189,14 @@ fn programs() -> Vec<(Family, Vec<(Link, Vec<usize>)>)> {
             ],
         ),
         (
+            F::Fresh,
+            vec![
+                (Link::Gather, vec![1024, 512]),
+                (Link::Gather, vec![1024, 2048]),
+                (Link::Gather, vec![8192, 1152]),
+            ],
+        ),
+        (
             F::Reference,
             vec![
                 (Link::Scan, vec![64, 64]),
@@ -194,7 +211,6 @@ fn programs() -> Vec<(Family, Vec<(Link, Vec<usize>)>)> {
 /// The rates of all families while `ranks` run at once.
 pub(crate) fn measure(ranks: usize, effort: Effort) -> Outcome<Measured> {
     let mut measured = Measured::new();
-    measured.insert(Family::Step, step_rates(ranks, effort)?);
     for (family, points) in programs() {
         let mut rows: Vec<([f64; 5], f64)> = Vec::new();
         for (link, shape) in points {
@@ -214,6 +230,8 @@ pub(crate) fn measure(ranks: usize, effort: Effort) -> Outcome<Measured> {
         }
         measured.insert(family, fitted(&rows));
     }
+    let step = step_rates(ranks, effort, &measured)?;
+    measured.insert(Family::Step, step);
     Ok(measured)
 }
 
@@ -225,9 +243,18 @@ fn fitted(rows: &[([f64; 5], f64)]) -> Rates {
 }
 
 /// What a step takes whose work is next to nothing, by number and size of its inputs.
-fn step_rates(ranks: usize, effort: Effort) -> Outcome<Rates> {
+fn step_rates(ranks: usize, effort: Effort, measured: &Measured) -> Outcome<Rates> {
     let mut rows = Vec::new();
-    for (inputs, elements) in [(1, 16), (1, 1 << 16), (16, 16), (16, 1 << 14), (1, 1 << 20)] {
+    let cases = [
+        (1, 16, false),
+        (1, 1 << 16, false),
+        (16, 16, false),
+        (16, 1 << 14, false),
+        (1, 1 << 20, false),
+        (1, 1 << 16, true),
+        (1, 1 << 20, true),
+    ];
+    for (inputs, elements, whole) in cases {
         let mut graph = Graph::new("calibrate");
         let ty = Type::new(DType::F32, vec![Dim::from(elements)]);
         let mut given = BTreeMap::new();
@@ -235,10 +262,15 @@ fn step_rates(ranks: usize, effort: Effort) -> Outcome<Rates> {
             let name = format!("{INPUT}{input}");
             let x = graph.input(&name, ty.clone());
             let first = Op::Slice { axis: 0, start: Dim::from(0usize), length: Dim::from(1usize), step: 1 };
-            let first = graph.add(first, &[x]).or_fail(Kind::Internal)?;
+            let op = if whole { Op::Map(Scalar::Neg) } else { first };
+            let first = graph.add(op, &[x]).or_fail(Kind::Internal)?;
             graph.outputs.push(Output { name: format!("y{input}").as_str().into(), value: first });
             given.insert(name, filled(DType::F32, vec![elements])?);
         }
+        let others: f64 = work_of(&graph)
+            .into_iter()
+            .map(|(family, amounts)| amounts.dot(measured.get(&family).copied().unwrap_or_default()))
+            .sum();
         let program = on_all(graph, ranks);
         let mut least = f64::INFINITY;
         for _ in 0..ROUNDS {
@@ -248,9 +280,10 @@ fn step_rates(ranks: usize, effort: Effort) -> Outcome<Rates> {
             call: 1.0,
             task: inputs as f64,
             byte: (4 * inputs * elements) as f64,
+            element: (inputs * if whole { elements } else { 1 }) as f64,
             ..Rates::default()
         };
-        rows.push((amounts.to_array(), least));
+        rows.push((amounts.to_array(), (least - others).max(0.02 * least)));
     }
     Ok(fitted(&rows))
 }
@@ -370,7 +403,7 @@ fn add_link(graph: &mut Graph, x: ValueId, link: Link, shape: &[usize], index: u
             if keys == 0 {
                 return add(graph, op, &[x, x, x]);
             }
-            let held = [1, heads, keys, last];
+            let held = [shape.first().copied().unwrap_or(1), heads, keys, last];
             let (k, v) = (weight(graph, "k", &held)?, weight(graph, "v", &held)?);
             add(graph, op, &[x, k, v])
         }

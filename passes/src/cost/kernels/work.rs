@@ -8,6 +8,12 @@ use tpshard_ir::{Graph, Op, Scalar, ValueId};
 
 /// Elements that the elementwise kernel takes at once.
 const BLOCK: f64 = 512.0;
+/// Results above this many bytes get memory of their own.
+const LARGE: f64 = (1 << 20) as f64;
+/// And above this many, memory that the system hands out anew every time.
+const HUGE: f64 = (32 << 20) as f64;
+/// Functions that are called element by element take so many times what vectorised ones take.
+const CALLED: f64 = 8.0;
 
 /// What is known of the values of a graph before layouts are.
 #[derive(Clone, Debug)]
@@ -20,6 +26,8 @@ pub struct Look {
     pub fused: Vec<bool>,
     /// The interpreter has to do it.
     reference: Vec<bool>,
+    /// Elements stay where they are.
+    view: Vec<bool>,
 }
 
 impl Look {
@@ -53,7 +61,21 @@ impl Look {
         for region in lowering.regions.iter().filter(|r| r.kernel == Kernel::Reference) {
             reference[region.result().index()] = true;
         }
-        Look { constant, strided, fused, reference }
+        let view = graph.values().map(|(id, node)| match &node.op {
+            Op::Reshape { .. } => !(node.args.iter().any(|a| strided[a.index()]) && joins(graph, id)),
+            op => {
+                let moved = matches!(op, Op::Broadcast { .. } | Op::Transpose { .. } | Op::Slice { .. });
+                moved || op.is_leaf() || matches!(op, Op::Convert(_))
+            }
+        });
+        let view = view.collect();
+        Look { constant, strided, fused, reference, view }
+    }
+
+    /// True if a value takes no pass over its elements of its own.
+    pub fn is_view(&self, value: ValueId) -> bool {
+        let at = value.index();
+        self.constant[at] || self.fused[at] || self.view[at]
     }
 
     /// What the work for a value depends on besides its operation, types and layouts.
@@ -108,6 +130,25 @@ fn product(extents: &[u64]) -> f64 {
     extents.iter().map(|&e| e as f64).product()
 }
 
+fn copy(elements: f64) -> Work {
+    Work {
+        family: Family::Copy,
+        amounts: Quantities { call: 1.0, element: elements, ..Quantities::default() },
+    }
+}
+
+/// Moved bytes, and what new memory for them takes.
+fn moved(task: f64, written: f64) -> Vec<Work> {
+    let move_ = Quantities { call: 1.0, task, byte: 2.0 * written, ..Quantities::default() };
+    let mut all = vec![Work { family: Family::Move, amounts: move_ }];
+    if written > LARGE {
+        let element = if written > HUGE { written / 4.0 } else { 0.0 };
+        let amounts = Quantities { call: 1.0, byte: written, element, ..Quantities::default() };
+        all.push(Work { family: Family::Fresh, amounts });
+    }
+    all
+}
+
 /// A kernel, and copies that it needs before.
 pub fn work(graph: &Graph, look: &Look, value: ValueId, sizes: &Sizes<'_>) -> Vec<Work> {
     let node = graph.node(value);
@@ -125,9 +166,7 @@ pub fn work(graph: &Graph, look: &Look, value: ValueId, sizes: &Sizes<'_>) -> Ve
     let strided = |i: usize| node.args.get(i).is_some_and(|a| look.strided[a.index()]);
     let copied = |which: &[usize]| -> Vec<Work> {
         let apart = which.iter().filter(|&&i| strided(i));
-        apart
-            .map(|&i| Work { family: Family::Copy, amounts: Quantities { element: elements(i), ..call } })
-            .collect()
+        apart.map(|&i| copy(elements(i))).collect()
     };
     let rows = |family: Family| {
         let row = sizes.out.last().copied().unwrap_or(1).max(1) as f64;
@@ -158,11 +197,9 @@ pub fn work(graph: &Graph, look: &Look, value: ValueId, sizes: &Sizes<'_>) -> Ve
                 channels * taps(window) * out / sizes.out.get(1).copied().unwrap_or(1).max(1) as f64;
             let group_channels = sizes.operands.get(1).and_then(|w| w.get(1)).copied().unwrap_or(1) as f64;
             let operation = 2.0 * out * group_channels * taps(window);
-            let task = images * *groups as f64;
-            one(
-                Family::Convolution,
-                Quantities { task, element: gathered, operation, byte: bytes(1), ..call },
-            )
+            let places = product(sizes.out.get(2..).unwrap_or(&[])) * taps(window);
+            let task = images * *groups as f64 * places;
+            one(Family::Convolution, Quantities { task, element: gathered, operation, ..call })
         }
         Op::Pool { window, .. } => {
             one(Family::Pool, Quantities { task: out, element: out * taps(window), ..call })
@@ -174,13 +211,14 @@ pub fn work(graph: &Graph, look: &Look, value: ValueId, sizes: &Sizes<'_>) -> Ve
             let rows = product(sizes.out.get(..3).unwrap_or(&[]));
             let task = product(sizes.out.get(..2).unwrap_or(&[]));
             let (element, operation) = (rows * keys, 2.0 * rows * keys * depth as f64);
-            one(Family::Attention, Quantities { task, element, operation, byte: bytes(1) + bytes(2), ..call })
+            let family = if sizes.out.get(2) == Some(&1) { Family::Query } else { Family::Attention };
+            one(family, Quantities { task, element, operation, byte: bytes(1) + bytes(2), ..call })
         }
         Op::Softmax { axis } => {
             let mut all = rows(Family::Softmax);
             // Rows along another dim than the last are copied together first.
             if *axis + 1 != sizes.out.len() && !strided(0) {
-                all.insert(0, Work { family: Family::Copy, amounts: Quantities { element: out, ..call } });
+                all.insert(0, copy(out));
             }
             all
         }
@@ -199,7 +237,7 @@ pub fn work(graph: &Graph, look: &Look, value: ValueId, sizes: &Sizes<'_>) -> Ve
                 (sizes.out.len() - axes.len().min(sizes.out.len())..sizes.out.len()).collect::<Vec<_>>();
             let mut all = copied(&[0]);
             if all.is_empty() && *axes != last {
-                all.push(Work { family: Family::Copy, amounts: Quantities { element: elements(0), ..call } });
+                all.push(copy(elements(0)));
             }
             all.push(Work {
                 family: Family::Reduce,
@@ -209,20 +247,17 @@ pub fn work(graph: &Graph, look: &Look, value: ValueId, sizes: &Sizes<'_>) -> Ve
         }
         Op::Concat { axis } => {
             let task = product(sizes.out.get(..*axis).unwrap_or(&[])) * node.args.len() as f64;
-            one(Family::Move, Quantities { task, byte: 2.0 * out * wide, ..call })
+            moved(task, out * wide)
         }
         // Given whole in every step, a state has no room behind it: it is copied.
         Op::Append { axis } => {
             let task = product(sizes.out.get(..*axis).unwrap_or(&[])) * 2.0;
-            one(Family::Move, Quantities { task, byte: 2.0 * out * wide, ..call })
+            moved(task, out * wide)
         }
-        Op::Gather { .. } => {
-            let task = elements(1).max(1.0);
-            one(Family::Move, Quantities { task, byte: 2.0 * out * wide, ..call })
-        }
+        Op::Gather { .. } => moved(elements(1).max(1.0), out * wide),
         Op::Pad { .. } => {
             let row = sizes.operands.first().and_then(|x| x.last()).copied().unwrap_or(1).max(1) as f64;
-            one(Family::Move, Quantities { task: elements(0) / row, byte: 2.0 * out * wide, ..call })
+            moved(elements(0) / row, out * wide)
         }
         Op::Dequant { .. } => one(Family::Widen, Quantities { element: out, ..call }),
         Op::Scan { .. }
@@ -277,10 +312,7 @@ fn einsum(graph: &Graph, look: &Look, value: ValueId, spec: &EinsumSpec, sizes: 
             let [depth_apart, several] = grouped(spec, row);
             let apart = node.args.get(row).is_some_and(|v| look.strided[v.index()]);
             if several && (depth_apart != apart) {
-                all.push(Work {
-                    family: Family::Copy,
-                    amounts: Quantities { element: sizes_of(row), ..call },
-                });
+                all.push(copy(sizes_of(row)));
             }
             let rows =
                 extent(spec, sizes.operands, |l| in_out(l) && if row == 0 { in_a(l) } else { in_b(l) });
@@ -319,23 +351,43 @@ fn elementwise(graph: &Graph, look: &Look, value: ValueId, scalar: Scalar, sizes
     let loaded = |v: &ValueId| !look.fused[v.index()] || graph.ty(*v).shape != node.ty.shape;
     let passes = 1.0 + node.args.iter().filter(|v| loaded(v)).count() as f64 + f64::from(u8::from(end));
     // Neighbours are walked together as far as they are neighbours in all operands.
-    let stretched = node.args.iter().zip(sizes.operands).any(|(v, extents)| {
-        loaded(v) && (look.strided[v.index()] || (product(extents) > 1.0 && product(extents) < out))
-    });
-    let last = sizes.out.iter().rev().copied().find(|&e| e > 1).unwrap_or(1) as f64;
-    let run = if stretched { last.min(BLOCK) } else { BLOCK };
+    let operands: Vec<&[u64]> =
+        node.args.iter().zip(sizes.operands).filter(|(v, _)| loaded(v)).map(|(_, e)| e.as_slice()).collect();
+    let apart = node.args.iter().any(|v| loaded(v) && look.strided[v.index()]);
+    let run = (neighbours(sizes.out, &operands, apart) as f64).min(BLOCK);
     Quantities {
         call: f64::from(u8::from(end)),
         task: (out / run).ceil() * passes,
         element: out * passes,
-        operation: if is_transcendental(scalar) { out } else { 0.0 },
+        operation: out * transcendental(scalar),
         byte: 0.0,
     }
 }
 
-fn is_transcendental(scalar: Scalar) -> bool {
+/// How many elements of the result follow one another in all operands, or are all the same one there.
+fn neighbours(out: &[u64], operands: &[&[u64]], apart: bool) -> u64 {
+    let mut run = 1;
+    let mut pattern: Option<Vec<bool>> = None;
+    for (back, &extent) in out.iter().rev().enumerate().filter(|(_, e)| **e != 1) {
+        // Aligned right; what is missing or 1 is stretched.
+        let whole = |o: &&[u64]| o.len() > back && o[o.len() - 1 - back] != 1;
+        let here: Vec<bool> = operands.iter().map(whole).collect();
+        match &pattern {
+            Some(pattern) if apart || *pattern != here => break,
+            _ => pattern = Some(here),
+        }
+        run *= extent;
+    }
+    run.max(1)
+}
+
+fn transcendental(scalar: Scalar) -> f64 {
     use Scalar as S;
-    matches!(scalar, S::Exp | S::Log | S::Sin | S::Cos | S::Tanh | S::Sigmoid | S::Erf)
+    match scalar {
+        S::Exp | S::Tanh | S::Sigmoid | S::Erf => 1.0,
+        S::Log | S::Sin | S::Cos => CALLED,
+        _ => 0.0,
+    }
 }
 
 /// The work of a whole graph of constant sizes, by family.
@@ -348,9 +400,8 @@ pub fn work_of(graph: &Graph) -> BTreeMap<Family, Quantities> {
     for (id, node) in graph.values() {
         let operands: Vec<Vec<u64>> = node.args.iter().map(|&a| sizes(a)).collect();
         let bits: Vec<f64> = node.args.iter().map(|&a| graph.ty(a).dtype.bits() as f64).collect();
-        for Work { family, amounts } in
-            work(graph, &look, id, &Sizes { operands: &operands, out: &sizes(id), bits: &bits })
-        {
+        let sizes = Sizes { operands: &operands, out: &sizes(id), bits: &bits };
+        for Work { family, amounts } in work(graph, &look, id, &sizes) {
             let sum = all.entry(family).or_default();
             *sum = sum.plus(amounts, 1.0);
         }
