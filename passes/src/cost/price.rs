@@ -6,7 +6,8 @@
 //! users. A quantised weight is widened where it is used, so its users read the quantised bytes.
 
 use super::Cost;
-use super::kernels::{Family, Look, Measured, Quantities, Sizes, Work, work};
+use super::kernels::Sizes;
+use super::measured::MeasuredKernels;
 use super::profile::{Collective, Profile};
 use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
@@ -62,18 +63,8 @@ impl Parts {
     }
 }
 
-/// How a machine that was calibrated is priced.
-struct Kernels {
-    rates: Measured,
-    look: Look,
-    /// The weights of a step are larger than the caches.
-    cold: bool,
-    /// Of the graph's inputs and outputs, per entry.
-    exchanged: Vec<Quantities>,
-}
-
 /// Extents under each entry.
-type Extents = Vec<Vec<u64>>;
+pub(super) type Extents = Vec<Vec<u64>>;
 
 /// Prices the steps of one graph on one kind of device.
 #[derive(Clone)]
@@ -91,7 +82,7 @@ pub struct Pricer<'a> {
     /// Per entry.
     largest_bindings: Vec<Bindings>,
     /// Rates of measured kernels and what they need to know of the graph, if the profile has any.
-    measured: Option<Rc<Kernels>>,
+    measured: Option<Rc<MeasuredKernels>>,
     /// Per value: it is computed inside the kernel of its users.
     fused: Rc<Vec<bool>>,
     /// Per value: bits read per element.
@@ -144,7 +135,7 @@ pub fn local_extents(extents: &[u64], layout: &Layout, mesh: &Mesh, bindings: &B
     local
 }
 
-fn product(extents: &[u64]) -> f64 {
+pub(super) fn product(extents: &[u64]) -> f64 {
     extents.iter().map(|&e| e as f64).product()
 }
 
@@ -175,26 +166,7 @@ impl<'a> Pricer<'a> {
             })
             .collect();
         let all_extents = all(&bindings);
-        let measured = profile.kernels.values().next().map(|rates| {
-            let all_bytes = |wanted: fn(&Op) -> bool, entry: usize| -> f64 {
-                let of = graph.values().filter(|(_, n)| wanted(&n.op));
-                of.map(|(v, n)| bytes(n.ty.dtype, &all_extents[v.index()][entry]) as f64).sum()
-            };
-            let weights = all_bytes(|op| matches!(op, Op::Weight(_)), 0);
-            let exchanged = |entry| Quantities {
-                call: 1.0,
-                task: graph.inputs().count() as f64,
-                byte: all_bytes(|op| matches!(op, Op::Input { .. }), entry),
-                element: graph.outputs.iter().map(|o| product(&all_extents[o.value.index()][entry])).sum(),
-                operation: 0.0,
-            };
-            Rc::new(Kernels {
-                rates: rates.clone(),
-                look: Look::new(graph),
-                cold: profile.cache_bytes.is_none_or(|most| weights > most),
-                exchanged: (0..entries.len()).map(exchanged).collect(),
-            })
-        });
+        let measured = MeasuredKernels::of(profile, graph, &all_extents).map(Rc::new);
         let total: f64 = entries.iter().map(|e| e.weight).sum();
         Pricer {
             profile,
@@ -227,10 +199,8 @@ impl<'a> Pricer<'a> {
 
     /// Where that time goes.
     pub fn overhead_parts(&self, entry: usize) -> Parts {
-        if let Some(kernels) = &self.measured
-            && let Some(&rates) = kernels.rates.get(&Family::Step)
-        {
-            return parts_of(kernels.exchanged.get(entry).copied().unwrap_or_default(), rates);
+        if let Some(step) = self.measured.as_ref().and_then(|k| k.step(entry)) {
+            return step;
         }
         Parts { launch: self.profile.step_overhead, ..Parts::default() }
     }
@@ -274,7 +244,7 @@ impl<'a> Pricer<'a> {
     pub(crate) fn traits(&self, value: ValueId) -> impl Iterator<Item = u64> {
         let args = &self.graph.node(value).args;
         let bits = args.iter().map(|a| self.read_bits[a.index()].to_bits());
-        let measured = self.measured.iter().flat_map(move |k| k.look.traits(self.graph, value));
+        let measured = self.measured.iter().flat_map(move |k| k.traits(self.graph, value));
         std::iter::once(u64::from(self.fused[value.index()])).chain(bits).chain(measured)
     }
 
@@ -326,7 +296,7 @@ impl<'a> Pricer<'a> {
         if let Some(kernels) = &self.measured {
             let bits: Vec<f64> = node.args.iter().map(|a| self.read_bits[a.index()]).collect();
             let sizes = Sizes { operands: &operands, out: &out, bits: &bits };
-            return self.measured_parts(kernels, value, &sizes);
+            return kernels.parts(self.profile, self.graph, value, &sizes);
         }
         let read = |i: usize| match (node.args.get(i), operands.get(i)) {
             (Some(arg), Some(extents)) => product(extents) * self.read_bits[arg.index()] / 8.0,
@@ -378,46 +348,6 @@ impl<'a> Pricer<'a> {
             | Op::Rotary { .. }
             | Op::Iota { .. } => self.moved(reads() + write),
             Op::Convert(_) => Parts::default(),
-        }
-    }
-
-    fn measured_parts(&self, kernels: &Kernels, value: ValueId, sizes: &Sizes<'_>) -> Parts {
-        let mut total = Parts::default();
-        for Work { family, amounts } in work(self.graph, &kernels.look, value, sizes) {
-            let Some(&rates) = kernels.rates.get(&family) else {
-                // Not measured: taken to be moved.
-                total.add(&self.moved(4.0 * amounts.element.max(amounts.byte / 4.0)), 1.0);
-                continue;
-            };
-            let mut parts = parts_of(amounts, rates);
-            if kernels.cold && matches!(family, Family::Product | Family::Vector) {
-                // The weight comes from memory, while the product is computed.
-                parts.memory += (amounts.byte / self.profile.bandwidth() - parts.total()).max(0.0);
-            }
-            total.add(&parts, 1.0);
-        }
-        // What the caches do not hold comes from memory.
-        let streamed = self.streamed(value, sizes);
-        if self.profile.cache_bytes.is_some_and(|most| streamed > most) && !kernels.look.is_view(value) {
-            total.memory += (streamed / self.profile.bandwidth() - total.total()).max(0.0);
-        }
-        // Nothing is free, so that equal plans with fewer steps win.
-        if total == Parts::default()
-            && !matches!(self.graph.node(value).op, Op::Input { .. } | Op::Weight(_) | Op::Literal(_))
-        {
-            return look();
-        }
-        total
-    }
-
-    /// Bytes that a kernel reads and writes.
-    fn streamed(&self, value: ValueId, sizes: &Sizes<'_>) -> f64 {
-        let node = self.graph.node(value);
-        let write = product(sizes.out) * node.ty.dtype.bits() as f64 / 8.0;
-        let read = sizes.operands.iter().zip(sizes.bits).map(|(e, bits)| product(e) * bits / 8.0);
-        match node.op {
-            Op::Gather { .. } | Op::Append { .. } => 2.0 * write,
-            _ => read.sum::<f64>() + write,
         }
     }
 
@@ -494,22 +424,12 @@ impl<'a> Pricer<'a> {
     }
 }
 
-/// Where the time of measured work goes.
-fn parts_of(amounts: Quantities, rates: Quantities) -> Parts {
-    Parts {
-        compute: amounts.operation * rates.operation,
-        memory: amounts.element * rates.element + amounts.byte * rates.byte,
-        launch: amounts.call * rates.call + amounts.task * rates.task,
-        communication: 0.0,
-    }
-}
-
-fn look() -> Parts {
+pub(super) fn look() -> Parts {
     Parts { launch: LOOK, ..Parts::default() }
 }
 
 /// Bytes of a tensor; absurd sizes saturate.
-fn bytes(dtype: DType, extents: &[u64]) -> u64 {
+pub(super) fn bytes(dtype: DType, extents: &[u64]) -> u64 {
     let count = extents.iter().try_fold(1u64, |n, &e| n.checked_mul(e));
     count.and_then(|n| dtype.byte_len(n)).unwrap_or(u64::MAX)
 }

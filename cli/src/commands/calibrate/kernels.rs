@@ -193,7 +193,8 @@ fn programs() -> Vec<(Family, Vec<(Link, Vec<usize>)>)> {
             vec![
                 (Link::Gather, vec![1024, 512]),
                 (Link::Gather, vec![1024, 2048]),
-                (Link::Gather, vec![8192, 1152]),
+                (Link::Gather, vec![4096, 1280]),
+                (Link::Gather, vec![8192, 1280]),
             ],
         ),
         (

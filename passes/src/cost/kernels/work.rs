@@ -11,7 +11,7 @@ const BLOCK: f64 = 512.0;
 /// Results above this many bytes get memory of their own.
 const LARGE: f64 = (1 << 20) as f64;
 /// And above this many, memory that the system hands out anew every time.
-const HUGE: f64 = (32 << 20) as f64;
+const HUGE: f64 = (16 << 20) as f64;
 /// Functions that are called element by element take so many times what vectorised ones take.
 const CALLED: f64 = 8.0;
 
@@ -79,7 +79,7 @@ impl Look {
     }
 
     /// What the work for a value depends on besides its operation, types and layouts.
-    pub fn traits(&self, graph: &Graph, value: ValueId) -> impl Iterator<Item = u64> {
+    pub fn traits(&self, graph: &Graph, value: ValueId) -> impl Iterator<Item = u64> + use<> {
         let bits = |v: ValueId| {
             let at = v.index();
             let flags = [self.constant[at], self.strided[at], self.fused[at], self.reference[at]];
@@ -249,11 +249,8 @@ pub fn work(graph: &Graph, look: &Look, value: ValueId, sizes: &Sizes<'_>) -> Ve
             let task = product(sizes.out.get(..*axis).unwrap_or(&[])) * node.args.len() as f64;
             moved(task, out * wide)
         }
-        // Given whole in every step, a state has no room behind it: it is copied.
-        Op::Append { axis } => {
-            let task = product(sizes.out.get(..*axis).unwrap_or(&[])) * 2.0;
-            moved(task, out * wide)
-        }
+        // In place: only what is new is written.
+        Op::Append { axis } => moved(product(sizes.out.get(..*axis).unwrap_or(&[])), elements(1) * wide),
         Op::Gather { .. } => moved(elements(1).max(1.0), out * wide),
         Op::Pad { .. } => {
             let row = sizes.operands.first().and_then(|x| x.last()).copied().unwrap_or(1).max(1) as f64;
