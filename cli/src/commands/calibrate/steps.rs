@@ -148,6 +148,9 @@ fn run_rank(
     timed_steps(&mut session, rank, inputs, samples)
 }
 
+/// Steps that warm up.
+pub(crate) const WARM: usize = 2;
+
 /// The times of `samples` steps as rank 0 sees them, after two that warm up; other ranks follow.
 pub(crate) fn timed_steps(
     session: &mut Session,
@@ -155,7 +158,6 @@ pub(crate) fn timed_steps(
     inputs: &BTreeMap<String, Tensor>,
     samples: usize,
 ) -> Outcome<Vec<f64>> {
-    const WARM: usize = 2;
     let mut times = Vec::new();
     if rank == 0 {
         for sample in 0..WARM + samples {
