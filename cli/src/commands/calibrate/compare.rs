@@ -176,7 +176,7 @@ fn run_rank(
 /// The slot that all steps are for.
 const SLOT: SlotId = SlotId(0);
 /// So long is a folder measured in every round, if that is no more steps than [`MOST_STEPS`]: seconds.
-const LONG: f64 = 0.1;
+const LONG: f64 = 0.06;
 const MOST_STEPS: usize = 60;
 
 /// What is run to time a step.
