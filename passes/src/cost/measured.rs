@@ -115,3 +115,83 @@ fn parts_of(amounts: Quantities, rates: Quantities) -> Parts {
         communication: 0.0,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use crate::cost::Pricer;
+    use crate::cost::price::Entry;
+    use crate::cost::profile::Profile;
+    use tpshard_ir::op::EinsumSpec;
+    use tpshard_ir::weight::WeightExpr;
+    use tpshard_ir::{DType, Dim, Graph, Layout, Mesh, Op, Output, Scalar, Type, ValueId};
+
+    fn weight(graph: &mut Graph, shape: &[usize]) -> ValueId {
+        let expr = WeightExpr::initializer("w".to_owned(), DType::F32, shape.to_vec()).unwrap();
+        graph.add(Op::Weight(expr), &[]).unwrap()
+    }
+
+    /// The price of the last value of a graph on one rank.
+    fn price(graph: &mut Graph, lines: &str) -> f64 {
+        let last = ValueId(graph.len() as u32 - 1);
+        graph.outputs.push(Output { name: "y".into(), value: last });
+        let text = format!("{}\n{lines}", Profile::built_in_text("cpu-shm").unwrap());
+        let profile = Profile::parse(&text).unwrap().shared_between(1);
+        let entries = [Entry::new("main", Default::default())];
+        let pricer = Pricer::new(&profile, graph, &entries);
+        let mesh = Mesh::flat(1);
+        let whole = Layout::replicated(&mesh);
+        let layouts = vec![&whole; graph.node(last).args.len()];
+        pricer.compute_parts(last, &layouts, &whole, &mesh, 0).total()
+    }
+
+    fn product(rows: usize) -> Graph {
+        let mut graph = Graph::new("test");
+        let x = graph.input("x", Type::new(DType::F32, vec![Dim::from(rows), Dim::from(8usize)]));
+        let w = weight(&mut graph, &[8, 16]);
+        graph.add(Op::Einsum(EinsumSpec::parse("mk,kn->mn").unwrap()), &[x, w]).unwrap();
+        graph
+    }
+
+    const RATES: &str = "cache_bytes = 1e6 | x\n\
+        kernel.product.1 = call 1 operation 1e-3 | x\n\
+        kernel.vector.1 = call 2 byte 1e-3 | x\n\
+        kernel.elementwise.1 = call 1 element 1e-3 operation 1 | x\n\
+        kernel.view.1 = call 7 | x";
+
+    fn near(found: f64, wanted: f64) {
+        assert!((found / wanted - 1.0).abs() < 1e-9, "{found} instead of {wanted}");
+    }
+
+    #[test]
+    fn a_product_of_one_row_is_another_kernel() {
+        near(price(&mut product(4), RATES), 1.0 + 1e-3 * (2 * 4 * 8 * 16) as f64);
+        near(price(&mut product(1), RATES), 2.0 + 1e-3 * (4 * 8 * 16) as f64);
+    }
+
+    #[test]
+    fn weights_beyond_the_caches_come_from_memory() {
+        let slow = RATES
+            .replace("cache_bytes = 1e6", "cache_bytes = 100")
+            .replace("call 1 operation 1e-3", "call 1e-12");
+        let bandwidth = Profile::built_in("cpu-shm").unwrap().shared_between(1).bandwidth();
+        // Everything that the product touches: rows, weight and result.
+        near(price(&mut product(4), &slow), (4 * (4 * 8 + 8 * 16 + 4 * 16)) as f64 / bandwidth);
+    }
+
+    #[test]
+    fn elementwise_work_counts_functions_operands_and_results() {
+        let mut graph = Graph::new("test");
+        let x = graph.input("x", Type::new(DType::F32, vec![Dim::from(10usize)]));
+        graph.add(Op::Map(Scalar::Exp), &[x]).unwrap();
+        // One function, one operand, one result, and ten exponentials.
+        near(price(&mut graph, RATES), 1.0 + 30.0 * 1e-3 + 10.0);
+    }
+
+    #[test]
+    fn what_depends_on_weights_only_costs_nothing() {
+        let mut graph = Graph::new("test");
+        let w = weight(&mut graph, &[8, 16]);
+        graph.add(Op::Map(Scalar::Exp), &[w]).unwrap();
+        assert!(price(&mut graph, RATES) < 1e-6);
+    }
+}
