@@ -57,8 +57,11 @@ enum Link {
     Interpreted,
 }
 
+/// A link and the shape of the value that goes through the chain.
+type Point = (Link, Vec<usize>);
+
 /// Points that rates are drawn through, in an order in which every link needs families before its own only.
-fn programs() -> Vec<(Family, Vec<(Link, Vec<usize>)>)> {
+fn programs() -> Vec<(Family, Vec<Point>)> {
     use Family as F;
     let map = |scalar, maps, row| Link::Map { scalar, maps, row };
     let product = |columns| Link::Product { columns };
