@@ -151,7 +151,7 @@ pub(crate) fn report(
         let mut found = EntryReport {
             entry: entry.clone(),
             steps: Vec::new(),
-            parts: pricer.overhead_parts(),
+            parts: pricer.overhead_parts(index),
             collectives: Vec::new(),
             outputs: outputs(program),
         };

@@ -7,6 +7,7 @@
 
 mod compare;
 mod fit;
+mod kernels;
 mod links;
 mod report;
 mod steps;
@@ -14,8 +15,10 @@ mod steps;
 use crate::arguments::CalibrateArguments;
 use crate::failure::{Failure, Kind, Outcome};
 use links::{Carrier, Point};
+use std::collections::BTreeMap;
 use std::num::NonZero;
 use steps::Rates;
+use tpshard_passes::cost::kernels::Measured;
 
 /// Everything is measured so often, with other things in between. The least of the medians counts: other work on the
 /// machine comes in bursts and only ever adds time.
@@ -50,6 +53,8 @@ pub(crate) struct Measurements {
     pub(crate) cores: usize,
     pub(crate) memory_bytes: f64,
     pub(crate) rates: Rates,
+    /// Rates of kernels, by the number of ranks that ran at once.
+    pub(crate) kernels: BTreeMap<usize, Measured>,
     pub(crate) points: Vec<Point>,
     /// What the profile is made from.
     pub(crate) carrier: Carrier,
@@ -80,6 +85,11 @@ pub(crate) fn calibrate(arguments: &CalibrateArguments, json: bool, quiet: bool)
     };
     say("kernels");
     let rates = steps::rates(ranks, effort)?;
+    let mut kernels = BTreeMap::new();
+    for count in [1].into_iter().chain(counts(ranks)) {
+        say(&format!("families of kernels on {count} ranks"));
+        kernels.insert(count, kernels::measure(count, effort)?);
+    }
     let mut points = Vec::new();
     for count in counts(ranks) {
         say(&format!("collectives between {count} ranks"));
@@ -92,6 +102,7 @@ pub(crate) fn calibrate(arguments: &CalibrateArguments, json: bool, quiet: bool)
         cores,
         memory_bytes: report::memory_of_machine()? / ranks as f64,
         rates,
+        kernels,
         points,
         carrier: Carrier::Processes,
     };

@@ -1,5 +1,7 @@
 //! What steps cost: prices from a hardware profile, and the ordered quantity that plans are compared by.
 
+pub mod kernels;
+mod measured;
 pub mod price;
 pub mod profile;
 

@@ -6,6 +6,8 @@
 //! users. A quantised weight is widened where it is used, so its users read the quantised bytes.
 
 use super::Cost;
+use super::kernels::Sizes;
+use super::measured::MeasuredKernels;
 use super::profile::{Collective, Profile};
 use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
@@ -62,7 +64,7 @@ impl Parts {
 }
 
 /// Extents under each entry.
-type Extents = Vec<Vec<u64>>;
+pub(super) type Extents = Vec<Vec<u64>>;
 
 /// Prices the steps of one graph on one kind of device.
 #[derive(Clone)]
@@ -79,6 +81,8 @@ pub struct Pricer<'a> {
     largest: Rc<Vec<Extents>>,
     /// Per entry.
     largest_bindings: Vec<Bindings>,
+    /// Rates of measured kernels and what they need to know of the graph, if the profile has any.
+    measured: Option<Rc<MeasuredKernels>>,
     /// Per value: it is computed inside the kernel of its users.
     fused: Rc<Vec<bool>>,
     /// Per value: bits read per element.
@@ -131,7 +135,7 @@ pub fn local_extents(extents: &[u64], layout: &Layout, mesh: &Mesh, bindings: &B
     local
 }
 
-fn product(extents: &[u64]) -> f64 {
+pub(super) fn product(extents: &[u64]) -> f64 {
     extents.iter().map(|&e| e as f64).product()
 }
 
@@ -161,6 +165,8 @@ impl<'a> Pricer<'a> {
                     && !users.is_empty()
             })
             .collect();
+        let all_extents = all(&bindings);
+        let measured = MeasuredKernels::of(profile, graph, &all_extents).map(Rc::new);
         let total: f64 = entries.iter().map(|e| e.weight).sum();
         Pricer {
             profile,
@@ -168,7 +174,8 @@ impl<'a> Pricer<'a> {
             entries,
             total_weight: if total > 0.0 { total } else { 1.0 },
             focus: None,
-            extents: Rc::new(all(&bindings)),
+            measured,
+            extents: Rc::new(all_extents),
             largest: Rc::new(if largest_bindings == bindings { Vec::new() } else { all(&largest_bindings) }),
             largest_bindings,
             fused: Rc::new(fused),
@@ -187,11 +194,14 @@ impl<'a> Pricer<'a> {
 
     /// What a step takes besides its operations, as far as it counts.
     pub fn step_overhead(&self, entry: usize) -> Cost {
-        Cost::local(self.share(entry) * self.overhead_parts().total())
+        Cost::local(self.share(entry) * self.overhead_parts(entry).total())
     }
 
     /// Where that time goes.
-    pub fn overhead_parts(&self) -> Parts {
+    pub fn overhead_parts(&self, entry: usize) -> Parts {
+        if let Some(step) = self.measured.as_ref().and_then(|k| k.step(entry)) {
+            return step;
+        }
         Parts { launch: self.profile.step_overhead, ..Parts::default() }
     }
 
@@ -234,7 +244,8 @@ impl<'a> Pricer<'a> {
     pub(crate) fn traits(&self, value: ValueId) -> impl Iterator<Item = u64> {
         let args = &self.graph.node(value).args;
         let bits = args.iter().map(|a| self.read_bits[a.index()].to_bits());
-        std::iter::once(u64::from(self.fused[value.index()])).chain(bits)
+        let measured = self.measured.iter().flat_map(move |k| k.traits(self.graph, value));
+        std::iter::once(u64::from(self.fused[value.index()])).chain(bits).chain(measured)
     }
 
     /// The weighted time of a conversion of `value`.
@@ -282,6 +293,11 @@ impl<'a> Pricer<'a> {
         let out = self.local(value, result, mesh, entry);
         let operands: Vec<Vec<u64>> =
             node.args.iter().zip(layouts).map(|(&a, l)| self.local(a, l, mesh, entry)).collect();
+        if let Some(kernels) = &self.measured {
+            let bits: Vec<f64> = node.args.iter().map(|a| self.read_bits[a.index()]).collect();
+            let sizes = Sizes { operands: &operands, out: &out, bits: &bits };
+            return kernels.parts(self.profile, self.graph, value, &sizes);
+        }
         let read = |i: usize| match (node.args.get(i), operands.get(i)) {
             (Some(arg), Some(extents)) => product(extents) * self.read_bits[arg.index()] / 8.0,
             _ => 0.0,
@@ -408,12 +424,12 @@ impl<'a> Pricer<'a> {
     }
 }
 
-fn look() -> Parts {
+pub(super) fn look() -> Parts {
     Parts { launch: LOOK, ..Parts::default() }
 }
 
 /// Bytes of a tensor; absurd sizes saturate.
-fn bytes(dtype: DType, extents: &[u64]) -> u64 {
+pub(super) fn bytes(dtype: DType, extents: &[u64]) -> u64 {
     let count = extents.iter().try_fold(1u64, |n, &e| n.checked_mul(e));
     count.and_then(|n| dtype.byte_len(n)).unwrap_or(u64::MAX)
 }

@@ -12,6 +12,7 @@ mod tests;
 pub use collective::{Algorithm, Collective, Protocol, Span};
 pub use rule::Prefill;
 
+use super::kernels::{Family, Measured, Rates, parse_rates};
 use std::collections::BTreeMap;
 use tpshard_ir::{DType, DTypeClass};
 
@@ -61,6 +62,10 @@ pub struct Profile {
     pub protocols: Vec<Protocol>,
     /// Between nodes; the bandwidth is one rank's.
     pub network: Vec<Protocol>,
+    /// Rates of measured kernels, by the number of ranks that ran at once; empty for machines known from data sheets.
+    pub kernels: BTreeMap<usize, Measured>,
+    /// Weights of a step up to so many bytes stay in the caches that ranks share.
+    pub cache_bytes: Option<f64>,
     /// The text the profile was read from, comments included, for the record of a build.
     pub text: String,
 }
@@ -82,7 +87,7 @@ const PEAKS: [&str; 5] = ["peak.f64", "peak.f32", "peak.f16", "peak.bf16", "peak
 const SCALARS: [&str; 5] =
     ["memory_bytes", "memory_bandwidth", "memory_fraction", "compute_fraction", "kernel_launch"];
 /// Quantities that may be left out.
-const OPTIONAL: [&str; 3] = ["step_overhead", "shared_ranks", "node_ranks"];
+const OPTIONAL: [&str; 4] = ["step_overhead", "shared_ranks", "node_ranks", "cache_bytes"];
 
 impl Profile {
     /// Names of the built-in profiles, sorted.
@@ -143,11 +148,26 @@ impl Profile {
         self.memory_bandwidth * self.memory_fraction
     }
 
+    /// The rates of measured kernels while `ranks` run at once. Numbers of ranks that were not measured get those of the
+    /// nearest that was, slower by as many ranks as there are more of.
+    pub fn measured_kernels(&self, ranks: usize) -> Option<Measured> {
+        let nearest = self.kernels.keys().copied().min_by_key(|&k| (k.abs_diff(ranks), k))?;
+        let mut found = self.kernels.get(&nearest)?.clone();
+        let more = (ranks.max(1) as f64 / nearest as f64).max(1.0);
+        for rates in found.values_mut() {
+            *rates = Rates::from_array(rates.to_array().map(|seconds| seconds * more));
+        }
+        Some(found)
+    }
+
     /// The profile of one of `ranks`, where ranks share a machine: the machine's operations, bandwidth and memory are
     /// divided between them. Devices of their own stay as they are.
     #[must_use]
     pub fn shared_between(&self, ranks: usize) -> Profile {
         let mut own = self.clone();
+        if let Some(kernels) = self.measured_kernels(ranks) {
+            own.kernels = BTreeMap::from([(ranks, kernels)]);
+        }
         if let Some(measured) = self.shared_ranks {
             let share = measured as f64 / ranks.max(1) as f64;
             own.peaks.iter_mut().for_each(|peak| *peak *= share);
@@ -166,6 +186,7 @@ struct Lines<'a> {
     numbers: BTreeMap<&'a str, f64>,
     protocols: Vec<Protocol>,
     network: Vec<Protocol>,
+    kernels: BTreeMap<usize, Measured>,
 }
 
 impl<'a> Lines<'a> {
@@ -187,6 +208,9 @@ impl<'a> Lines<'a> {
         }
         if let Some(protocol) = key.strip_prefix("protocol.") {
             return self.protocol(protocol, value);
+        }
+        if let Some(kernel) = key.strip_prefix("kernel.") {
+            return self.kernel(kernel, value);
         }
         if !SCALARS.iter().chain(&PEAKS).chain(&OPTIONAL).any(|known| *known == key) {
             return Err(format!("`{key}` is not a quantity of a profile"));
@@ -219,6 +243,17 @@ impl<'a> Lines<'a> {
         Ok(())
     }
 
+    /// `FAMILY.RANKS`.
+    fn kernel(&mut self, name: &str, value: &str) -> Result<(), String> {
+        let (family, ranks) = name.split_once('.').ok_or("a kernel is given as `kernel.FAMILY.RANKS`")?;
+        let known = Family::of_name(family);
+        let family = known.ok_or_else(|| format!("`{family}` is not a family of kernels"))?;
+        match self.kernels.entry(count(ranks)?).or_default().insert(family, parse_rates(value)?) {
+            Some(_) => Err(format!("`kernel.{name}` is given twice")),
+            None => Ok(()),
+        }
+    }
+
     fn finish(self, text: &str) -> Result<Profile, ProfileError> {
         let missing = |quantity| ProfileError::Missing { quantity };
         // A machine that was measured for some numbers of ranks needs an answer for the others.
@@ -247,6 +282,8 @@ impl<'a> Lines<'a> {
             step_overhead: optional("step_overhead").unwrap_or(0.0),
             shared_ranks: ranks("shared_ranks"),
             node_ranks: ranks("node_ranks"),
+            kernels: self.kernels,
+            cache_bytes: optional("cache_bytes"),
             peaks,
             name: self.name.ok_or(missing("name"))?,
             protocols: self.protocols,
@@ -256,7 +293,7 @@ impl<'a> Lines<'a> {
     }
 }
 
-fn positive(text: &str) -> Result<f64, String> {
+pub(super) fn positive(text: &str) -> Result<f64, String> {
     let text = text.trim();
     match text.parse::<f64>() {
         Ok(number) if number.is_finite() && number > 0.0 => Ok(number),

@@ -12,24 +12,29 @@ use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
-use tpshard_ir::program::Port;
+use std::time::Instant;
+use tpshard_ir::program::{Entry, Port};
 use tpshard_ir::{Bindings, DType, DTypeClass, Data, Tensor};
 use tpshard_passes::cost::Profile;
 use tpshard_runtime::comm::{CommOptions, Communicator, threads};
 use tpshard_runtime::session::{Session, SessionOptions};
+use tpshard_runtime::state::{SlotId, StateOptions};
 
 /// A step as predicted and as it ran.
 struct Compared {
     folder: String,
     ranks: usize,
     predicted: f64,
+    /// The least of the medians of some rounds.
     measured: f64,
+    /// How much the second least is above it.
+    noise: f64,
 }
 
 pub(crate) fn compare(arguments: &CalibrateArguments, effort: Effort, json: bool) -> Outcome<()> {
     let profile = planning::profile(arguments.profile.as_deref().unwrap_or_default())?;
     let folders: Vec<Folder> = arguments.against.iter().map(|f| Folder::open(f)).collect::<Outcome<_>>()?;
-    let mut compared = Vec::new();
+    let mut plans = Vec::new();
     for folder in &folders {
         let plan = Planned::of(folder)?;
         if plan.profile != profile.name {
@@ -37,13 +42,17 @@ pub(crate) fn compare(arguments: &CalibrateArguments, effort: Effort, json: bool
             let message = format!("{path} was planned for `{}`, not for `{}`", plan.profile, profile.name);
             return Err(Failure::new(Kind::Usage, format!("{message}\nhelp: shard it with this profile")));
         }
-        compared.push(Compared {
-            folder: folder.path.display().to_string(),
-            ranks: folder.ranks,
-            predicted: plan.seconds,
-            measured: least_step(folder, &plan.dims, effort)?,
-        });
+        plans.push((folder, plan));
     }
+    // Folders take turns, so that a burst of other work meets few of each one's rounds.
+    let mut medians: Vec<Vec<f64>> = vec![Vec::new(); plans.len()];
+    for _ in 0..ROUNDS {
+        for ((folder, plan), medians) in plans.iter().zip(&mut medians) {
+            medians.push(step(folder, &plan.dims, effort)?);
+        }
+    }
+    let compared: Vec<Compared> =
+        plans.iter().zip(medians).map(|((f, p), m)| Compared::new(f, p, m)).collect();
     let ranks = profile.shared_ranks.unwrap_or(2).max(2);
     let points = links::between_processes(ranks, arguments.quick, effort)?;
     print(&compared, &points, &profile, json)
@@ -57,6 +66,7 @@ fn print(compared: &[Compared], points: &[links::Point], profile: &Profile, json
                 "ranks": c.ranks,
                 "predicted_seconds": c.predicted,
                 "measured_seconds": c.measured,
+                "noise": c.noise,
             })
         };
         let steps: Vec<Value> = compared.iter().map(step).collect();
@@ -64,17 +74,19 @@ fn print(compared: &[Compared], points: &[links::Point], profile: &Profile, json
         return output::line(json!({ "steps": steps, "collectives": links }));
     }
     output::text(report::links_table(points, profile))?;
-    let header = ["ranks", "predicted us", "measured us", "ratio"];
+    let header = ["ranks", "predicted us", "measured us", "noise", "ratio"];
     output::line(format_args!(
-        "{:>6}{:>14}{:>14}{:>8}  step of",
-        header[0], header[1], header[2], header[3]
+        "{:>6}{:>14}{:>14}{:>7}{:>8}  step of",
+        header[0], header[1], header[2], header[3], header[4]
     ))?;
     for c in compared {
         let (predicted, measured) = (c.predicted * 1e6, c.measured * 1e6);
         let ratio = c.predicted / c.measured;
         output::line(format_args!(
-            "{:>6}{predicted:>14.1}{measured:>14.1}{ratio:>8.2}  {}",
-            c.ranks, c.folder
+            "{:>6}{predicted:>14.1}{measured:>14.1}{:>6.0}%{ratio:>8.2}  {}",
+            c.ranks,
+            c.noise * 100.0,
+            c.folder
         ))?;
     }
     let close = compared.iter().filter(|c| (c.predicted / c.measured - 1.0).abs() <= 0.25).count();
@@ -108,12 +120,18 @@ impl Planned {
     }
 }
 
-fn least_step(folder: &Folder, dims: &Bindings, effort: Effort) -> Outcome<f64> {
-    let mut least = f64::INFINITY;
-    for _ in 0..ROUNDS {
-        least = least.min(step(folder, dims, effort)?);
+impl Compared {
+    fn new(folder: &Folder, plan: &Planned, mut medians: Vec<f64>) -> Compared {
+        medians.sort_by(f64::total_cmp);
+        let measured = medians.first().copied().unwrap_or(f64::NAN);
+        Compared {
+            folder: folder.path.display().to_string(),
+            ranks: folder.ranks,
+            predicted: plan.seconds,
+            measured,
+            noise: medians.get(1).map_or(0.0, |second| second / measured - 1.0),
+        }
     }
-    Ok(least)
 }
 
 /// The median time of a step at the dims that were planned for.
@@ -143,20 +161,103 @@ fn run_rank(
     effort: Effort,
 ) -> Outcome<Vec<f64>> {
     let file = RankFile::read(&folder.executable(rank))?;
-    let inputs = match file.program.entries.first() {
-        Some(entry) => inputs(&entry.inputs, dims, &folder.path)?,
-        None => BTreeMap::new(),
+    let steps = match file.program.entries.first() {
+        Some(entry) => Steps::of(entry, dims, &folder.path)?,
+        None => Steps::default(),
     };
     let mut weights = ShardFile::open(&folder.path, rank)?;
-    let options = SessionOptions::default();
+    let options = SessionOptions { state: steps.state.clone(), ..SessionOptions::default() };
     let mut session =
         Session::open(file.program, &mut weights, communicator, &options).map_err(|e| session_failure(&e))?;
     drop(weights);
-    steps::timed_steps(&mut session, rank, &inputs, effort.samples)
+    steps.timed(&mut session, rank, effort)
+}
+
+/// The slot that all steps are for.
+const SLOT: SlotId = SlotId(0);
+/// So long is a folder measured in every round, if that is no more steps than [`MOST_STEPS`]: seconds.
+const LONG: f64 = 0.06;
+const MOST_STEPS: usize = 60;
+
+/// What is run to time a step.
+#[derive(Default)]
+struct Steps {
+    inputs: BTreeMap<String, Tensor>,
+    state: Option<StateOptions>,
+    /// What fills the state before, and its length then.
+    filled: Option<(BTreeMap<String, Tensor>, usize)>,
+}
+
+impl Steps {
+    fn of(entry: &Entry, dims: &Bindings, folder: &Path) -> Outcome<Steps> {
+        let states = &entry.graph.states;
+        let ports: Vec<&Port> =
+            entry.inputs.iter().filter(|p| states.iter().all(|s| s.input != p.name)).collect();
+        let Some(pair) = states.first() else {
+            return Ok(Steps { inputs: inputs(&ports, dims, folder)?, ..Steps::default() });
+        };
+        let refuse = || {
+            let message =
+                format!("{}: state `{}`: the plan does not give its length", folder.display(), pair.input);
+            Failure::new(Kind::Usage, message)
+        };
+        let grown = |ports: &[Port], name: &str| {
+            let port = ports.iter().find(|p| *p.name == *name)?;
+            port.ty.shape.get(pair.axis).cloned()
+        };
+        let past = grown(&entry.inputs, &pair.input).ok_or_else(refuse)?;
+        let whole = grown(&entry.outputs, &pair.output).ok_or_else(refuse)?;
+        let size = |dim: &tpshard_ir::Dim| dim.eval(dims).ok().and_then(|d| usize::try_from(d).ok());
+        let (held, capacity) = (size(&past).ok_or_else(refuse)?, size(&whole).ok_or_else(refuse)?);
+        let state = Some(StateOptions { capacity, slots: 1 });
+        // One step as long as all that is held, from an empty state.
+        let mut filling = dims.clone();
+        for name in whole.symbols() {
+            let length = if past.symbols().contains(&name) { 0 } else { held as i64 };
+            filling.insert(name, length);
+        }
+        let filled = if held == 0 { None } else { Some((inputs(&ports, &filling, folder)?, held)) };
+        Ok(Steps { inputs: inputs(&ports, dims, folder)?, state, filled })
+    }
+
+    /// The times of steps as rank 0 sees them, after some that warm up; other ranks follow.
+    fn timed(&self, session: &mut Session, rank: usize, effort: Effort) -> Outcome<Vec<f64>> {
+        let mut times: Vec<f64> = Vec::new();
+        if rank == 0 {
+            let failed = |e| session_failure(&e);
+            if let Some((inputs, _)) = &self.filled {
+                session.run_step(&[SLOT], inputs).map_err(failed)?;
+            }
+            let step = |session: &mut Session| -> Outcome<f64> {
+                let start = Instant::now();
+                if self.state.is_none() {
+                    session.run(&self.inputs).map_err(failed)?;
+                    return Ok(start.elapsed().as_secs_f64());
+                }
+                session.run_step(&[SLOT], &self.inputs).map_err(failed)?;
+                let seconds = start.elapsed().as_secs_f64();
+                // The next step is as long as this one.
+                session.truncate(SLOT, self.filled.as_ref().map_or(0, |f| f.1)).map_err(failed)?;
+                Ok(seconds)
+            };
+            for _ in 0..steps::WARM {
+                step(session)?;
+            }
+            let done = |times: &[f64]| {
+                times.len() >= effort.samples
+                    && (times.len() >= MOST_STEPS || times.iter().sum::<f64>() >= LONG)
+            };
+            while !done(&times) {
+                times.push(step(session)?);
+            }
+        }
+        session.close().map_err(|e| session_failure(&e))?;
+        Ok(times)
+    }
 }
 
 /// Ones of the types and sizes that a program takes.
-fn inputs(ports: &[Port], dims: &Bindings, folder: &Path) -> Outcome<BTreeMap<String, Tensor>> {
+fn inputs(ports: &[&Port], dims: &Bindings, folder: &Path) -> Outcome<BTreeMap<String, Tensor>> {
     let mut inputs = BTreeMap::new();
     for port in ports {
         let refuse = |what: &str| {

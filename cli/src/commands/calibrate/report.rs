@@ -10,6 +10,7 @@ use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::path::Path;
 use tpshard_passes::cost::Profile;
+use tpshard_passes::cost::kernels::print_rates;
 use tpshard_passes::cost::profile::Collective;
 
 /// Bytes of memory of this machine.
@@ -19,6 +20,24 @@ pub(crate) fn memory_of_machine() -> Outcome<f64> {
     let kilobytes = line.and_then(|l| l.split_whitespace().next()?.parse::<f64>().ok());
     let bytes = kilobytes.map(|k| k * 1024.0).filter(|b| *b > 0.0);
     bytes.ok_or_else(|| Failure::new(Kind::Resource, "/proc/meminfo: no MemTotal"))
+}
+
+/// Bytes of the largest cache of the first core, if the machine says.
+fn shared_cache() -> Option<f64> {
+    let size = |index: usize| {
+        let path = format!("/sys/devices/system/cpu/cpu0/cache/index{index}/size");
+        let text = std::fs::read_to_string(path).ok()?;
+        let text = text.trim();
+        let (number, unit) = text.split_at(text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len()));
+        let unit = match unit {
+            "" => 1.0,
+            "K" => 1024.0,
+            "M" => 1024.0 * 1024.0,
+            _ => return None,
+        };
+        Some(number.parse::<f64>().ok()? * unit)
+    };
+    (0..8).filter_map(size).filter(|bytes| *bytes > 0.0).reduce(f64::max)
 }
 
 /// Writes the profile, and says what was measured.
@@ -84,6 +103,20 @@ fn profile_text(m: &Measurements) -> String {
     let step = format!("{how}: what is left of a step without its kernels");
     line("step_overhead", rates.step_seconds, &step);
     let _ = writeln!(text, "shared_ranks = {ranks} | measured: the ranks that ran at once");
+    if let Some(bytes) = shared_cache() {
+        let _ = writeln!(text, "cache_bytes = {bytes:.3e} | measured: the largest cache in sysfs");
+    }
+    for (ranks, families) in &m.kernels {
+        for (family, &rates) in families {
+            let _ = writeln!(
+                text,
+                "kernel.{}.{ranks} = {} | measured by tpshard calibrate: least squares over programs of such kernels, \
+                 {ranks} ranks at once",
+                family.name(),
+                print_rates(rates)
+            );
+        }
+    }
     let used = m.points.iter().filter(|p| p.carrier == m.carrier);
     let [base, step, bandwidth] = ring(used);
     let carrier = m.carrier.name();
@@ -222,7 +255,16 @@ mod tests {
             }
         }
         let carrier = Carrier::Processes;
-        Measurements { ranks: 2, threads: 1, cores: 2, memory_bytes: 4e9, rates, points, carrier }
+        Measurements {
+            ranks: 2,
+            threads: 1,
+            cores: 2,
+            memory_bytes: 4e9,
+            rates,
+            kernels: BTreeMap::new(),
+            points,
+            carrier,
+        }
     }
 
     #[test]

@@ -16,7 +16,7 @@ use tpshard_runtime::comm::{CommOptions, Communicator, threads};
 use tpshard_runtime::cpu::MemoryWeights;
 use tpshard_runtime::session::{Session, SessionOptions};
 
-const INPUT: &str = "x";
+pub(crate) const INPUT: &str = "x";
 /// Rows and depth of the products that are bound by computing.
 const PRODUCT: (usize, usize) = (256, 1024);
 /// Depth of the products of one row, whose weights together are larger than caches.
@@ -91,18 +91,30 @@ fn step_time(
     effort: Effort,
 ) -> Outcome<f64> {
     let program = chain(rows, depth, length, sums, ranks)?;
-    let filled = |shape: Vec<usize>| -> Outcome<Tensor> {
-        let count = shape.iter().product();
-        // Not zeros: untouched memory would be one page.
-        Tensor::new(shape, Data::F32(vec![1e-3; count])).or_fail(Kind::Internal)
+    let inputs = BTreeMap::from([(INPUT.to_owned(), filled(DType::F32, vec![rows, depth])?)]);
+    time_of(&program, &inputs, ranks, effort.samples)
+}
+
+/// A tensor of small numbers. Not zeros: untouched memory would be one page.
+pub(crate) fn filled(dtype: DType, shape: Vec<usize>) -> Outcome<Tensor> {
+    let count = shape.iter().product();
+    let data = match dtype {
+        DType::F64 => Data::F64(vec![1e-3; count]),
+        _ => Data::F32(vec![1e-3; count]),
     };
-    let weight = filled(vec![depth, depth])?;
-    let inputs = BTreeMap::from([(INPUT.to_owned(), filled(vec![rows, depth])?)]);
+    Tensor::new(shape, data).or_fail(Kind::Internal)
+}
+
+/// The median step of a program, on all ranks at once.
+pub(crate) fn time_of(
+    program: &Spmd,
+    inputs: &BTreeMap<String, Tensor>,
+    ranks: usize,
+    samples: usize,
+) -> Outcome<f64> {
     let ends = threads(ranks, &CommOptions::default()).or_fail(Kind::Resource)?;
     let times: Vec<Outcome<Vec<f64>>> = std::thread::scope(|scope| {
-        let (program, weight, inputs) = (&program, &weight, &inputs);
-        let run =
-            |(rank, end)| scope.spawn(move || run_rank(program, rank, weight, inputs, end, effort.samples));
+        let run = |(rank, end)| scope.spawn(move || run_rank(program, rank, inputs, end, samples));
         let handles: Vec<_> = ends.into_iter().enumerate().map(run).collect();
         let panicked = |_| Err(Failure::new(Kind::Internal, "a rank's thread panicked"));
         handles.into_iter().map(|handle| handle.join().unwrap_or_else(panicked)).collect()
@@ -120,7 +132,6 @@ fn step_time(
 fn run_rank(
     program: &Spmd,
     rank: usize,
-    weight: &Tensor,
     inputs: &BTreeMap<String, Tensor>,
     communicator: Box<dyn Communicator>,
     samples: usize,
@@ -128,7 +139,7 @@ fn run_rank(
     let program = RankProgram::from_spmd(program, rank).or_fail(Kind::Internal)?;
     let mut weights = MemoryWeights::default();
     for stored in &program.weights {
-        weights.tensors.insert(stored.name.clone(), weight.clone());
+        weights.tensors.insert(stored.name.clone(), filled(stored.dtype, stored.shape.clone())?);
     }
     let options = SessionOptions::default();
     let mut session =
@@ -137,6 +148,9 @@ fn run_rank(
     timed_steps(&mut session, rank, inputs, samples)
 }
 
+/// Steps that warm up.
+pub(crate) const WARM: usize = 2;
+
 /// The times of `samples` steps as rank 0 sees them, after two that warm up; other ranks follow.
 pub(crate) fn timed_steps(
     session: &mut Session,
@@ -144,7 +158,6 @@ pub(crate) fn timed_steps(
     inputs: &BTreeMap<String, Tensor>,
     samples: usize,
 ) -> Outcome<Vec<f64>> {
-    const WARM: usize = 2;
     let mut times = Vec::new();
     if rank == 0 {
         for sample in 0..WARM + samples {
@@ -173,6 +186,11 @@ fn chain(rows: usize, depth: usize, length: usize, sums: bool, ranks: usize) -> 
         x = if sums { graph.add(Op::Map(Scalar::Add), &[x, y]).or_fail(Kind::Internal)? } else { y };
     }
     graph.outputs.push(Output { name: "y".into(), value: x });
+    Ok(on_all(graph, ranks))
+}
+
+/// Every rank runs all of `graph`.
+pub(crate) fn on_all(graph: Graph, ranks: usize) -> Spmd {
     let mesh = Mesh::flat(ranks);
     let layout = Layout::replicated(&mesh);
     let step = |value: ValueId| Step {
@@ -182,9 +200,10 @@ fn chain(rows: usize, depth: usize, length: usize, sums: bool, ranks: usize) -> 
         args: graph.node(value).args.iter().map(|a| StepId(a.0)).collect(),
     };
     let steps = graph.values().map(|(value, _)| step(value)).collect();
-    let outputs = vec![SpmdOutput { name: "y".into(), step: StepId(x.0) }];
+    let output = |o: &Output| SpmdOutput { name: o.name.clone(), step: StepId(o.value.0) };
+    let outputs = graph.outputs.iter().map(output).collect();
     let imported = graph.len();
-    Ok(Spmd { mesh, logical: graph, imported, equations: vec![], steps, outputs })
+    Spmd { mesh, logical: graph, imported, equations: vec![], steps, outputs }
 }
 
 #[cfg(test)]

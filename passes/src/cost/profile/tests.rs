@@ -241,3 +241,38 @@ fn what_was_measured_is_believed() {
         assert_eq!(time(collective, ranks, 1e6), estimated.collective_time(collective, ranks, 1e6));
     }
 }
+
+fn with_kernels(lines: &str) -> Result<Profile, ProfileError> {
+    Profile::parse(&format!("{}\n{lines}", Profile::built_in_text("cpu-shm").unwrap()))
+}
+
+#[test]
+fn measured_kernels_belong_to_a_number_of_ranks() {
+    let text = "kernel.product.1 = call 1e-6 operation 1e-11 | measured\n\
+                kernel.product.2 = call 2e-6 operation 2e-11 | measured";
+    let profile = with_kernels(text).unwrap();
+    let call = |ranks: usize| {
+        let shared = profile.shared_between(ranks);
+        assert_eq!(shared.kernels.keys().copied().collect::<Vec<_>>(), [ranks]);
+        shared.kernels[&ranks][&Family::Product].call
+    };
+    assert_eq!(call(1), 1e-6);
+    assert_eq!(call(2), 2e-6);
+    // Twice as many ranks as were measured have half of the machine each.
+    assert_eq!(call(4), 4e-6);
+    assert_eq!(built_in("h100-sxm").shared_between(4).kernels.len(), 0);
+}
+
+#[test]
+fn kernels_that_are_no_kernels_are_refused() {
+    for (line, what) in [
+        ("kernel.product = call 1e-6 | x", "`kernel.FAMILY.RANKS`"),
+        ("kernel.gemm.2 = call 1e-6 | x", "`gemm` is not a family"),
+        ("kernel.product.0 = call 1e-6 | x", "not a number of ranks"),
+        ("kernel.product.2 = flop 1e-6 | x", "`flop` is not one of"),
+        ("kernel.product.2 = call 1e-6 | x\nkernel.product.2 = call 1e-6 | x", "given twice"),
+    ] {
+        let error = with_kernels(line).unwrap_err().to_string();
+        assert!(error.contains(what), "{line}: {error}");
+    }
+}
