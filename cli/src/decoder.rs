@@ -61,18 +61,24 @@ impl Decoder {
         Ok(Decoder { inputs, output })
     }
 
-    /// The inputs of a step that adds `tokens` behind `past` others.
-    pub(crate) fn inputs(&self, tokens: &[i64], past: usize) -> Outcome<BTreeMap<String, Tensor>> {
+    /// The inputs of a step that adds the tokens of each row, equally many, behind `past` others.
+    pub(crate) fn inputs(&self, rows: &[Vec<i64>], past: usize) -> Outcome<BTreeMap<String, Tensor>> {
+        let new = rows.first().map_or(0, Vec::len);
         let mut all = BTreeMap::new();
         for (name, dtype, rank, feed) in &self.inputs {
-            let values: Vec<i64> = match feed {
-                Feed::Tokens => tokens.to_vec(),
-                Feed::Positions => (past..past + tokens.len()).map(|p| p as i64).collect(),
-                Feed::Mask { all } => vec![1; tokens.len() + if *all { past } else { 0 }],
+            let one: Vec<i64> = match feed {
+                Feed::Tokens => Vec::new(),
+                Feed::Positions => (past..past + new).map(|p| p as i64).collect(),
+                Feed::Mask { all } => vec![1; new + if *all { past } else { 0 }],
             };
-            let mut shape = vec![1; *rank];
+            let repeated = if *rank < 2 { 1 } else { rows.len() };
+            let values = match feed {
+                Feed::Tokens => rows.concat(),
+                _ => one.repeat(repeated),
+            };
+            let mut shape = vec![repeated; *rank];
             if let Some(last) = shape.last_mut() {
-                *last = values.len();
+                *last = values.len() / repeated.max(1);
             }
             let tensor = Tensor::new(shape, numbers(*dtype, &values)?);
             let tensor = tensor.map_err(|e| Failure::new(Kind::Internal, format!("input `{name}`: {e}")))?;
@@ -81,50 +87,54 @@ impl Decoder {
         Ok(all)
     }
 
-    /// The token ids among the inputs of a model.
-    pub(crate) fn tokens_of(&self, inputs: &BTreeMap<String, Tensor>) -> Outcome<Vec<i64>> {
-        let name = self.inputs.iter().find(|(_, _, _, feed)| *feed == Feed::Tokens).map(|(name, ..)| name);
-        let tensor = name.and_then(|name| inputs.get(&**name));
+    /// The token ids among the inputs of a model, a row for each sequence.
+    pub(crate) fn tokens_of(&self, inputs: &BTreeMap<String, Tensor>) -> Outcome<Vec<Vec<i64>>> {
+        let name = self.inputs.iter().find(|(_, _, _, feed)| *feed == Feed::Tokens).map(|(name, ..)| &**name);
+        let tensor = name.and_then(|name| inputs.get(name));
         let tensor = tensor.ok_or_else(|| {
-            let name = name.map_or("token ids", |name| name);
-            Failure::new(Kind::Usage, format!("the inputs lack `{name}`\nhelp: give a prompt"))
-        })?;
-        let tokens: Option<Vec<i64>> = match tensor.data() {
-            Data::I64(ids) => Some(ids.clone()),
-            Data::I32(ids) => Some(ids.iter().map(|&id| id.into()).collect()),
-            _ => None,
-        };
-        let rows = tensor.shape().split_last().map_or(1, |(_, rows)| rows.iter().product());
-        match tokens {
-            Some(tokens) if rows == 1 && !tokens.is_empty() => Ok(tokens),
-            _ => Err(Failure::new(
+            let name = name.unwrap_or("token ids");
+            Failure::new(
                 Kind::Usage,
-                format!(
-                    "{}{:?} is not one sequence of token ids\nhelp: decoding starts from one prompt",
-                    tensor.dtype(),
-                    tensor.shape()
-                ),
-            )),
+                format!("the inputs lack `{name}`\nhelp: decoding starts from a prompt"),
+            )
+        })?;
+        let tokens: Vec<i64> = match tensor.data() {
+            Data::I64(ids) => ids.clone(),
+            Data::I32(ids) => ids.iter().map(|&id| id.into()).collect(),
+            _ => Vec::new(),
+        };
+        let length = tensor.shape().last().copied().unwrap_or(0);
+        if tokens.is_empty() {
+            let found = format!("{}{:?} holds no token ids", tensor.dtype(), tensor.shape());
+            return Err(Failure::new(Kind::Usage, format!("{found}\nhelp: decoding starts from a prompt")));
         }
+        Ok(tokens.chunks(length).map(<[i64]>::to_vec).collect())
     }
 
-    /// The logits of the last position, or the token itself if the model chooses it.
-    pub(crate) fn next(&self, results: &Results) -> Outcome<Next> {
+    /// For each of `rows` sequences the logits of the last position, or the token itself if the model chooses it.
+    pub(crate) fn next(&self, results: &Results, rows: usize) -> Outcome<Vec<Next>> {
         let wrong = |what: &str| Failure::new(Kind::Mismatch, format!("output `{}` {what}", self.output));
         let tensor =
             results.outputs.get(&self.output).map(|o| &o.tensor).ok_or_else(|| wrong("is missing"))?;
-        let token = |last: Option<i64>| last.map(Next::Token).ok_or_else(|| wrong("is empty"));
         let width = tensor.shape().last().copied().unwrap_or(1);
-        let rest = |count: usize| count.saturating_sub(width);
-        let logits: Vec<f32> = match tensor.data() {
-            Data::I64(ids) => return token(ids.last().copied()),
-            Data::I32(ids) => return token(ids.last().map(|&id| id.into())),
-            Data::F32(all) => all[rest(all.len())..].to_vec(),
-            Data::F16(all) => all[rest(all.len())..].iter().map(|x| x.to_f32()).collect(),
-            Data::BF16(all) => all[rest(all.len())..].iter().map(|x| x.to_f32()).collect(),
-            _ => return Err(wrong("holds neither logits nor tokens")),
+        let per_row = tensor.len() / rows.max(1);
+        if per_row == 0 || width == 0 || per_row * rows != tensor.len() {
+            return Err(wrong(&format!("of shape {:?} is not for {rows} sequences", tensor.shape())));
+        }
+        let next = |row: usize| -> Option<Next> {
+            let (start, end) = (row * per_row, (row + 1) * per_row);
+            let logits = end.saturating_sub(width).max(start)..end;
+            Some(match tensor.data() {
+                Data::I64(ids) => Next::Token(*ids.get(end - 1)?),
+                Data::I32(ids) => Next::Token((*ids.get(end - 1)?).into()),
+                Data::F32(all) => Next::Logits(all.get(logits)?.to_vec()),
+                Data::F16(all) => Next::Logits(all.get(logits)?.iter().map(|x| x.to_f32()).collect()),
+                Data::BF16(all) => Next::Logits(all.get(logits)?.iter().map(|x| x.to_f32()).collect()),
+                _ => return None,
+            })
         };
-        if logits.is_empty() { Err(wrong("is empty")) } else { Ok(Next::Logits(logits)) }
+        let all: Option<Vec<Next>> = (0..rows).map(next).collect();
+        all.ok_or_else(|| wrong("holds neither logits nor tokens"))
     }
 }
 

@@ -17,8 +17,9 @@ use tpshard_runtime::state::StateOptions;
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Job {
     pub(crate) kind: JobKind,
-    /// Entries of state a sequence has room for; none where state enters and leaves as tensors.
-    pub(crate) capacity: Option<usize>,
+    /// Sequences whose state stays with the ranks, and how many entries each has room for; none where state enters and
+    /// leaves as tensors.
+    pub(crate) state: Option<(usize, usize)>,
     /// The folder that ranks write what they found out into.
     pub(crate) results: PathBuf,
 }
@@ -67,7 +68,7 @@ impl Job {
     }
 
     pub(crate) fn options(&self, options: SessionOptions) -> SessionOptions {
-        let state = self.capacity.map(|capacity| StateOptions { capacity, slots: 1 });
+        let state = self.state.map(|(slots, capacity)| StateOptions { capacity, slots });
         SessionOptions { timeline: matches!(self.kind, JobKind::Bench { .. }), state, ..options }
     }
 

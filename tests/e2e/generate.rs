@@ -133,7 +133,4 @@ fn what_cannot_be_continued_is_refused() {
     generate(&["--prompt-ids", "100000"]).fails(2, &["100000", "512"]);
     let tokenizer = tokenizer(scratch.path());
     generate(&["--prompt", "", "--tokenizer", tokenizer.to_str().unwrap()]).fails(2, &["no tokens"]);
-    let out = scratch.path().join("out");
-    shard(1, &out, &["--output", "logits"]);
-    end(&mut tpshard(words!["generate", out, "--prompt-ids", "1"])).fails(2, &["keeps no state", "help: "]);
 }

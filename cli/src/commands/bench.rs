@@ -25,13 +25,16 @@ pub(crate) fn bench(arguments: &BenchArguments, json: bool) -> Outcome<()> {
     }
     let folder = Folder::open(&arguments.folder)?;
     let results = Results::new()?;
-    let capacity = match arguments.decode {
+    let state = match arguments.decode {
         None => None,
-        Some(decode) => Some(prompt_length(&folder, arguments)?.saturating_add(decode)),
+        Some(decode) => {
+            let (sequences, tokens) = prompts(&folder, arguments)?;
+            Some((sequences, tokens.saturating_add(decode)))
+        }
     };
     let decode = arguments.decode.unwrap_or(0);
     let kind = JobKind::Bench { warm_up: arguments.warm_up, samples: arguments.samples, decode };
-    let job = Job { kind, capacity, results: results.0.clone() };
+    let job = Job { kind, state, results: results.0.clone() };
     spawn(job.commands(&folder, |command| add_flags(command, &arguments.tensors, false))?)?;
     let logs = (0..folder.ranks).map(|rank| read(&results.0, rank)).collect::<Outcome<Vec<RankLog>>>()?;
     let measured = logs.iter().find_map(|log| log.measured.as_ref());
@@ -46,12 +49,13 @@ pub(crate) fn bench(arguments: &BenchArguments, json: bool) -> Outcome<()> {
     output::text(summary.to_text(arguments.by_op))
 }
 
-/// Tokens of the prompt in the inputs.
-fn prompt_length(folder: &Folder, arguments: &BenchArguments) -> Outcome<usize> {
+/// The number of prompts in the inputs, and of the tokens in each.
+fn prompts(folder: &Folder, arguments: &BenchArguments) -> Outcome<(usize, usize)> {
     let file = RankFile::read(&folder.executable(0))?;
     let decoder = Decoder::new(&file.program)?;
     let inputs = crate::runner::read_inputs(&folder.path, &file, &arguments.tensors)?;
-    Ok(decoder.tokens_of(&inputs.into_iter().collect())?.len())
+    let rows = decoder.tokens_of(&inputs.into_iter().collect())?;
+    Ok((rows.len(), rows.first().map_or(0, Vec::len)))
 }
 
 fn read(folder: &Path, rank: usize) -> Outcome<RankLog> {

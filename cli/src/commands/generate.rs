@@ -21,6 +21,7 @@ pub(crate) fn generate(arguments: &GenerateArguments, json: bool, quiet: bool) -
     // What the model is not is said before any rank is started.
     Decoder::new(&RankFile::read(&folder.executable(0))?.program)?;
     let prompt = prompt(arguments)?;
+    let capacity = prompt.len().saturating_add(arguments.max_tokens);
     let results = Results::new()?;
     let kind = JobKind::Generate {
         most: arguments.max_tokens,
@@ -35,11 +36,7 @@ pub(crate) fn generate(arguments: &GenerateArguments, json: bool, quiet: bool) -
         silent: json,
         prompt,
     };
-    let capacity = match &kind {
-        JobKind::Generate { prompt, most, .. } => Some(prompt.len().saturating_add(*most)),
-        JobKind::Bench { .. } => None,
-    };
-    let job = Job { kind, capacity, results: results.0.clone() };
+    let job = Job { kind, state: Some((1, capacity)), results: results.0.clone() };
     let flags = TensorArguments {
         inputs: None,
         outputs: None,

@@ -23,8 +23,8 @@ pub(crate) struct Measured {
     pub(crate) runs: Vec<u64>,
     /// Nanoseconds per decoded token.
     pub(crate) tokens: Vec<u64>,
-    /// Tokens of the prompt, where the model has any.
-    pub(crate) prompt: Option<usize>,
+    /// Sequences that are decoded at once, and the tokens of each prompt.
+    pub(crate) prompt: Option<(usize, usize)>,
     /// Collectives and their payload bytes of one run, and of one decoded token.
     pub(crate) run_traffic: (u64, u64),
     pub(crate) token_traffic: (u64, u64),
@@ -104,7 +104,7 @@ fn repeat(
     Ok(measured)
 }
 
-/// A prompt and then greedy tokens, again and again.
+/// Prompts, all at once, and then greedy tokens, again and again.
 fn decoding(
     session: &mut Session,
     inputs: &BTreeMap<String, Tensor>,
@@ -113,27 +113,30 @@ fn decoding(
     decode: usize,
 ) -> Outcome<Measured> {
     let decoder = Decoder::new(session.program())?;
-    let prompt = decoder.tokens_of(inputs)?;
-    let mut measured = Measured { prompt: Some(prompt.len()), ..Measured::default() };
-    let slot = SlotId(0);
+    let prompts = decoder.tokens_of(inputs)?;
+    let length = prompts.first().map_or(0, Vec::len);
+    let mut measured = Measured { prompt: Some((prompts.len(), length)), ..Measured::default() };
+    let slots: Vec<SlotId> = (0..prompts.len() as u64).map(SlotId).collect();
     for run in 0..warm_up + samples {
-        let fed = decoder.inputs(&prompt, 0)?;
+        let fed = decoder.inputs(&prompts, 0)?;
         let start = now();
-        let mut results = session.run_step(&[slot], &fed).map_err(|e| session_failure(&e))?;
+        let mut results = session.run_step(&slots, &fed).map_err(|e| session_failure(&e))?;
         measured.run_traffic = carried(&results.traffic);
         measured.note(run, warm_up, start);
-        for past in prompt.len()..prompt.len() + decode {
-            let token = decoder.next(&results)?.greedy();
+        for past in length..length + decode {
+            let next = decoder.next(&results, prompts.len())?;
+            let tokens: Vec<Vec<i64>> = next.iter().map(|next| vec![next.greedy()]).collect();
+            let fed = decoder.inputs(&tokens, past)?;
             let start = now();
-            results = session
-                .run_step(&[slot], &decoder.inputs(&[token], past)?)
-                .map_err(|e| session_failure(&e))?;
+            results = session.run_step(&slots, &fed).map_err(|e| session_failure(&e))?;
             measured.token_traffic = carried(&results.traffic);
             if run >= warm_up {
                 measured.tokens.push(now().saturating_sub(start));
             }
         }
-        session.drop_slot(slot).map_err(|e| session_failure(&e))?;
+        for &slot in &slots {
+            session.drop_slot(slot).map_err(|e| session_failure(&e))?;
+        }
     }
     Ok(measured)
 }

@@ -79,12 +79,14 @@ impl<'a> Summary<'a> {
         let is_prompt = move |run: u64| run.is_multiple_of(decode as u64 + 1);
         let name = if decode == 0 { "run" } else { "prompt" };
         let mut first = Phase::of(logs, measured.start, is_prompt);
-        (first.name, first.tokens, first.traffic) = (name, measured.prompt, measured.run_traffic);
+        let tokens = measured.prompt.map(|(sequences, length)| sequences * length);
+        (first.name, first.tokens, first.traffic) = (name, tokens, measured.run_traffic);
         first.times = Times::of(&measured.runs);
         let mut phases = vec![first];
         if decode > 0 {
             let mut rest = Phase::of(logs, measured.start, |run| !is_prompt(run));
-            (rest.name, rest.tokens, rest.traffic) = ("token", Some(1), measured.token_traffic);
+            let sequences = measured.prompt.map(|(sequences, _)| sequences);
+            (rest.name, rest.tokens, rest.traffic) = ("token", sequences, measured.token_traffic);
             rest.times = Times::of(&measured.tokens);
             phases.push(rest);
         }

@@ -35,14 +35,15 @@ pub(crate) fn work(
     let mut sampler = Sampler::new(wanted.sampling);
     let slot = [SlotId(0)];
     let mut step = |tokens: &[i64], past: usize| {
-        session.run_step(&slot, &decoder.inputs(tokens, past)?).map_err(|e| session_failure(&e))
+        session.run_step(&slot, &decoder.inputs(&[tokens.to_vec()], past)?).map_err(|e| session_failure(&e))
     };
     let start = now();
     let mut found = step(wanted.prompt, 0)?;
     let prompted = now();
     let mut tokens = Vec::new();
     while tokens.len() < wanted.most {
-        let token = sampler.choose(&decoder.next(&found)?);
+        let next = decoder.next(&found, 1)?;
+        let token = next.first().map_or(0, |next| sampler.choose(next));
         if wanted.stop.contains(&token) {
             break;
         }
