@@ -115,6 +115,9 @@ pub(crate) struct PricingArguments {
     /// possible), or `free` (no limit).
     #[arg(long, value_name = "SIZE|min|free")]
     pub(crate) memory: Option<String>,
+    /// Split every tensor that a rule can split, whatever time it takes: for tests of the rules.
+    #[arg(long)]
+    pub(crate) split_all: bool,
     /// Layouts that are not to be decided: a text file with lines such as `tensor model.layers.*.weight = S(1)`. May
     /// be repeated. See docs/pins.md.
     #[arg(long, value_name = "FILE")]

@@ -46,6 +46,8 @@ pub struct PlanOptions {
     pub limits: Limits,
     /// Layouts that are not to be decided.
     pub pins: Vec<Pin>,
+    /// Split every value that a rule can split, whatever time it takes: for tests of the rules.
+    pub split_all: bool,
 }
 
 impl PlanOptions {
@@ -59,6 +61,7 @@ impl PlanOptions {
             reserve: 0,
             limits: Limits::default(),
             pins: Vec::new(),
+            split_all: false,
         }
     }
 }
@@ -140,7 +143,7 @@ pub fn plan(extended: Extended, options: &PlanOptions) -> Result<Plan, PlanError
     check_ranges(&extended.graph, &options.entries)?;
     let found = alternatives(extended)?;
     let profile = options.profile.shared_between(options.ranks);
-    let pricer = Pricer::new(&profile, &found.extended.graph, &options.entries);
+    let pricer = Pricer::new(&profile, &found.extended.graph, &options.entries).splitting(options.split_all);
     let live: Vec<ValueId> = found.live();
     let units = candidate_units(&found.extended.graph, &live);
     let planner = Planner { found: &found, pricer: &pricer, units: &units, options };
@@ -252,6 +255,7 @@ impl Planner<'_> {
             });
             let better = |b: &Candidate| match self.options.memory {
                 MemoryGoal::Fewest => next.extraction.bytes < b.extraction.bytes,
+                _ if self.options.split_all => next.extraction.cost < b.extraction.cost,
                 _ => next.cost < b.cost,
             };
             if best.as_ref().is_none_or(better) {

@@ -119,6 +119,8 @@ pub struct PlanReport {
     pub stored: Vec<StoredKind>,
     /// How far the plan may be above the optimum, as a share.
     pub gap: f64,
+    /// Everything was to be split, whatever time that takes.
+    pub split_all: bool,
     pub segments: (usize, usize),
     pub counters: Counters,
     pub balance: Balance,
@@ -192,6 +194,7 @@ pub(crate) fn report(
         meshes: summary.meshes.to_vec(),
         stored,
         gap: gap(summary.cost, summary.bound),
+        split_all: options.split_all,
         segments: extraction.segments,
         counters: Counters { values: graph.len(), sizes: layouts.sizes(), effort: extraction.effort },
     }
@@ -386,6 +389,9 @@ impl PlanReport {
             }
         };
         writeln!(f, "  verdict: {verdict}")?;
+        if self.split_all {
+            writeln!(f, "  everything is split where a rule allows (--split-all): the gap says nothing")?;
+        }
         if let [_, _, ..] = self.meshes.as_slice() {
             let one = |m: &OnMesh| format!("{} in {} ({})", m.mesh, Seconds(m.seconds), Bytes(m.bytes));
             let all: Vec<String> = self.meshes.iter().map(one).collect();

@@ -5,6 +5,7 @@
 //! failure.
 
 mod chromium;
+mod conformance;
 mod oracles;
 mod trusted;
 
@@ -12,15 +13,17 @@ use anyhow::{Context, Result, bail};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 
-const USAGE: &str = "usage: cargo xtask test-all | trusted-base\n\
+const USAGE: &str = "usage: cargo xtask test-all | conformance [--write] [--only TEXT] | trusted-base\n\
                      \n\
                      test-all      formatting, lints, all tests, and comparisons with tools nobody here wrote\n\
+                     conformance   ONNX's own backend tests; --write writes docs/onnx-support.md\n\
                      trusted-base  writes the table of what must be right into docs/architecture.md";
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let result = match arguments.iter().map(String::as_str).collect::<Vec<_>>().as_slice() {
         ["test-all"] => test_all(),
+        ["conformance", words @ ..] => conform(words),
         ["trusted-base"] => root().and_then(|root| trusted::write(&root)),
         _ => {
             eprintln!("{USAGE}");
@@ -45,6 +48,12 @@ fn test_all() -> Result<()> {
     let outcome = oracles::run(&root)?;
     println!("{outcome}");
     if outcome.failed > 0 { bail!("{} oracle checks failed", outcome.failed) } else { Ok(()) }
+}
+
+fn conform(words: &[&str]) -> Result<()> {
+    let root = root()?;
+    let wheels = conformance::wheels(&root).map_err(anyhow::Error::msg)?;
+    conformance::run(&root, &wheels, words)
 }
 
 /// The root of the workspace.

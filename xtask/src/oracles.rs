@@ -2,6 +2,7 @@
 //! use.
 
 use crate::chromium::check_pages;
+use crate::conformance;
 use anyhow::{Context, Result};
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -36,6 +37,10 @@ pub(crate) fn run(root: &Path) -> Result<Outcome> {
     match python(&work) {
         Ok(python) => outcome.record("onnxruntime", onnxruntime(root, &work, &tpshard, &python)),
         Err(why) => outcome.skip("onnxruntime", &why),
+    }
+    match conformance::wheels(root) {
+        Ok(wheels) => outcome.record("onnx-suite", conformance::run(root, &wheels, &[])),
+        Err(why) => outcome.skip("onnx-suite", &why),
     }
     match find("mpirun") {
         Some(mpirun) => outcome.record("mpirun", mpirun_ranks(root, &work, &tpshard, &mpirun)),

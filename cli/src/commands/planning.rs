@@ -166,6 +166,7 @@ impl Planning {
         let wishes = Wishes::read(arguments, imported)?;
         let mut options = PlanOptions::new(1, profile(&arguments.profile)?);
         options.memory = memory(&arguments.memory)?;
+        options.split_all = arguments.split_all;
         options.entries = entries(imported, &arguments.dim)?;
         let mut extended = Extended::new(imported.graph.clone());
         tpshard_passes::canonical::canonicalise(&mut extended);

@@ -248,6 +248,7 @@ fn build_inputs(
         "roles": arguments.from.role,
         "dim": pricing.dim,
         "memory": { "given": pricing.memory, "budget_bytes": plan.report.budget },
+        "split_all": pricing.split_all,
         "pins": pins::record(&arguments.pricing)?,
         "profile": plan.report.profile,
         "profile_text": profile_text(&pricing.profile)?,

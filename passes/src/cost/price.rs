@@ -19,6 +19,8 @@ use tpshard_ir::{AxisLayout, Bindings, Conversion, DType, Graph, Layout, Mesh, O
 const UNBOUND: i64 = 128;
 /// A step that only looks at memory another way still costs more than none.
 const LOOK: f64 = 1e-9;
+/// What it counts for to hold a value whole where everything is to be split: more than any time saved by it.
+const WHOLE: f64 = 1.0;
 
 /// A use of the model: sizes of the symbolic dims, and how much its time counts.
 #[derive(Clone, Debug, PartialEq)]
@@ -75,6 +77,8 @@ pub struct Pricer<'a> {
     total_weight: f64,
     /// The entry whose share of the weighted time is asked for; all of them if none.
     focus: Option<usize>,
+    /// Values held whole are priced out of all plans that can do without.
+    split_all: bool,
     /// Per value.
     extents: Rc<Vec<Extents>>,
     /// Per value, at the upper ends of all ranges.
@@ -174,6 +178,7 @@ impl<'a> Pricer<'a> {
             entries,
             total_weight: if total > 0.0 { total } else { 1.0 },
             focus: None,
+            split_all: false,
             measured,
             extents: Rc::new(all_extents),
             largest: Rc::new(if largest_bindings == bindings { Vec::new() } else { all(&largest_bindings) }),
@@ -186,6 +191,23 @@ impl<'a> Pricer<'a> {
     /// The same prices, as far as they come from one entry: over all entries they add up to those of `self`.
     pub fn focused(&self, entry: usize) -> Pricer<'a> {
         Pricer { focus: Some(entry), ..self.clone() }
+    }
+
+    /// The same prices, or those by which every value that can be split is.
+    #[must_use]
+    pub fn splitting(self, split_all: bool) -> Pricer<'a> {
+        Pricer { split_all, ..self }
+    }
+
+    /// True if everything is to be split.
+    pub(crate) fn splits_all(&self) -> bool {
+        self.split_all
+    }
+
+    /// What holding a value in `layout` counts for besides its time.
+    pub(crate) fn whole(&self, layout: &Layout) -> Cost {
+        let whole = self.split_all && layout.is_replicated();
+        if whole { Cost::local(self.weighted(|_| WHOLE)) } else { Cost::ZERO }
     }
 
     pub fn kernel_launch(&self) -> f64 {
@@ -237,7 +259,8 @@ impl<'a> Pricer<'a> {
 
     /// The weighted time of computing `value` in layout `result` from operands in `layouts`.
     pub fn compute(&self, value: ValueId, layouts: &[&Layout], result: &Layout, mesh: &Mesh) -> Cost {
-        Cost::local(self.weighted(|e| self.compute_parts(value, layouts, result, mesh, e).total()))
+        let seconds = self.weighted(|e| self.compute_parts(value, layouts, result, mesh, e).total());
+        Cost::local(seconds) + self.whole(result)
     }
 
     /// What the price of computing `value` depends on besides its operation, types and layouts.

@@ -241,7 +241,7 @@ impl Builder<'_> {
                 out: if group.homes { count + slot } else { slot } as u8,
                 operands: Vec::new(),
                 value: group.value,
-                cost: Cost::ZERO,
+                cost: pricer.whole(layout),
                 bytes: pricer.local_bytes(group.value, layout, mesh),
             });
         }

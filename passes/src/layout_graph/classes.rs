@@ -64,8 +64,12 @@ impl Classes {
         let is_weight = |class: &Class| matches!(graph.node(first(class)).op, Op::Weight(_));
         let weights = || self.all.iter().filter(|c| is_weight(c)).map(first);
         let total: u64 = weights().map(whole).fold(0, u64::saturating_add);
-        let small =
-            |value: ValueId| graph.ty(value).rank() <= 1 || whole(value).saturating_mul(SMALL_SHARE) < total;
+        let small = |value: ValueId| match graph.ty(value).rank() {
+            0 => true,
+            _ if pricer.splits_all() => false,
+            1 => true,
+            _ => whole(value).saturating_mul(SMALL_SHARE) < total,
+        };
         self.reserved = weights().filter(|&v| small(v)).map(whole).fold(0, u64::saturating_add);
         for index in 0..self.all.len() {
             let value = first(&self.all[index]);
@@ -83,7 +87,10 @@ impl Classes {
                 Op::Weight(_) if small(value) => (GroupKind::Free, None),
                 Op::Weight(_) => (GroupKind::Stored, None),
                 Op::Literal(_) | Op::Size(_) | Op::Iota { .. } => (GroupKind::Free, None),
-                op if is_light(op, pricer, value, &replicated, mesh) && free_operands() => {
+                op if !pricer.splits_all()
+                    && is_light(op, pricer, value, &replicated, mesh)
+                    && free_operands() =>
+                {
                     (GroupKind::Free, None)
                 }
                 _ => (GroupKind::Computed, None),
