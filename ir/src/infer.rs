@@ -223,6 +223,8 @@ fn map(scalar: Scalar, args: &[&Type]) -> Inferred {
     };
     let dtype = match scalar {
         Scalar::Cast(to) => to,
+        Scalar::Bits(to) if to.bits() == first.bits() => to,
+        Scalar::Bits(to) => return Err(format!("the bits of {first} as {to}")),
         Scalar::Select => {
             boolean(args[0])?;
             same_dtype(args[1], args[2])?;

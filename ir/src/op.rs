@@ -79,20 +79,22 @@ macro_rules! scalar_functions {
             $($(#[$doc])* $variant,)*
             /// To another element type. Float to integer truncates; to `bool` tests for non-zero.
             Cast(DType),
+            /// The same bits as another element type of the same width.
+            Bits(DType),
         }
 
         impl Scalar {
-            /// Every function but `Cast`, which takes a type.
+            /// Every function but those that take a type.
             pub const ALL: &'static [Scalar] = &[$(Scalar::$variant,)*];
 
-            /// The text name; `cast` for every cast.
+            /// The text name; one for all types a function takes.
             pub fn name(self) -> &'static str {
-                match self { $(Scalar::$variant => $name,)* Scalar::Cast(_) => "cast" }
+                match self { $(Scalar::$variant => $name,)* Scalar::Cast(_) => "cast", Scalar::Bits(_) => "bits" }
             }
 
             /// Number of operands.
             pub fn arity(self) -> usize {
-                match self { $(Scalar::$variant => $arity,)* Scalar::Cast(_) => 1 }
+                match self { $(Scalar::$variant => $arity,)* Scalar::Cast(_) | Scalar::Bits(_) => 1 }
             }
         }
     };

@@ -66,6 +66,14 @@ impl PlanOptions {
     }
 }
 
+impl PlanOptions {
+    /// Where everything is to be split the first plan that does so is as good as any other.
+    fn search(&self) -> Limits {
+        let Limits { states, labels } = self.limits;
+        if self.split_all { Limits { states: states.min(128), labels: labels.min(128) } } else { self.limits }
+    }
+}
+
 /// The programs of all ranks, one per entry, and why they are those.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Plan {
@@ -335,7 +343,7 @@ impl Planner<'_> {
                 if large || has_state { Budget::Least } else { Budget::Free }
             }
         };
-        extract_entries(layouts, budget, options.limits).map_err(|error| match (error, memory) {
+        extract_entries(layouts, budget, options.search()).map_err(|error| match (error, memory) {
             // What was set aside counts for whoever named the budget.
             (ExtractError::Budget { least, .. }, MemoryGoal::Bytes(budget)) => {
                 ExtractError::Budget { least: least.saturating_add(set_aside), budget }.into()

@@ -4,11 +4,11 @@ use anyhow::{Context, Result, bail};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-/// Pinned: the last version that ships its node tests, and one with the older opsets.
-const VERSIONS: [&str; 2] = ["1.21.0", "1.11.0"];
+/// Pinned, newest first: the last version that ships its node tests, the one before it, and one with the older opsets.
+const VERSIONS: [&str; 3] = ["1.22.0", "1.21.0", "1.11.0"];
 /// What a wheel is picked for; only its test data are read. Older versions have no wheels for newer Pythons.
 const PICKED: [(&str, &[&str]); 2] =
-    [("3.11", &["manylinux_2_28_x86_64", "manylinux2014_x86_64"]), ("3.9", &["manylinux2010_x86_64"])];
+    [("3.12", &["manylinux_2_28_x86_64", "manylinux2014_x86_64"]), ("3.9", &["manylinux2010_x86_64"])];
 const DOCUMENT: &str = "docs/onnx-support.md";
 
 /// The wheels, fetched if they are not there.

@@ -12,6 +12,7 @@ mod movement;
 mod outputs;
 mod state;
 mod symbols;
+mod tables;
 mod value;
 
 pub(crate) use context::{Lowered, Lowering, data_dependent, invalid, unsupported};

@@ -256,3 +256,44 @@ pub(super) fn clip(l: &mut Lowering<'_>, call: &Call<'_>) -> Lowered<Vec<Value>>
     }
     Ok(vec![value])
 }
+
+/// An activation by the name that recurrent layers give it; names differ in case between exporters.
+pub(super) fn named_activation(
+    l: &mut Lowering<'_>,
+    name: &str,
+    x: ValueId,
+    alpha: Option<f64>,
+    beta: Option<f64>,
+) -> Lowered<ValueId> {
+    match name.to_ascii_lowercase().as_str() {
+        "relu" => l.map_number(Scalar::Max, x, 0.0),
+        "tanh" => l.map(Scalar::Tanh, &[x]),
+        "sigmoid" => l.map(Scalar::Sigmoid, &[x]),
+        "softplus" => soft_plus(l, x),
+        "softsign" => {
+            let size = l.map(Scalar::Abs, &[x])?;
+            let divisor = l.map_number(Scalar::Add, size, 1.0)?;
+            l.map(Scalar::Div, &[x, divisor])
+        }
+        "affine" => {
+            let scaled = l.map_number(Scalar::Mul, x, alpha.unwrap_or(1.0))?;
+            l.map_number(Scalar::Add, scaled, beta.unwrap_or(0.0))
+        }
+        "scaledtanh" => {
+            let scaled = l.map_number(Scalar::Mul, x, beta.unwrap_or(1.0))?;
+            let bent = l.map(Scalar::Tanh, &[scaled])?;
+            l.map_number(Scalar::Mul, bent, alpha.unwrap_or(1.0))
+        }
+        "leakyrelu" => {
+            let scaled = l.map_number(Scalar::Mul, x, alpha.unwrap_or(0.01))?;
+            piecewise(l, Scalar::Less, x, 0.0, scaled, x)
+        }
+        "thresholdedrelu" => {
+            let zero = l.scalar(l.graph.ty(x).dtype, 0.0)?;
+            piecewise(l, Scalar::Greater, x, alpha.unwrap_or(1.0), x, zero)
+        }
+        "hardsigmoid" => clamp01(l, x, alpha.unwrap_or(0.2), beta.unwrap_or(0.5)),
+        "elu" => exponential(l, x, alpha.unwrap_or(1.0), 1.0),
+        _ => Err(unsupported(format!("the activation {}", crate::error::quote(name)))),
+    }
+}

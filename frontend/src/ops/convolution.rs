@@ -2,18 +2,24 @@
 //!
 //! `auto_pad` is resolved here: SAME needs constant spatial dims, or a stride of 1.
 
+use super::pooling::max_pool_indices;
 use crate::lower::{Call, Lowered, Lowering, Value, invalid, unsupported};
 use tpshard_ir::op::{PoolKind, Window};
 use tpshard_ir::{Dim, Monoid, Op, Scalar, ValueId};
 
-fn lengths(values: Option<&[i64]>, count: usize, default: usize, what: &str) -> Lowered<Vec<usize>> {
+pub(super) fn lengths(
+    values: Option<&[i64]>,
+    count: usize,
+    default: usize,
+    what: &str,
+) -> Lowered<Vec<usize>> {
     let Some(values) = values else { return Ok(vec![default; count]) };
     let read: Option<Vec<usize>> = values.iter().map(|&value| usize::try_from(value).ok()).collect();
     read.filter(|read| read.len() == count && read.iter().all(|&value| value <= i32::MAX as usize))
         .ok_or_else(|| invalid(format!("{what} {values:?} for {count} spatial dims")))
 }
 
-fn window(l: &Lowering<'_>, call: &Call<'_>, x: ValueId, kernel: Vec<usize>) -> Lowered<Window> {
+pub(super) fn window(l: &Lowering<'_>, call: &Call<'_>, x: ValueId, kernel: Vec<usize>) -> Lowered<Window> {
     let spatial = l.graph.ty(x).shape.get(2..).unwrap_or(&[]).to_vec();
     let count = spatial.len();
     if count == 0 || kernel.len() != count {
@@ -61,6 +67,28 @@ fn same_pad(extent: &Dim, reach: usize, stride: usize) -> Lowered<usize> {
 
 pub(super) fn conv(l: &mut Lowering<'_>, call: &Call<'_>) -> Lowered<Vec<Value>> {
     let (x, w) = (l.data(call.input(0)?)?, l.data(call.input(1)?)?);
+    let result = convolve(l, call, x, w)?;
+    let Some(bias) = call.optional(2) else { return Ok(vec![Value::Data(result)]) };
+    let bias = l.data(bias)?;
+    Ok(vec![Value::Data(per_channel(l, Scalar::Add, result, bias)?)])
+}
+
+/// `f(x, parameter)` with one entry of the parameter per channel.
+pub(super) fn per_channel(
+    l: &mut Lowering<'_>,
+    function: Scalar,
+    x: ValueId,
+    parameter: ValueId,
+) -> Lowered<ValueId> {
+    let ty = l.graph.ty(x).clone();
+    let mut shape = vec![Dim::constant(1); ty.rank()];
+    shape[1] = ty.shape[1].clone();
+    let parameter = l.reshape(parameter, &shape)?;
+    l.map(function, &[x, parameter])
+}
+
+/// The convolution that the attributes of a Conv describe, without bias.
+pub(super) fn convolve(l: &mut Lowering<'_>, call: &Call<'_>, x: ValueId, w: ValueId) -> Lowered<ValueId> {
     let weight = l.graph.ty(w).clone();
     let kernel: Option<Vec<usize>> = weight.shape.get(2..).unwrap_or(&[]).iter().map(Dim::as_size).collect();
     let kernel = kernel.ok_or_else(|| unsupported("a kernel of dynamic size"))?;
@@ -76,38 +104,35 @@ pub(super) fn conv(l: &mut Lowering<'_>, call: &Call<'_>) -> Lowered<Vec<Value>>
     let channels = l.graph.ty(x).shape[1].clone();
     let wanted = &weight.shape[1] * &Dim::from(groups);
     l.unify(&channels, &wanted)?;
-    let mut result = l.add(Op::Conv { window, groups }, &[x, w])?;
-    if let Some(bias) = call.optional(2) {
-        let ty = l.graph.ty(result).clone();
-        let mut shape = vec![Dim::constant(1); ty.rank()];
-        shape[1] = ty.shape[1].clone();
-        let bias = l.reshape_value(bias, &shape)?;
-        let bias = l.data(&bias)?;
-        result = l.map(Scalar::Add, &[result, bias])?;
-    }
-    Ok(vec![Value::Data(result)])
+    l.add(Op::Conv { window, groups }, &[x, w])
 }
 
-fn pool(l: &mut Lowering<'_>, call: &Call<'_>, kind: PoolKind) -> Lowered<Vec<Value>> {
+/// The operand, what is pooled from it, and by which window.
+fn pooled(l: &mut Lowering<'_>, call: &Call<'_>, kind: PoolKind) -> Lowered<(ValueId, ValueId, Window)> {
     let x = l.data(call.input(0)?)?;
     let count = l.graph.ty(x).rank().saturating_sub(2);
     let kernel = lengths(Some(call.attributes.required_ints("kernel_shape")?), count, 1, "kernel_shape")?;
     let mut window = window(l, call, x, kernel)?;
     window.ceil = call.attributes.bool("ceil_mode", false)?;
-    Ok(vec![Value::Data(l.add(Op::Pool { kind, window }, &[x])?)])
+    let pooled = l.add(Op::Pool { kind, window: window.clone() }, &[x])?;
+    Ok((x, pooled, window))
 }
 
+/// Values, and where they are in the input.
 pub(super) fn max_pool(l: &mut Lowering<'_>, call: &Call<'_>) -> Lowered<Vec<Value>> {
-    call.attributes.ignore("storage_order");
-    if call.wants(1) {
-        return Err(unsupported("the indices of a MaxPool"));
+    let column_major = call.attributes.bool("storage_order", false)?;
+    let (x, pooled, window) = pooled(l, call, PoolKind::Max)?;
+    if !call.wants(1) {
+        return Ok(vec![Value::Data(pooled)]);
     }
-    pool(l, call, PoolKind::Max)
+    let indices = max_pool_indices(l, x, pooled, &window, column_major)?;
+    Ok(vec![Value::Data(pooled), Value::Data(indices)])
 }
 
 pub(super) fn average_pool(l: &mut Lowering<'_>, call: &Call<'_>) -> Lowered<Vec<Value>> {
     let count_padding = call.attributes.bool("count_include_pad", false)?;
-    pool(l, call, PoolKind::Average { count_padding })
+    let (_, pooled, _) = pooled(l, call, PoolKind::Average { count_padding })?;
+    Ok(vec![Value::Data(pooled)])
 }
 
 pub(super) fn global_pool(l: &mut Lowering<'_>, call: &Call<'_>) -> Lowered<Vec<Value>> {

@@ -3,7 +3,6 @@
 //! NumPy broadcasting since opset 7; opset 6 broadcasts only with the attributes `broadcast` and `axis`.
 
 use crate::lower::{Call, Lowered, Lowering, Value, axis_of, invalid, unsupported};
-use crate::tensor_data::dtype_from_onnx;
 use tpshard_ir::{DTypeClass, Dim, Scalar};
 
 fn scalar_of(op_type: &str) -> Option<Scalar> {
@@ -149,29 +148,6 @@ pub(super) fn bit_shift(lowering: &mut Lowering<'_>, call: &Call<'_>) -> Lowered
         other => return Err(invalid(format!("direction {}", crate::error::quote(other)))),
     };
     Ok(vec![lowering.elementwise(scalar, &[call.input(0)?.clone(), call.input(1)?.clone()])?])
-}
-
-/// `saturate` matters for 8-bit floats only, which nothing computes with here.
-pub(super) fn cast(lowering: &mut Lowering<'_>, call: &Call<'_>) -> Lowered<Vec<Value>> {
-    call.attributes.ignore("saturate");
-    call.attributes.ignore("round_mode");
-    let to = dtype_from_onnx(call.attributes.required_int("to")?)?;
-    Ok(vec![cast_checked(lowering, call.input(0)?, to)?])
-}
-
-pub(super) fn cast_like(lowering: &mut Lowering<'_>, call: &Call<'_>) -> Lowered<Vec<Value>> {
-    call.attributes.ignore("saturate");
-    call.attributes.ignore("round_mode");
-    let to = lowering.dtype(call.input(1)?);
-    Ok(vec![cast_checked(lowering, call.input(0)?, to)?])
-}
-
-fn cast_checked(lowering: &mut Lowering<'_>, value: &Value, to: tpshard_ir::DType) -> Lowered<Value> {
-    let narrow = |dtype: tpshard_ir::DType| dtype.bits() < 8 || (dtype.is_float() && dtype.bits() == 8);
-    if narrow(to) && lowering.dtype(value) != to {
-        return Err(unsupported(format!("a cast to {to}, which is a storage type")));
-    }
-    lowering.cast_value(value, to)
 }
 
 pub(super) fn select(lowering: &mut Lowering<'_>, call: &Call<'_>) -> Lowered<Vec<Value>> {

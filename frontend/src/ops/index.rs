@@ -124,16 +124,23 @@ pub(super) fn one_hot(l: &mut Lowering<'_>, call: &Call<'_>) -> Lowered<Vec<Valu
 /// The upper or lower triangle; the diagonal may be an input.
 pub(super) fn trilu(l: &mut Lowering<'_>, call: &Call<'_>) -> Lowered<Vec<Value>> {
     let upper = call.attributes.bool("upper", true)?;
-    let k = match call.optional(1) {
-        None => Dim::constant(0),
-        Some(k) => l.dims(k, "the diagonal of a Trilu")?.pop().ok_or_else(|| invalid("no diagonal"))?,
+    let (k, moved) = match call.optional(1) {
+        None => (Dim::constant(0), None),
+        // Data may decide: only the elements depend on it.
+        Some(Value::Data(k)) => (Dim::constant(0), Some(*k)),
+        Some(k) => (l.dims(k, "the diagonal of a Trilu")?.pop().ok_or_else(|| invalid("no diagonal"))?, None),
     };
     let x = l.data(call.input(0)?)?;
     let ty = l.graph.ty(x).clone();
     let [.., rows, columns] = ty.shape.as_slice() else { return Err(invalid(format!("Trilu of {ty}"))) };
     if ty.dtype == DType::Bool || ty.dtype.is_float() || ty.dtype.is_integer() {
         let row = l.add(Op::Iota { start: k, length: rows.clone() }, &[])?;
-        let row = l.reshape(row, &[rows.clone(), Dim::constant(1)])?;
+        let mut row = l.reshape(row, &[rows.clone(), Dim::constant(1)])?;
+        if let Some(k) = moved {
+            let k = l.cast(k, DType::I64)?;
+            let k = l.reshape(k, &[])?;
+            row = l.map(Scalar::Add, &[row, k])?;
+        }
         let column = l.add(Op::Iota { start: Dim::constant(0), length: columns.clone() }, &[])?;
         let test = if upper { Scalar::GreaterEqual } else { Scalar::LessEqual };
         let keep = l.map(test, &[column, row])?;

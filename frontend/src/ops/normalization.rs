@@ -1,7 +1,7 @@
 //! Normalizations: [LayerNormalization](https://onnx.ai/onnx/operators/onnx__LayerNormalization.html) 17,
 //! [RMSNormalization](https://onnx.ai/onnx/operators/onnx__RMSNormalization.html) 23,
 //! [GroupNormalization](https://onnx.ai/onnx/operators/onnx__GroupNormalization.html) 18 (scale per group) and 21 (per
-//! channel), BatchNormalization 6 (inference), InstanceNormalization 6, LpNormalization 1, MeanVarianceNormalization 9, and ONNX Runtime's
+//! channel), BatchNormalization 6, InstanceNormalization 6, LpNormalization 1, MeanVarianceNormalization 9, and ONNX Runtime's
 //! SimplifiedLayerNormalization, SkipLayerNormalization, SkipSimplifiedLayerNormalization, EmbedLayerNormalization.
 //!
 //! Those over trailing dims are the composite [`Op::Norm`]; the others are written out. 16-bit floats are computed with
@@ -376,12 +376,11 @@ pub(crate) fn mean_variance_normalization(
 /// BatchNormalization of inference: `(X[N, C, …], scale, bias, running mean, running variance)`.
 pub(crate) fn batch_normalization(lowering: &mut Lowering<'_>, call: &Call<'_>) -> Lowered<Vec<Value>> {
     let read = &call.attributes;
-    for name in ["momentum", "is_test", "consumed_inputs"] {
+    for name in ["is_test", "consumed_inputs"] {
         read.ignore(name);
     }
-    if read.bool("training_mode", false)? {
-        return Err(unsupported("BatchNormalization in training mode"));
-    }
+    let momentum = f64::from(read.float("momentum", 0.9)?);
+    let training = read.bool("training_mode", false)?;
     if !read.bool("spatial", true)? {
         return Err(unsupported("BatchNormalization with spatial = 0"));
     }
@@ -393,14 +392,35 @@ pub(crate) fn batch_normalization(lowering: &mut Lowering<'_>, call: &Call<'_>) 
     for index in 1..5 {
         parameters.push(along_channels(lowering, x, 1, call.input(index)?)?);
     }
-    let [scale, bias, mean, variance] = parameters.as_slice() else {
+    let &[scale, bias, mut mean, mut variance] = parameters.as_slice() else {
         return Err(invalid("not four parameters"));
     };
-    let shifted = lowering.map_number(Scalar::Add, *variance, epsilon)?;
+    let mut running = Vec::new();
+    if training {
+        // The statistics of this batch, and the running ones moved towards them.
+        let axes: Vec<usize> = (0..lowering.type_of(x).rank()).filter(|&axis| axis != 1).collect();
+        let own_mean = lowering.mean(x, &axes)?;
+        let centred = lowering.map(Scalar::Sub, &[x, own_mean])?;
+        let square = lowering.map(Scalar::Mul, &[centred, centred])?;
+        let own_variance = lowering.mean(square, &axes)?;
+        for (before, now, input) in [(mean, own_mean, 3), (variance, own_variance, 4)] {
+            let before = lowering.map_number(Scalar::Mul, before, momentum)?;
+            let flat = lowering.shape(call.input(input)?);
+            let dtype = lowering.dtype(call.input(input)?);
+            let share = lowering.map_number(Scalar::Mul, now, 1.0 - momentum)?;
+            let after = lowering.map(Scalar::Add, &[before, share])?;
+            let after = lowering.reshape(after, &flat)?;
+            running.push(Value::Data(lowering.cast(after, dtype)?));
+        }
+        (mean, variance) = (own_mean, own_variance);
+    }
+    let shifted = lowering.map_number(Scalar::Add, variance, epsilon)?;
     let deviation = lowering.map(Scalar::Sqrt, &[shifted])?;
-    let factor = lowering.map(Scalar::Div, &[*scale, deviation])?;
-    let centred = lowering.map(Scalar::Sub, &[x, *mean])?;
+    let factor = lowering.map(Scalar::Div, &[scale, deviation])?;
+    let centred = lowering.map(Scalar::Sub, &[x, mean])?;
     let scaled = lowering.map(Scalar::Mul, &[centred, factor])?;
-    let y = lowering.map(Scalar::Add, &[scaled, *bias])?;
-    Ok(vec![Value::Data(lowering.cast(y, own)?)])
+    let y = lowering.map(Scalar::Add, &[scaled, bias])?;
+    let mut outputs = vec![Value::Data(lowering.cast(y, own)?)];
+    outputs.extend(running);
+    Ok(outputs)
 }

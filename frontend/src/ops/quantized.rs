@@ -6,6 +6,7 @@
 //! Weights become [`Op::Dequant`], which keeps them packed; what is computed at run time is written out in `f32`.
 
 use super::contraction::product;
+use super::storage::narrow;
 use crate::lower::{Call, Lowered, Lowering, Value, axis_of, invalid, unsupported};
 use crate::tensor_data::dtype_from_onnx;
 use tpshard_ir::{DType, DTypeClass, Dim, Monoid, Op, Scalar, Type, ValueId};
@@ -191,10 +192,9 @@ pub(crate) fn quantize_linear(lowering: &mut Lowering<'_>, call: &Call<'_>) -> L
     let (axis, block) = (axis_attribute(call)?, block_attribute(call)?);
     let wanted = type_attribute(call)?;
     call.attributes.ignore("precision");
-    call.attributes.ignore("saturate");
+    let clips = call.attributes.bool("saturate", true)?;
     let zero = call.optional(2);
     let to = zero.map(|zero| lowering.dtype(zero)).or(wanted).unwrap_or(DType::U8);
-    let (low, high) = range(to)?;
     let x = lowering.data(call.input(0)?)?;
     let grain = grain(&lowering.type_of(x), &lowering.ty(call.input(1)?), axis, block)?;
     let computed = wide(lowering.type_of(x).dtype);
@@ -211,22 +211,30 @@ pub(crate) fn quantize_linear(lowering: &mut Lowering<'_>, call: &Call<'_>) -> L
         }
         None => None,
     };
-    Ok(vec![Value::Data(saturate(lowering, ratio, zero, (low, high), to)?)])
+    if to.is_float() {
+        // The only zero point of these types is 0.
+        return Ok(vec![Value::Data(narrow(lowering, ratio, to, clips)?)]);
+    }
+    Ok(vec![Value::Data(saturate(lowering, ratio, zero, range(to)?, to)?)])
 }
 
 /// The least and greatest value of a type that results are stored in.
-fn range(to: DType) -> Lowered<(f64, f64)> {
+pub(super) fn range(to: DType) -> Lowered<(f64, f64)> {
     match to {
         DType::U8 => Ok((0.0, 255.0)),
         DType::I8 => Ok((-128.0, 127.0)),
         DType::U16 => Ok((0.0, 65_535.0)),
         DType::I16 => Ok((-32_768.0, 32_767.0)),
-        other => Err(unsupported(format!("quantising to {other} at run time; 8 and 16 bit integers are"))),
+        DType::U4 => Ok((0.0, 15.0)),
+        DType::I4 => Ok((-8.0, 7.0)),
+        DType::U2 => Ok((0.0, 3.0)),
+        DType::I2 => Ok((-2.0, 1.0)),
+        other => Err(unsupported(format!("quantising to {other}, which is no integer of up to 16 bits"))),
     }
 }
 
 /// `clamp(round(ratio) + zero)` as integers.
-fn saturate(
+pub(super) fn saturate(
     lowering: &mut Lowering<'_>,
     ratio: ValueId,
     zero: Option<ValueId>,

@@ -166,10 +166,11 @@ pub(super) fn cumulative(l: &mut Lowering<'_>, call: &Call<'_>) -> Lowered<Vec<V
     let exclusive = call.attributes.bool("exclusive", false)?;
     let reverse = call.attributes.bool("reverse", false)?;
     let x = l.data(call.input(0)?)?;
-    let axis = l.ints(call.input(1)?, "the axis of a CumSum")?;
+    let monoid = if call.node.op_type == "CumProd" { Monoid::Prod } else { Monoid::Sum };
+    let axis = l.ints(call.input(1)?, "the axis of a running sum")?;
     let [axis] = axis.as_slice() else { return Err(invalid("the axis is not one integer")) };
     let axis = axis_of(*axis, l.graph.ty(x).rank())?;
-    Ok(vec![Value::Data(l.add(Op::Scan { monoid: Monoid::Sum, axis, exclusive, reverse }, &[x])?)])
+    Ok(vec![Value::Data(l.add(Op::Scan { monoid, axis, exclusive, reverse }, &[x])?)])
 }
 
 /// Softmax, LogSoftmax.

@@ -249,6 +249,17 @@ pub(crate) fn tensor(array: &Array<Num>) -> Result<Tensor, OpError> {
     Tensor::new(array.shape().to_vec(), data).map_err(OpError::other)
 }
 
+/// The element of type `to` that has the bits of `value`, an element of type `from`.
+pub(crate) fn reinterpret(value: Num, from: DType, to: DType) -> Result<Num, OpError> {
+    let one = |dtype, element: Num| {
+        Array::new(dtype, vec![], vec![element]).ok_or_else(|| OpError::other("an element of no array"))
+    };
+    let tensor_of = tensor(&one(from, value)?)?;
+    let bytes = tensor_of.data().to_le_bytes();
+    let read = Tensor::from_le_bytes(to, vec![], &bytes).map_err(OpError::other)?;
+    numbers(&read).first().copied().ok_or_else(|| OpError::other("no element"))
+}
+
 /// The bit pattern of every element, so that moving elements cannot change them.
 pub(crate) fn codes(tensor: &Tensor) -> Array<u64> {
     let dtype = tensor.dtype();

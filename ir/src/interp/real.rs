@@ -2,7 +2,7 @@
 //!
 //! Floats are computed in `f64` and rounded once; integers are computed wide and wrap as two's complement.
 
-use super::codec::{numbers, round_float, tensor, wrap_integer};
+use super::codec::{numbers, reinterpret, round_float, tensor, wrap_integer};
 use super::domain::mix;
 use super::{Array, Domain, OpError, composite};
 use crate::dtype::{DType, DTypeClass};
@@ -73,6 +73,9 @@ impl Domain for Real {
     }
 
     fn scalar(&self, function: Scalar, from: DType, to: DType, args: &[Num]) -> Result<Num, OpError> {
+        if let (Scalar::Bits(to), &[x]) = (function, args) {
+            return reinterpret(x, from, to);
+        }
         let wide = match (args, from.class()) {
             (&[x], DTypeClass::Float) => unary_float(function, x.float()),
             (&[x], _) => unary_int(function, x)?,

@@ -276,6 +276,7 @@ fn is_pointwise(scalar: Scalar, graph: &Graph, node: &Node) -> bool {
     use Scalar as S;
     match scalar {
         S::Cast(to) => float(first) && float(to) || !float(first),
+        S::Bits(_) => false,
         S::Select | S::Not | S::And | S::Or | S::Xor => true,
         S::Equal => true,
         S::Less | S::LessEqual | S::Greater | S::GreaterEqual => first != DType::Bool,

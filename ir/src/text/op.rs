@@ -61,6 +61,7 @@ pub(super) fn print(op: &Op) -> String {
         Op::Size(dim) => attributes().with("value", dim).print(),
         Op::Iota { start, length } => attributes().with("start", start).with("length", length).print(),
         Op::Map(Scalar::Cast(to)) => attributes().with("to", to).print(),
+        Op::Map(Scalar::Bits(to)) => attributes().with("to", to).print(),
         Op::Map(_) => String::new(),
         Op::Einsum(spec) => format!(" {}", quote(&spec.to_string())),
         Op::Reduce { monoid, axes } => attributes().with("monoid", monoid).list("axes", axes).print(),
@@ -282,6 +283,7 @@ fn computation(name: &str, keys: &mut Keys<'_, '_>) -> Parsed<Option<Op>> {
         "size" => Op::Size(keys.dim("value")?),
         "iota" => Op::Iota { start: keys.dim("start")?, length: keys.dim("length")? },
         "cast" => Op::Map(Scalar::Cast(keys.key("to")?.dtype()?)),
+        "bits" => Op::Map(Scalar::Bits(keys.key("to")?.dtype()?)),
         "reduce" => Op::Reduce { monoid: keys.monoid("monoid")?, axes: keys.sizes("axes")? },
         "scan" => Op::Scan {
             monoid: keys.monoid("monoid")?,

@@ -115,6 +115,14 @@ pub fn build(model: &Model<'_>) -> Result<LayoutGraph, BuildError> {
     Ok(LayoutGraph { mesh: model.mesh.clone(), groups: builder.groups, group_of: model.classes.of.clone() })
 }
 
+/// True if `value` has elements smaller than a byte that ranks compute: parts of those do not end where bytes do, so
+/// they are held whole.
+fn packed_at_run_time(graph: &Graph, value: ValueId) -> bool {
+    let node = graph.node(value);
+    node.ty.dtype.is_packed()
+        && (matches!(node.op, Op::Map(_)) || node.args.iter().any(|&a| packed_at_run_time(graph, a)))
+}
+
 impl Builder<'_> {
     fn add(&mut self, index: usize) {
         let class = &self.model.classes.all[index];
@@ -129,7 +137,7 @@ impl Builder<'_> {
             conversions: Vec::new(),
             exits: Vec::new(),
         };
-        if class.kind == GroupKind::Free {
+        if class.kind == GroupKind::Free || packed_at_run_time(self.model.graph, value) {
             group.layouts = vec![Layout::replicated(self.model.mesh)];
         } else {
             group.layouts = self.universe(value).to_vec();

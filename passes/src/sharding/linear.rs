@@ -88,6 +88,7 @@ fn map(scalar: Scalar, args: &[&Type], set: &dyn Fn(Monoid, &[usize]) -> LinearS
         Scalar::Select => Monoid::ALL.map(|m| set(m, &[1, 2])).to_vec(),
         Scalar::Cast(to) if widens(args[0].dtype, to) => Monoid::ALL.map(|m| set(m, &[0])).to_vec(),
         Scalar::Cast(_)
+        | Scalar::Bits(_)
         | Scalar::Div
         | Scalar::Abs
         | Scalar::Sign

@@ -49,6 +49,19 @@ pub(crate) fn row_major(shape: &[usize]) -> Vec<isize> {
     strides
 }
 
+/// The codes of packed elements, a byte each, the padding at the end included.
+fn unpacked(dtype: DType, bytes: &[u8]) -> Vec<u8> {
+    let (bits, mask) = (dtype.bits(), u8::MAX >> (8 - dtype.bits()));
+    bytes.iter().flat_map(|byte| (0..8 / bits).map(move |i| byte >> (i * bits) & mask)).collect()
+}
+
+/// The inverse of [`unpacked`].
+fn packed(dtype: DType, codes: &[u8]) -> Vec<u8> {
+    let bits = dtype.bits();
+    let join = |part: &[u8]| part.iter().enumerate().fold(0, |byte, (i, code)| byte | code << (i * bits));
+    codes.chunks(8 / bits).map(join).collect()
+}
+
 impl Value {
     pub(crate) fn new(tensor: Tensor) -> Value {
         Value::shared(Arc::new(tensor))
@@ -126,6 +139,9 @@ impl Value {
     /// The elements in row-major order.
     pub(crate) fn slice<T: Element>(&self) -> Result<Cow<'_, [T]>, String> {
         let all = self.elements::<T>()?;
+        if self.len() == 0 {
+            return Ok(Cow::Borrowed(&[]));
+        }
         if self.is_contiguous() {
             return all
                 .get(self.offset..self.offset + self.len())
@@ -186,7 +202,7 @@ impl Value {
         Tensor::new(self.shape.clone(), data).map_err(|e| e.to_string())
     }
 
-    /// Storage types are only moved as a whole.
+    /// Elements that share bytes are taken apart to be moved.
     fn copied_raw(&self, dtype: DType, bytes: &[u8]) -> Result<Data, String> {
         if !dtype.is_packed() {
             return Ok(Data::Raw(dtype, gather_elements(self, bytes)));
@@ -194,7 +210,8 @@ impl Value {
         if self.offset == 0 && self.is_contiguous() && self.len() == self.tensor.len() {
             return Ok(Data::Raw(dtype, bytes.to_vec()));
         }
-        Err(format!("a part of a tensor of the packed type {dtype}"))
+        let codes = gather_elements(self, &unpacked(dtype, bytes));
+        Ok(Data::Raw(dtype, packed(dtype, &codes)))
     }
 
     /// Dim `i` of the result is dim `perm[i]`.

@@ -7,10 +7,13 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use tpshard_frontend::proto::{DimensionValue, ModelProto, TensorProto, TypeValue, ValueInfoProto};
 use tpshard_frontend::read_tensor;
-use tpshard_ir::Tensor;
+use tpshard_ir::{DType, Tensor};
 
 /// The IR version from which on initializers need not be inputs.
 const FREE_INITIALIZERS: i64 = 4;
+
+/// `TensorProto.BFLOAT16`.
+const BFLOAT16: i32 = 16;
 
 /// One pair of inputs and outputs by position.
 pub(crate) struct Pair {
@@ -25,8 +28,34 @@ pub(crate) fn pairs(test: &Test, proto: &ModelProto) -> Result<Vec<Pair>> {
     }
     test.data
         .iter()
-        .map(|folder| Ok(Pair { inputs: numbered(folder, "input")?, outputs: numbered(folder, "output")? }))
+        .map(|folder| {
+            let graph = proto.graph.as_ref().context("no graph")?;
+            let inputs = numbered(folder, "input")?;
+            let outputs = numbered(folder, "output")?;
+            Ok(Pair { inputs: typed(inputs, &graph.input)?, outputs: typed(outputs, &graph.output)? })
+        })
         .collect()
+}
+
+/// Old versions of the package write `bf16` as `u16`, for lack of a type in NumPy.
+fn typed(tensors: Vec<Tensor>, declared: &[ValueInfoProto]) -> Result<Vec<Tensor>> {
+    let mut declared = declared.iter();
+    let typed = |tensor: Tensor| {
+        let declared = declared.next().is_some_and(|value| element_type(value) == Some(BFLOAT16));
+        if !declared || tensor.dtype() != DType::U16 {
+            return Ok(tensor);
+        }
+        let bytes = tensor.data().to_le_bytes();
+        Ok(Tensor::from_le_bytes(DType::BF16, tensor.shape().to_vec(), &bytes)?)
+    };
+    tensors.into_iter().map(typed).collect()
+}
+
+fn element_type(value: &ValueInfoProto) -> Option<i32> {
+    match value.r#type.as_ref()?.value.as_ref()? {
+        TypeValue::Tensor(tensor) => Some(tensor.elem_type),
+        _ => None,
+    }
 }
 
 fn numbered(folder: &Path, what: &str) -> Result<Vec<Tensor>> {
@@ -91,6 +120,9 @@ pub(crate) fn constantified(test: &Test, proto: &ModelProto) -> Result<Option<Mo
     }
     for (input, path) in graph.input.drain(1..).zip(given.iter().skip(1)) {
         let mut tensor = TensorProto::decode(fs::read(path)?.as_slice())?;
+        if element_type(&input) == Some(BFLOAT16) {
+            tensor.data_type = BFLOAT16;
+        }
         tensor.name = input.name;
         graph.initializer.push(tensor);
     }

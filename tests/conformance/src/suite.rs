@@ -154,14 +154,16 @@ fn written_out(tests: &mut [Test]) {
     }
 }
 
-/// The hash of the model and all data.
+/// The hash of the model and its inputs. Where versions differ in the expected outputs the newer one has corrected them.
 fn hash(test: &Test) -> Result<[u8; 32]> {
     let mut hash = Sha256::new();
     hash.update(test.name.as_bytes());
     hash.update(fs::read(&test.model)?);
     for set in &test.data {
         for file in sorted(set)? {
-            hash.update(fs::read(file)?);
+            if !file_name(&file).starts_with("output") {
+                hash.update(fs::read(file)?);
+            }
         }
     }
     Ok(hash.finalize().into())
