@@ -70,7 +70,7 @@ impl PlanOptions {
     /// Where everything is to be split the first plan that does so is as good as any other.
     fn search(&self) -> Limits {
         let Limits { states, labels } = self.limits;
-        if self.split_all { Limits { states: states.min(128), labels: labels.min(128) } } else { self.limits }
+        if self.split_all { Limits { states: states.min(16), labels: labels.min(16) } } else { self.limits }
     }
 }
 

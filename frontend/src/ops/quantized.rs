@@ -212,7 +212,11 @@ pub(crate) fn quantize_linear(lowering: &mut Lowering<'_>, call: &Call<'_>) -> L
         None => None,
     };
     if to.is_float() {
-        // The only zero point of these types is 0.
+        // The only zero point of these types is 0; it takes the sign off zeros.
+        let ratio = match zero {
+            Some(zero) => lowering.map(Scalar::Add, &[ratio, zero])?,
+            None => ratio,
+        };
         return Ok(vec![Value::Data(narrow(lowering, ratio, to, clips)?)]);
     }
     Ok(vec![Value::Data(saturate(lowering, ratio, zero, range(to)?, to)?)])

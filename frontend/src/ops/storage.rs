@@ -60,15 +60,14 @@ fn cast_to(l: &mut Lowering<'_>, call: &Call<'_>, to: DType) -> Lowered<Value> {
     Ok(Value::Data(narrow(l, x, to, saturate)?))
 }
 
-/// `x` in a storage type. Floats become integers by rounding to nearest, halves to even, and saturate; integers wrap.
+/// `x` in a storage type. Floats become packed integers without their fraction, and wrap.
 pub(super) fn narrow(l: &mut Lowering<'_>, x: ValueId, to: DType, saturate: bool) -> Lowered<ValueId> {
     let from = l.graph.ty(x).dtype;
     if from == to {
         return Ok(x);
     }
     if to.class() != DTypeClass::Float && from.is_float() {
-        let x = if is_narrow(from) { l.cast(x, DType::F32)? } else { x };
-        let whole = l.map(Scalar::Round, &[x])?;
+        let whole = l.cast(x, DType::I32)?;
         return l.cast(whole, to);
     }
     let Some(Overflow { code, signed, greatest }) = overflow(to).filter(|_| !saturate) else {

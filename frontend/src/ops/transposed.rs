@@ -96,11 +96,13 @@ fn reach(l: &Lowering<'_>, call: &Call<'_>, x: ValueId, w: ValueId) -> Lowered<R
         if target < 0 {
             return Err(invalid(format!("an output of {target}")));
         }
-        let total = full.saturating_sub(target);
+        // What is missing is added at the end.
+        let total = full.saturating_sub(target).max(0);
+        let short = target.saturating_sub(full).max(0);
         let (half, rest) = (total / 2, total - total / 2);
         // The larger half is at the end for SAME_UPPER only.
         (low[axis], high[axis]) = if mode == "SAME_UPPER" { (half, rest) } else { (rest, half) };
-        high[axis] -= signed(extra[axis]);
+        high[axis] -= signed(extra[axis]) + short;
     }
     Ok(Reach { kernel, strides, dilations, low, high })
 }

@@ -80,8 +80,11 @@ impl Narrow {
         if value.is_nan() {
             return match self.specials {
                 Specials::NegativeZeroNan => sign_bit,
-                Specials::Ieee | Specials::AllOnesNan => self.magnitude_mask(),
-                Specials::None => self.largest(),
+                Specials::AllOnesNan => self.magnitude_mask(),
+                // Quiet: the highest bit of the mantissa.
+                Specials::Ieee => self.largest() + 1 + (1 << (self.mantissa - 1)),
+                // There is none; NumPy's types write the negative zero.
+                Specials::None => sign_bit,
             };
         }
         let infinite = self.specials == Specials::Ieee && value.is_infinite();

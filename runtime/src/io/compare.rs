@@ -8,6 +8,7 @@ use super::NamedTensors;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::str::FromStr;
+use tpshard_ir::interp::{Domain, Real};
 use tpshard_ir::{DType, Data, Tensor};
 
 /// A tolerance as on the command line: `1e-4`, or `logits:1e-4` for one output.
@@ -170,7 +171,7 @@ fn compare_tensors(got: &Tensor, reference: &Tensor, tolerance: (f64, f64)) -> V
     if a != b && !exchanged {
         return Verdict::DType { got: a, reference: b };
     }
-    match (Numbers::of(got.data()), Numbers::of(reference.data())) {
+    match (Numbers::of(got), Numbers::of(reference)) {
         (Some(Numbers::Floats(a)), Some(Numbers::Floats(b))) => {
             let pairs = a.zip(b).map(|(a, b)| (float_error(a, b), b.abs()));
             tally(pairs, reference.shape(), tolerance)
@@ -200,13 +201,13 @@ enum Numbers<'a> {
 }
 
 impl<'a> Numbers<'a> {
-    fn of(data: &'a Data) -> Option<Numbers<'a>> {
+    fn of(tensor: &'a Tensor) -> Option<Numbers<'a>> {
         macro_rules! integers {
             ($values:expr) => {
                 Numbers::Integers(Box::new($values.iter().map(|&v| i128::from(v))))
             };
         }
-        Some(match data {
+        Some(match tensor.data() {
             Data::F32(v) => Numbers::Floats(Box::new(v.iter().map(|&v| f64::from(v)))),
             Data::F16(v) => Numbers::Floats(Box::new(v.iter().map(|v| v.to_f64()))),
             Data::BF16(v) => Numbers::Floats(Box::new(v.iter().map(|v| v.to_f64()))),
@@ -220,6 +221,10 @@ impl<'a> Numbers<'a> {
             Data::U32(v) => integers!(v),
             Data::U64(v) => integers!(v),
             Data::Bool(v) => integers!(v),
+            Data::Raw(dtype, _) if dtype.is_float() => {
+                let numbers = Real.import(tensor).elements().iter().map(|n| n.float()).collect::<Vec<_>>();
+                Numbers::Floats(Box::new(numbers.into_iter()))
+            }
             Data::Raw(..) => return None,
         })
     }

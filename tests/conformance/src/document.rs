@@ -63,7 +63,7 @@ fn tally<'a>(ran: impl Iterator<Item = &'a Ran<'a>>, form: Form, ranks: usize) -
 }
 
 fn totals(text: &mut String, ran: &[Ran<'_>]) {
-    text.push_str("\n## Suites\n\nA test that two versions of the package share, model and inputs, is run once, with the newer expected outputs.\n\n");
+    text.push_str("\n## Suites\n\nA test that a newer version of the package has as well, in the same opset, is run once, as the newer one has it.\n\n");
     text.push_str("| onnx | tests | form | run | pass | refused | not right |");
     for ranks in &RANKS[1..] {
         let _ = write!(text, " pass on {ranks} ranks | split | collectives |");

@@ -15,6 +15,7 @@ mod worker;
 
 use anyhow::{Context, Result, bail};
 use outcome::{Form, Verdict};
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Instant;
@@ -79,7 +80,7 @@ impl Arguments {
 /// True if what is found is what is written.
 fn conformance(arguments: &Arguments, words: &[String]) -> Result<bool> {
     let mut tests = Vec::new();
-    let mut seen = Vec::new();
+    let mut seen = BTreeSet::new();
     for (version, wheel) in &arguments.wheels {
         tests.extend(suite::tests(version, &suite::unpack(wheel)?, &mut seen)?);
     }

@@ -3,7 +3,7 @@
 use anyhow::{Context, Result, bail};
 use prost::Message;
 use sha2::{Digest, Sha256};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
@@ -20,6 +20,12 @@ const RTOL: f64 = 1e-3;
 const ATOL: f64 = 1e-7;
 /// The exception, as `data/real/*/data.json` states it.
 const LOOSE: (&str, f64) = ("light_densenet121", 2e-3);
+
+/// Tests of old versions whose expected outputs are wrong: version and part of the name.
+const SUPERSEDED: [(&str, &str); 1] = [
+    // Made by cutting mantissas off; the specification rounds, as newer versions do.
+    ("1.11.0", "FLOAT_to_BFLOAT16"),
+];
 
 /// One test.
 #[derive(Clone, Debug)]
@@ -82,8 +88,17 @@ pub(crate) fn unpack(wheel: &Path) -> Result<PathBuf> {
     Ok(folder)
 }
 
-/// The tests of an unpacked wheel in order of their names, without those whose model `seen` holds already.
-pub(crate) fn tests(suite: &str, folder: &Path, seen: &mut Vec<[u8; 32]>) -> Result<Vec<Test>> {
+/// What makes two versions of a test the same one.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Identity {
+    /// Written in the same opset: what differs was corrected.
+    Name(String, String, i64),
+    /// The model and its inputs.
+    Contents([u8; 32]),
+}
+
+/// The tests of an unpacked wheel in order of their names, without those that `seen` has from a newer one.
+pub(crate) fn tests(suite: &str, folder: &Path, seen: &mut BTreeSet<Identity>) -> Result<Vec<Test>> {
     let data = folder.join(DATA);
     let mut tests = Vec::new();
     for kind in KINDS {
@@ -107,9 +122,11 @@ pub(crate) fn tests(suite: &str, folder: &Path, seen: &mut Vec<[u8; 32]>) -> Res
     written_out(&mut tests);
     let mut fresh = Vec::new();
     for test in tests {
-        let hash = hash(&test)?;
-        if !seen.contains(&hash) {
-            seen.push(hash);
+        let name = Identity::Name(test.kind.clone(), test.name.clone(), test.operator.opset);
+        let (name, contents) = (seen.insert(name), seen.insert(Identity::Contents(hash(&test)?)));
+        let superseded =
+            SUPERSEDED.iter().any(|(suite, part)| test.suite == *suite && test.name.contains(part));
+        if name && contents && !superseded {
             fresh.push(test);
         }
     }
@@ -154,7 +171,7 @@ fn written_out(tests: &mut [Test]) {
     }
 }
 
-/// The hash of the model and its inputs. Where versions differ in the expected outputs the newer one has corrected them.
+/// The hash of the model and its inputs, not of the expected outputs.
 fn hash(test: &Test) -> Result<[u8; 32]> {
     let mut hash = Sha256::new();
     hash.update(test.name.as_bytes());
