@@ -56,10 +56,10 @@ fn reach(l: &Lowering<'_>, call: &Call<'_>, x: ValueId, w: ValueId) -> Lowered<R
     let read = &call.attributes;
     let kernel: Option<Vec<usize>> = l.graph.ty(w).shape[2..].iter().map(Dim::as_size).collect();
     let kernel = kernel.ok_or_else(|| unsupported("a kernel of dynamic size"))?;
-    if let Some(declared) = read.optional_ints("kernel_shape")? {
-        if lengths(Some(declared), count, 1, "kernel_shape")? != kernel {
-            return Err(invalid(format!("kernel_shape {declared:?} and a weight of {}", l.graph.ty(w))));
-        }
+    if let Some(declared) = read.optional_ints("kernel_shape")?
+        && lengths(Some(declared), count, 1, "kernel_shape")? != kernel
+    {
+        return Err(invalid(format!("kernel_shape {declared:?} and a weight of {}", l.graph.ty(w))));
     }
     let strides = lengths(read.optional_ints("strides")?, count, 1, "strides")?;
     let dilations = lengths(read.optional_ints("dilations")?, count, 1, "dilations")?;
