@@ -11,9 +11,6 @@ use std::f64::consts::PI;
 use tpshard_ir::op::EinsumSpec;
 use tpshard_ir::{DType, Dim, Op, Scalar, ValueId};
 
-/// Most products of entries and frequencies that are computed in 64 bits.
-const SMALL: usize = 1 << 18;
-
 /// What is transformed and how.
 struct Transform {
     /// Entries taken from the signal.
@@ -61,18 +58,10 @@ impl Transform {
     }
 
     /// Of `[P, taken, parts]`: `[P, entries, parts]`.
-    ///
-    /// Small ones are computed in 64 bits: where a spectrum is zero the sums cancel as in a fast transform.
     fn apply(&self, l: &mut Lowering<'_>, x: ValueId) -> Lowered<ValueId> {
-        let own = l.graph.ty(x).dtype;
-        let work =
-            l.graph.ty(x).shape[0].as_size().map(|rows| rows.saturating_mul(self.taken * self.entries()));
-        let small = own.is_float() && work.is_some_and(|work| work <= SMALL);
-        let x = if small { l.cast(x, DType::F64)? } else { x };
         let matrix = self.matrix(l, l.graph.ty(x).dtype)?;
         let spec = EinsumSpec::parse("pnc,ncmk->pmk").ok_or_else(|| unsupported("a transform"))?;
-        let result = l.add(Op::Einsum(spec), &[x, matrix])?;
-        l.cast(result, own)
+        l.add(Op::Einsum(spec), &[x, matrix])
     }
 }
 

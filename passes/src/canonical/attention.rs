@@ -23,7 +23,9 @@ fn divide_scores(r: &mut Rewriter<'_>, v: ValueId) -> Option<ValueId> {
         return None;
     }
     let inverse = 1.0 / value;
-    if !(inverse as f32).is_normal() {
+    // A reciprocal that the type does not hold would make another function of it.
+    let exact = r.ty(divisor).dtype == tpshard_ir::DType::F64 || f64::from(inverse as f32) * value == 1.0;
+    if !(inverse as f32).is_normal() || !exact {
         return None;
     }
     let factor = literal_like(r.ty(divisor), inverse)?;

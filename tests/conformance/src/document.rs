@@ -37,7 +37,7 @@ const HEAD: &str = "# What of ONNX works
 Written by `cargo xtask conformance --write`, which runs ONNX's own backend tests; `cargo xtask conformance` fails when a
 row is not what is written here. A test is imported, planned, its certificate checked, and executed on 1 rank, then on 2
 and 3 ranks with everything split that a rule can split (`--split-all`), and compared with the suite's outputs in the
-suite's tolerances. *Constantified* tests have all inputs but the first as initializers, as real models have weights.
+suite's tolerances (`dft_inverse`, whose zeros are expected as noise, in 1e-5). *Constantified* tests have all inputs but the first as initializers, as real models have weights.
 A test is *refused* if the importer says why it does not take the model; *not right* is everything else that does not
 pass: an error after that, a wrong result or a crash.
 ";
