@@ -330,6 +330,7 @@ impl<'a> Pricer<'a> {
             | Op::Softmax { .. }
             | Op::Norm { .. }
             | Op::Rotary { .. }
+            | Op::Deferred { .. }
             | Op::Iota { .. } => self.moved(reads() + write),
             Op::Convert(_) => Parts::default(),
         }
