@@ -9,7 +9,7 @@
 //! What must not live here: what calls mean.
 
 use crate::dim::{Bindings, Dim};
-use crate::graph::{Graph, SymbolRange, Type, ValueId};
+use crate::graph::{Graph, Node, SymbolRange, Type, ValueId};
 use crate::op::Op;
 use crate::tensor::Tensor;
 use std::collections::{BTreeMap, BTreeSet};
@@ -143,6 +143,19 @@ pub fn bind_least(ty: &Type, symbols: &BTreeMap<Arc<str>, SymbolRange>, bindings
     }
 }
 
+impl Node {
+    /// The symbols of the type and of the attributes.
+    pub fn symbols(&self) -> BTreeSet<Arc<str>> {
+        let mut found: BTreeSet<Arc<str>> = self.ty.shape.iter().flat_map(Dim::symbols).collect();
+        if !matches!(self.op, Op::Map(_) | Op::Einsum(_) | Op::Weight(_) | Op::Literal(_)) {
+            let seen = std::cell::RefCell::new(BTreeSet::new());
+            self.op.clone().for_each_dim_mut(&|dim| seen.borrow_mut().extend(dim.symbols()));
+            found.extend(seen.into_inner());
+        }
+        found
+    }
+}
+
 impl Graph {
     /// The symbols that no input gives a value: those that deferred results define.
     pub fn data_symbols(&self) -> BTreeSet<Arc<str>> {
@@ -155,12 +168,24 @@ impl Graph {
         defined
     }
 
-    /// The deferred values that define symbols. What uses such a symbol depends on them without naming them as operands,
-    /// so they come first, in this order.
+    /// The deferred values that define symbols which some value has that no operand has: it depends on them without
+    /// naming them, so they come first, in this order.
     pub fn definers(&self) -> Vec<ValueId> {
-        let mut open = self.data_symbols();
-        if open.is_empty() {
+        let data = self.data_symbols();
+        if data.is_empty() {
             return Vec::new();
+        }
+        let symbols = |value: ValueId| -> BTreeSet<Arc<str>> {
+            self.ty(value).shape.iter().flat_map(Dim::symbols).collect()
+        };
+        let mut open: BTreeSet<Arc<str>> = BTreeSet::new();
+        for node in self.nodes().iter().filter(|node| !matches!(node.op, Op::Deferred { .. })) {
+            let mut own = node.symbols();
+            own.retain(|symbol| data.contains(symbol));
+            if !own.is_empty() {
+                let given: BTreeSet<Arc<str>> = node.args.iter().flat_map(|&arg| symbols(arg)).collect();
+                open.extend(own.into_iter().filter(|symbol| !given.contains(symbol)));
+            }
         }
         let mut found = Vec::new();
         for (value, node) in self.values().filter(|(_, n)| matches!(n.op, Op::Deferred { .. })) {

@@ -80,6 +80,8 @@ pub(crate) struct Lowering<'m> {
     pub(crate) probes: usize,
     /// How many extents were found that change from round to round of a loop.
     pub(crate) changing: usize,
+    /// What kept the last subgraph from saying the types of its results.
+    pub(crate) probe_fault: Option<Fault>,
     /// Upper bounds of sizes that data decides, where there are some.
     pub(crate) data_bounds: BTreeMap<Arc<str>, Option<Dim>>,
     /// The node being lowered, for the reasons of guards.
@@ -106,6 +108,7 @@ impl<'m> Lowering<'m> {
             may_defer: true,
             probes: PROBE_LIMIT,
             changing: 0,
+            probe_fault: None,
             data_bounds: BTreeMap::new(),
             site: String::new(),
             state_inputs: BTreeMap::new(),

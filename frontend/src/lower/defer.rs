@@ -42,6 +42,7 @@ impl Lowering<'_> {
 
     fn deferred(&mut self, node: &Node, fault: &Fault) -> Result<Vec<Value>, Option<Fault>> {
         let inputs = self.operands(node)?;
+        self.probe_fault = None;
         if let Some(values) = self.selected(node, &inputs) {
             return Ok(values);
         }
@@ -51,7 +52,7 @@ impl Lowering<'_> {
             let Some(name) = node.output(index) else { continue };
             *ranked = self.with_declared(name, ranked.take());
             if ranked.is_none() {
-                return Err(Some(unknown_rank(fault)));
+                return Err(Some(unknown_rank(fault, self.probe_fault.take())));
             }
         }
         let (call, args) = self.call(node)?;
@@ -213,6 +214,7 @@ impl Lowering<'_> {
         (inner.probes, inner.changing) = (self.probes, self.changing);
         let types = inner.probed(&options);
         (self.probes, self.changing) = (inner.probes, inner.changing);
+        self.probe_fault = inner.probe_fault.take();
         let known = |dim: &Dim| {
             dim.symbols().iter().all(|s| outer.contains(s)) && !inner.symbols.depends_on_data(dim)
         };
@@ -229,7 +231,8 @@ impl Lowering<'_> {
         faults.keep(self.declare_initializers(graph));
         faults.keep(self.declare_inputs(options, &mut report));
         self.nodes(graph, &mut faults);
-        if !faults.is_empty() {
+        if let Err(error) = faults.finish("") {
+            self.probe_fault = error.faults.into_iter().next();
             return None;
         }
         let value = |output: &model::ValueInfo| match self.lookup(&output.name)? {
@@ -248,7 +251,11 @@ fn declared_extent(dim: &model::Dim) -> Extent {
 }
 
 /// The refusal of a node whose result has no known rank.
-fn unknown_rank(fault: &Fault) -> Fault {
+fn unknown_rank(fault: &Fault, inside: Option<Fault>) -> Fault {
+    if let Some(inside) = inside {
+        let message = format!("{}, and inside {}: {}", fault.message, inside.site, inside.message);
+        return Fault { site: fault.site.clone(), ..Fault::unsupported(message, inside.help) };
+    }
     let cause = undecided("");
     let help = if fault.help == cause.help {
         "declare the shape of its result, e.g. with onnx.shape_inference".to_owned()

@@ -154,6 +154,13 @@ impl Lowering<'_> {
             return Err(invalid(message).at_value(name));
         }
         let Some(shape) = declared.shape.as_ref() else { return Ok(()) };
+        let deferred = matches!(self.graph.node(value).op, Op::Deferred { .. });
+        if shape.len() != found.rank() && (shape.is_empty() || deferred) {
+            // Exporters write no dims where they know none, and seldom know those of control flow.
+            let name = crate::error::quote(name);
+            report.notes.push(format!("output {name} is declared as {declared} and is {found}"));
+            return Ok(());
+        }
         if shape.len() != found.rank() {
             let message = format!("the output is declared as {declared} and computed as {found}");
             return Err(invalid(message).at_value(name));
@@ -234,11 +241,7 @@ fn need_definers(graph: &Graph, needed: &mut [bool]) {
             continue;
         }
         node.args.iter().for_each(|arg| needed[arg.index()] = true);
-        let seen = std::cell::RefCell::new(BTreeSet::new());
-        node.op.clone().for_each_dim_mut(&|dim| seen.borrow_mut().extend(dim.symbols()));
-        let mut symbols = seen.into_inner();
-        symbols.extend(node.ty.shape.iter().flat_map(Dim::symbols));
-        for symbol in symbols {
+        for symbol in node.symbols() {
             if let Some(&value) = definer.get(&symbol) {
                 needed[value.index()] = true;
             }

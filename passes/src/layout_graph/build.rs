@@ -397,7 +397,10 @@ impl Builder<'_> {
             }
             let group = &self.groups[index];
             let mut exits = Vec::new();
-            for (slot, layout) in group.layouts.iter().enumerate().filter(|(_, l)| !l.has_partial()) {
+            // What defines sizes is whole on every rank, and there is nothing to decide.
+            let defines = matches!(graph.node(output.value).op, Op::Deferred { .. });
+            let may_leave = |layout: &Layout| !layout.has_partial() && (!defines || layout.is_replicated());
+            for (slot, layout) in group.layouts.iter().enumerate().filter(|(_, l)| may_leave(l)) {
                 let home = match past {
                     None => None,
                     // A state that is only read.
