@@ -9,8 +9,8 @@ use std::fs::File;
 use std::io::BufReader;
 use std::path::Path;
 use std::sync::Arc;
-use tpshard_frontend::{ImportOptions, Imported, import};
 use tpshard_frontend::deferred::OnnxEvaluator;
+use tpshard_frontend::{ImportOptions, Imported, import};
 use tpshard_ir::interp::{OpError, run_tensors_with};
 use tpshard_ir::weight::{WeightExpr, WeightKind};
 use tpshard_ir::{DType, Data, Op, Tensor};
@@ -72,8 +72,7 @@ fn compare(
         Tensor::from_le_bytes(dtype, shape, &bytes).map_err(|error| other(error.to_string()))
     };
     let evaluator = OnnxEvaluator::default();
-    let outputs =
-        run_tensors_with(&imported.graph, &inputs, &initializer, ELEMENT_LIMIT, Some(&evaluator))?;
+    let outputs = run_tensors_with(&imported.graph, &inputs, &initializer, ELEMENT_LIMIT, Some(&evaluator))?;
     let mut worst = 0.0f64;
     for (name, found) in outputs {
         let Some(wanted) = expected.get(&name) else { bail!("no recorded output {name}") };

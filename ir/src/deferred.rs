@@ -219,7 +219,8 @@ mod tests {
 
     #[test]
     fn results_bind_what_they_define_and_are_held_to_the_rest() {
-        let ty = Type::new(DType::F32, vec![Dim::symbol("n"), Dim::symbol("n") * Dim::constant(2), 4i64.into()]);
+        let ty =
+            Type::new(DType::F32, vec![Dim::symbol("n"), Dim::symbol("n") * Dim::constant(2), 4i64.into()]);
         let symbols = [("n".into(), range(1, 8))].into();
         let made = |a: i64, b: i64, c: i64| Type::new(DType::F32, vec![a.into(), b.into(), c.into()]);
         let mut bindings = Bindings::new();

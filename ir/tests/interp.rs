@@ -24,7 +24,9 @@ fn dims(shape: &[usize]) -> Vec<Dim> {
 
 fn run<D: Domain>(domain: &D, graph: &Graph, inputs: &Inputs<D::Element>) -> Outputs<D::Element> {
     let weights = |expr: &WeightExpr| random_weight(domain, expr, 1, LIMIT);
-    Interpreter { domain, weights: &weights, element_limit: LIMIT, deferred: None }.run(graph, inputs).unwrap()
+    Interpreter { domain, weights: &weights, element_limit: LIMIT, deferred: None }
+        .run(graph, inputs)
+        .unwrap()
 }
 
 fn run_program<D: Domain>(

@@ -27,7 +27,8 @@ impl Extended {
     /// Nothing rewritten yet.
     pub fn new(graph: Graph) -> Extended {
         let defines = |value: ValueId| Output { name: format!("sizes of {value}").into(), value };
-        let outputs = graph.definers().into_iter().map(defines).chain(graph.outputs.iter().cloned()).collect();
+        let outputs =
+            graph.definers().into_iter().map(defines).chain(graph.outputs.iter().cloned()).collect();
         let imported = graph.len();
         Extended { graph, imported, equations: Vec::new(), outputs }
     }

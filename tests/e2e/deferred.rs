@@ -16,9 +16,7 @@ const INT: i32 = 7;
 const BOOL: i32 = 9;
 
 fn value(name: &str, kind: i32, dims: &[i64]) -> ValueInfoProto {
-    let dim = |&size: &i64| DimensionProto {
-        value: (size >= 0).then_some(DimensionValue::Value(size)),
-    };
+    let dim = |&size: &i64| DimensionProto { value: (size >= 0).then_some(DimensionValue::Value(size)) };
     let shape = TensorShapeProto { dim: dims.iter().map(dim).collect() };
     let ty = TensorTypeProto { elem_type: kind, shape: Some(shape) };
     let ty = TypeProto { value: Some(TypeValue::Tensor(ty)), denotation: String::new() };
@@ -136,9 +134,9 @@ fn selected(x: &Tensor, mask: &[bool]) -> Vec<f32> {
         let wide: Vec<f32> = (0..64)
             .map(|n| (0..8).map(|k| x[row * 8 + k] * (((k * 64 + n) % 5) as f32 - 2.0)).sum())
             .collect();
-        y.extend((0..8).map(|n| -> f32 {
-            (0..64).map(|k| wide[k] * (((k * 8 + n) % 3) as f32 - 1.0)).sum()
-        }));
+        y.extend(
+            (0..8).map(|n| -> f32 { (0..64).map(|k| wide[k] * (((k * 8 + n) % 3) as f32 - 1.0)).sum() }),
+        );
     }
     y
 }
@@ -239,9 +237,8 @@ fn a_shape_may_be_an_input() {
         let shape = |a: i64, b: i64| ("shape", Tensor::from_vec(vec![2], vec![a, b]).unwrap());
         let (ended, made) = run(&folder, &[("x", x.clone()), shape(-1, 8)], &scratch);
         ended.ok();
-        let expected = floats(&[3, 5], |i| {
-            (0..8).map(|k| (i / 5 * 8 + k) as f32 * (k * 5 + i % 5) as f32).sum()
-        });
+        let expected =
+            floats(&[3, 5], |i| (0..8).map(|k| (i / 5 * 8 + k) as f32 * (k * 5 + i % 5) as f32).sum());
         assert_eq!(read(&made)["y"], expected);
         // The weight says that there are 8 columns.
         run(&folder, &[("x", x.clone()), shape(6, 4)], &scratch).0.fails(6, &["the_Reshape", "dim 1 is 4"]);
@@ -305,7 +302,10 @@ fn control() -> GraphProto {
                 "If",
                 &["flag"],
                 &["chosen"],
-                vec![graph_attribute("then_branch", branch("Add")), graph_attribute("else_branch", branch("Mul"))],
+                vec![
+                    graph_attribute("then_branch", branch("Add")),
+                    graph_attribute("else_branch", branch("Mul")),
+                ],
             ),
             node("MatMul", &["chosen", "w"], &["z"], vec![]),
         ],
@@ -324,7 +324,8 @@ fn data_decides_what_is_run() {
     let x = floats(&[2, 4], |i| i as f32);
     for ranks in 1..=3 {
         let folder = sharded_for(&model, ranks, &scratch);
-        for (trips, limit, flag, rounds) in [(3i64, 1000f32, true, 3), (9, 20.0, false, 2), (0, 1.0, true, 0)] {
+        for (trips, limit, flag, rounds) in [(3i64, 1000f32, true, 3), (9, 20.0, false, 2), (0, 1.0, true, 0)]
+        {
             let inputs = [
                 ("x", x.clone()),
                 ("trips", Tensor::scalar(trips)),

@@ -75,7 +75,11 @@ impl OnnxEvaluator {
             return Ok(known.clone());
         }
         if inputs.len() != body.graph.inputs.len() {
-            return Err(format!("the body has {} inputs, {} are given", body.graph.inputs.len(), inputs.len()));
+            return Err(format!(
+                "the body has {} inputs, {} are given",
+                body.graph.inputs.len(),
+                inputs.len()
+            ));
         }
         let own = body.graph.inputs.iter().zip(inputs).map(|(info, tensor)| static_info(&info.name, tensor));
         let outer = body.outer.iter().map(|(name, tensor)| static_info(name, tensor));
@@ -97,7 +101,12 @@ impl OnnxEvaluator {
     }
 
     /// The outputs of a body.
-    pub(super) fn run_body(&self, body: &Body<'_>, inputs: &[Tensor], limit: usize) -> Evaluated<Vec<Tensor>> {
+    pub(super) fn run_body(
+        &self,
+        body: &Body<'_>,
+        inputs: &[Tensor],
+        limit: usize,
+    ) -> Evaluated<Vec<Tensor>> {
         let imported = self.prepared(body, inputs)?;
         let mut operands = body.outer.clone();
         operands.extend(body.graph.inputs.iter().map(|info| info.name.as_str()).zip(inputs));
@@ -131,7 +140,8 @@ pub(super) fn run_imported(
     let find = |name: &Arc<str>| operands.get(&**name).map(|tensor| (name.clone(), (*tensor).clone()));
     let inputs = imported.graph.inputs().filter_map(|(_, name, _)| find(name)).collect();
     let initializer = |name: &str| -> Result<Tensor, OpError> {
-        let tensor = imported.tensors.get(name).ok_or_else(|| OpError::Other(format!("no tensor `{name}`")))?;
+        let tensor =
+            imported.tensors.get(name).ok_or_else(|| OpError::Other(format!("no tensor `{name}`")))?;
         imported.model.storage.to_tensor(tensor).map_err(|fault| OpError::Other(fault.to_string()))
     };
     let outputs = run_tensors_with(&imported.graph, &inputs, &initializer, limit, Some(evaluator));

@@ -8,8 +8,8 @@ use crate::external::{Opener, Storage};
 use crate::limits::Limits;
 use crate::model::{Attribute, AttributeValue, Dim, Graph, Node, ValueInfo, ValueType};
 use crate::proto::{
-    AttributeProto, DimensionProto, DimensionValue, GraphProto, NodeProto, StringStringEntryProto, TensorProto,
-    TensorShapeProto, TensorTypeProto, TypeProto, TypeValue, ValueInfoProto,
+    AttributeProto, DimensionProto, DimensionValue, GraphProto, NodeProto, StringStringEntryProto,
+    TensorProto, TensorShapeProto, TensorTypeProto, TypeProto, TypeValue, ValueInfoProto,
 };
 use crate::tensor_data::{TensorRef, onnx_from_dtype};
 use prost::Message;
@@ -27,7 +27,8 @@ const LARGEST: usize = 4 << 20;
 pub(crate) fn encode(node: &Node, storage: &Storage) -> Result<Vec<u8>, Fault> {
     let bytes = node_proto(node, storage)?.encode_to_vec();
     if bytes.len() > LARGEST {
-        let message = format!("the node and its subgraphs hold {} bytes, {LARGEST} are possible", bytes.len());
+        let message =
+            format!("the node and its subgraphs hold {} bytes, {LARGEST} are possible", bytes.len());
         return Err(Fault::resource(message, "store large constants of subgraphs as initializers"));
     }
     Ok(bytes)
@@ -60,7 +61,10 @@ fn node_proto(node: &Node, storage: &Storage) -> Result<NodeProto, Fault> {
 fn attribute_proto(attribute: &Attribute, storage: &Storage) -> Result<AttributeProto, Fault> {
     let mut proto = AttributeProto { name: attribute.name.clone(), ..AttributeProto::default() };
     let tensors = |tensors: &[TensorRef]| {
-        tensors.iter().map(|tensor| tensor_proto(&tensor.name, tensor, storage)).collect::<Result<Vec<_>, Fault>>()
+        tensors
+            .iter()
+            .map(|tensor| tensor_proto(&tensor.name, tensor, storage))
+            .collect::<Result<Vec<_>, Fault>>()
     };
     proto.r#type = match &attribute.value {
         AttributeValue::Float(value) => {
@@ -100,7 +104,8 @@ fn attribute_proto(attribute: &Attribute, storage: &Storage) -> Result<Attribute
             9
         }
         AttributeValue::Graphs(graphs) => {
-            proto.graphs = graphs.iter().map(|graph| graph_proto(graph, storage)).collect::<Result<_, Fault>>()?;
+            proto.graphs =
+                graphs.iter().map(|graph| graph_proto(graph, storage)).collect::<Result<_, Fault>>()?;
             10
         }
         AttributeValue::Type(ty) => {
@@ -212,7 +217,10 @@ fn opsets_of(node: &NodeProto) -> Vec<i64> {
 }
 
 fn inner_nodes(node: &NodeProto) -> impl Iterator<Item = &NodeProto> {
-    let graphs = node.attribute.iter().flat_map(|attribute| attribute.g.as_deref().into_iter().chain(&attribute.graphs));
+    let graphs = node
+        .attribute
+        .iter()
+        .flat_map(|attribute| attribute.g.as_deref().into_iter().chain(&attribute.graphs));
     graphs.flat_map(|graph| &graph.node)
 }
 

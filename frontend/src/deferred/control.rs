@@ -19,8 +19,14 @@ fn truth(tensor: &Tensor, what: &str) -> Evaluated<bool> {
 
 impl OnnxEvaluator {
     /// The branch that the condition takes.
-    pub(super) fn branch(&self, node: &Node, operands: &Operands<'_>, limit: usize) -> Evaluated<Vec<Tensor>> {
-        let condition = node.input(0).and_then(|name| operands.get(name)).ok_or("the condition is missing")?;
+    pub(super) fn branch(
+        &self,
+        node: &Node,
+        operands: &Operands<'_>,
+        limit: usize,
+    ) -> Evaluated<Vec<Tensor>> {
+        let condition =
+            node.input(0).and_then(|name| operands.get(name)).ok_or("the condition is missing")?;
         let taken = if truth(condition, "the condition")? { "then_branch" } else { "else_branch" };
         let body = Body::new(subgraph(node, taken)?, operands)?;
         self.run_body(&body, &[], limit)
@@ -28,7 +34,12 @@ impl OnnxEvaluator {
 
     /// `while i < trips && condition`: the body takes round, condition and carried values, and gives condition, carried
     /// values and a row of each scan output.
-    pub(super) fn repeat(&self, node: &Node, operands: &Operands<'_>, limit: usize) -> Evaluated<Vec<Tensor>> {
+    pub(super) fn repeat(
+        &self,
+        node: &Node,
+        operands: &Operands<'_>,
+        limit: usize,
+    ) -> Evaluated<Vec<Tensor>> {
         let graph = subgraph(node, "body")?;
         let body = Body::new(graph, operands)?;
         let input = |index: usize| node.input(index).and_then(|name| operands.get(name).copied());
@@ -38,7 +49,11 @@ impl OnnxEvaluator {
             .map(|index| input(index).cloned().ok_or_else(|| format!("input {index} is missing")))
             .collect::<Evaluated<Vec<Tensor>>>()?;
         let Some(scans) = graph.outputs.len().checked_sub(1 + carried.len()) else {
-            return Err(format!("{} outputs of the body carry {} values", graph.outputs.len(), carried.len()));
+            return Err(format!(
+                "{} outputs of the body carry {} values",
+                graph.outputs.len(),
+                carried.len()
+            ));
         };
         let mut rows: Vec<Vec<Tensor>> = vec![Vec::new(); scans];
         let (mut round, mut held) = (0i64, 0usize);
@@ -46,11 +61,13 @@ impl OnnxEvaluator {
             if round >= MOST_ROUNDS {
                 return Err(format!("the loop does not end within {MOST_ROUNDS} rounds"));
             }
-            let mut inputs = vec![shaped(graph, 0, Tensor::scalar(round))?, shaped(graph, 1, Tensor::scalar(true))?];
+            let mut inputs =
+                vec![shaped(graph, 0, Tensor::scalar(round))?, shaped(graph, 1, Tensor::scalar(true))?];
             inputs.append(&mut carried);
             let mut results = self.run_body(&body, &inputs, limit)?;
             let of_scans = results.split_off(inputs.len().saturating_sub(1).min(results.len()));
-            condition = results.first().map(|next| truth(next, "the condition")).transpose()?.unwrap_or(false);
+            condition =
+                results.first().map(|next| truth(next, "the condition")).transpose()?.unwrap_or(false);
             carried = results.into_iter().skip(1).collect();
             held = of_scans.iter().map(Tensor::len).fold(held, usize::saturating_add);
             if held > limit {
@@ -60,7 +77,8 @@ impl OnnxEvaluator {
             round += 1;
         }
         if round == 0 && scans > 0 {
-            let mut inputs = vec![shaped(graph, 0, Tensor::scalar(0i64))?, shaped(graph, 1, Tensor::scalar(true))?];
+            let mut inputs =
+                vec![shaped(graph, 0, Tensor::scalar(0i64))?, shaped(graph, 1, Tensor::scalar(true))?];
             inputs.extend(carried.iter().cloned());
             let skip = inputs.len() - 1;
             carried.extend(self.no_rows(&body, &inputs, skip, &vec![0; scans])?);
@@ -150,7 +168,9 @@ impl OnnxEvaluator {
         if length == 0 {
             return self.scan_nothing(body, form, states, &sequences, &axes);
         }
-        for ((mut rows, &axis), &backwards) in rows.into_iter().zip(&form.output_axes).zip(&form.output_backwards) {
+        for ((mut rows, &axis), &backwards) in
+            rows.into_iter().zip(&form.output_axes).zip(&form.output_backwards)
+        {
             if backwards {
                 rows.reverse();
             }
@@ -175,7 +195,8 @@ impl OnnxEvaluator {
             shape.remove(axis);
             inputs.push(Tensor::zeros(sequence.dtype(), shape).map_err(|error| error.to_string())?);
         }
-        let axes: Vec<usize> = form.output_axes.iter().map(|&axis| usize::try_from(axis).unwrap_or(0)).collect();
+        let axes: Vec<usize> =
+            form.output_axes.iter().map(|&axis| usize::try_from(axis).unwrap_or(0)).collect();
         states.extend(self.no_rows(body, &inputs, form.states, &axes)?);
         Ok(states)
     }

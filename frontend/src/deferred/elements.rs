@@ -164,8 +164,7 @@ mod tests {
     fn cutting_and_joining_are_inverse() {
         let x = Tensor::from_vec(vec![2, 3, 2], (0..12i32).collect()).unwrap();
         for axis in 0..3 {
-            let parts: Vec<Tensor> =
-                (0..x.shape()[axis]).map(|at| entry(&x, axis, at).unwrap()).collect();
+            let parts: Vec<Tensor> = (0..x.shape()[axis]).map(|at| entry(&x, axis, at).unwrap()).collect();
             assert_eq!(stack(&parts, axis).unwrap(), x);
         }
         let picked = take(&x, 1, &[2, 0]).unwrap();

@@ -20,8 +20,8 @@ mod unique;
 pub(crate) use captures::{captured, lift_initializers, operand_names};
 pub(crate) use code::encode;
 
-use crate::model::{Graph, Model, Node, TensorType, ValueInfo, ValueType};
 use crate::ImportOptions;
+use crate::model::{Graph, Model, Node, TensorType, ValueInfo, ValueType};
 use body::{Bodies, constant_bindings, run_imported, static_info};
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -119,11 +119,8 @@ impl OnnxEvaluator {
             let bindings = constant_bindings(operands, |tensor| all || !tensor.dtype().is_float());
             let inputs = operands.iter().map(|(name, tensor)| static_info(name, tensor)).collect();
             let outputs = node.outputs.iter().filter(|name| !name.is_empty());
-            let output = |name: &String| ValueInfo {
-                name: name.clone(),
-                value_type: None,
-                metadata: BTreeMap::new(),
-            };
+            let output =
+                |name: &String| ValueInfo { name: name.clone(), value_type: None, metadata: BTreeMap::new() };
             let graph = Graph {
                 nodes: vec![node.clone()],
                 inputs,

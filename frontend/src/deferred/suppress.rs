@@ -14,7 +14,8 @@ pub(super) fn non_max_suppression<'a>(
     let (boxes, scores) = input(0).zip(input(1)).ok_or("an operand is missing")?;
     let by_center = node.attributes().bool("center_point_box", false).map_err(|error| error.to_string())?;
     let most = input(2).map(|most| integer(most, "the number of boxes")).transpose()?.unwrap_or(0);
-    let number = |index: usize, what: &str| input(index).map(|t| single(t, what).map(|n| n.float())).transpose();
+    let number =
+        |index: usize, what: &str| input(index).map(|t| single(t, what).map(|n| n.float())).transpose();
     let overlap = number(3, "the overlap")?.unwrap_or(0.0);
     let least = number(4, "the score")?;
     let (&[batches, count, 4], &[of_scores, classes, columns]) = (boxes.shape(), scores.shape()) else {
@@ -23,8 +24,7 @@ pub(super) fn non_max_suppression<'a>(
     if of_scores != batches || columns != count {
         return Err(format!("boxes of shape {:?} with scores of shape {:?}", boxes.shape(), scores.shape()));
     }
-    let corners: Vec<[f64; 4]> =
-        numbers(boxes)?.chunks_exact(4).map(|one| corners(one, by_center)).collect();
+    let corners: Vec<[f64; 4]> = numbers(boxes)?.chunks_exact(4).map(|one| corners(one, by_center)).collect();
     let scores: Vec<f64> = numbers(scores)?.iter().map(Number::float).collect();
     let mut rows: Vec<i64> = Vec::new();
     let most = usize::try_from(most).unwrap_or(0);

@@ -63,7 +63,12 @@ mod tests {
     fn node(attributes: &[(&str, i64)]) -> Node {
         let attribute =
             |&(name, value): &(&str, i64)| Attribute { name: name.into(), value: AttributeValue::Int(value) };
-        Node { op_type: "Unique".into(), opset: 11, attributes: attributes.iter().map(attribute).collect(), ..Node::default() }
+        Node {
+            op_type: "Unique".into(),
+            opset: 11,
+            attributes: attributes.iter().map(attribute).collect(),
+            ..Node::default()
+        }
     }
 
     fn ints(values: &[i64]) -> Tensor {

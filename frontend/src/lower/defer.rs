@@ -102,7 +102,8 @@ impl Lowering<'_> {
         let mut args = Vec::new();
         for name in operand_names(&node) {
             let value = lifted.get(&name).or_else(|| self.lookup(&name)).cloned();
-            let value = value.ok_or_else(|| Some(super::invalid("an outer value is not defined").at_value(&name)))?;
+            let value =
+                value.ok_or_else(|| Some(super::invalid("an outer value is not defined").at_value(&name)))?;
             if matches!(value, Value::Poison) {
                 return Err(None);
             }
@@ -179,7 +180,11 @@ impl Lowering<'_> {
 
     /// The types that a subgraph gives for inputs of these types. Dims that data inside decides, or that are not those
     /// of the inputs, are none.
-    pub(super) fn probe(&mut self, graph: &ModelGraph, inputs: &[Type]) -> Option<Vec<(DType, Vec<Option<Dim>>)>> {
+    pub(super) fn probe(
+        &mut self,
+        graph: &ModelGraph,
+        inputs: &[Type],
+    ) -> Option<Vec<(DType, Vec<Option<Dim>>)>> {
         self.probes = self.probes.checked_sub(1)?;
         let declare = |name: &str, ty: &Type| {
             let dim = |dim: &Dim| match dim.as_const() {
@@ -245,7 +250,9 @@ impl Lowering<'_> {
 
 fn declared_extent(dim: &model::Dim) -> Extent {
     match dim {
-        model::Dim::Known(size) => i64::try_from(*size).map_or(Extent::Open(None), |size| Extent::Is(size.into())),
+        model::Dim::Known(size) => {
+            i64::try_from(*size).map_or(Extent::Open(None), |size| Extent::Is(size.into()))
+        }
         model::Dim::Symbol(_) | model::Dim::Unknown => Extent::Open(None),
     }
 }

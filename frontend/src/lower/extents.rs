@@ -94,8 +94,8 @@ impl Lowering<'_> {
                 extents.insert(axis, OPEN);
                 Ranked { dtype: values.dtype, extents }
             }
-            "ReduceSum" | "ReduceMean" | "ReduceMax" | "ReduceMin" | "ReduceProd" | "ReduceL1" | "ReduceL2"
-            | "ReduceLogSum" | "ReduceLogSumExp" | "ReduceSumSquare" => {
+            "ReduceSum" | "ReduceMean" | "ReduceMax" | "ReduceMin" | "ReduceProd" | "ReduceL1"
+            | "ReduceL2" | "ReduceLogSum" | "ReduceLogSumExp" | "ReduceSumSquare" => {
                 let x = ty(0)?;
                 let dropped = if int("keepdims", 1)? == 0 { count(1)? } else { 0 };
                 open(x.dtype, x.rank().checked_sub(dropped)?)
@@ -132,7 +132,9 @@ impl Lowering<'_> {
             }
             "Col2Im" => open(ty(0)?.dtype, count(1)?.checked_add(2)?),
             "MaxUnpool" => open(ty(0)?.dtype, ty(0)?.rank()),
-            "HannWindow" | "HammingWindow" | "BlackmanWindow" => open(type_attribute(node, "output_datatype"), 1),
+            "HannWindow" | "HammingWindow" | "BlackmanWindow" => {
+                open(type_attribute(node, "output_datatype"), 1)
+            }
             "MelWeightMatrix" => open(type_attribute(node, "output_datatype"), 2),
             _ => return None,
         })
@@ -265,7 +267,9 @@ impl Lowering<'_> {
         for _ in 0..=dims {
             let results = self.probe(body, types)?;
             let mut settled = true;
-            for (ty, (dtype, shape)) in types.get_mut(carried.clone())?.iter_mut().zip(results.iter().skip(result)) {
+            for (ty, (dtype, shape)) in
+                types.get_mut(carried.clone())?.iter_mut().zip(results.iter().skip(result))
+            {
                 if ty.dtype != *dtype || ty.rank() != shape.len() {
                     return None;
                 }
@@ -347,11 +351,13 @@ impl Lowering<'_> {
 const CHANGING: &str = "changing.";
 
 fn constant_type(node: &Node) -> DType {
-    node.attributes.iter().find_map(|attribute| match &attribute.value {
-        AttributeValue::Tensor(tensor) if attribute.name == "value" => Some(tensor.dtype),
-        _ => None,
-    })
-    .unwrap_or(DType::F32)
+    node.attributes
+        .iter()
+        .find_map(|attribute| match &attribute.value {
+            AttributeValue::Tensor(tensor) if attribute.name == "value" => Some(tensor.dtype),
+            _ => None,
+        })
+        .unwrap_or(DType::F32)
 }
 
 fn type_attribute(node: &Node, name: &str) -> DType {

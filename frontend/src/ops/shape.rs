@@ -1,7 +1,9 @@
 //! Shapes: Shape, Size, Reshape, Flatten, Squeeze, Unsqueeze, Expand, and what passes its operand through,
 //! <https://onnx.ai/onnx/operators/>. Results of Shape and Size are never data-flow.
 
-use crate::lower::{Call, Element, Known, Lowered, Lowering, Value, axes_of, invalid, undecided, unsupported};
+use crate::lower::{
+    Call, Element, Known, Lowered, Lowering, Value, axes_of, invalid, undecided, unsupported,
+};
 use std::sync::Arc;
 use tpshard_ir::{DType, Dim};
 

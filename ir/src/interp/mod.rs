@@ -30,8 +30,8 @@ pub use field::{Field, MODULUS};
 pub use real::{Num, Real};
 pub(crate) use run::solve_linear;
 pub use run::{
-    DeferredSource, Inputs, InterpError, Interpreter, Outputs, RankInputs, bind_symbols, check_guards, run_tensors,
-    run_tensors_with,
+    DeferredSource, Inputs, InterpError, Interpreter, Outputs, RankInputs, bind_symbols, check_guards,
+    run_tensors, run_tensors_with,
 };
 pub use weights::{InitializerSource, eval_weight, eval_weight_in, random_weight};
 

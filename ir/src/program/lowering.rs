@@ -189,9 +189,7 @@ fn constants(graph: &Graph) -> Vec<bool> {
         let size = |id: ValueId| graph.ty(id).elements().as_size().unwrap_or(0);
         let is = match &node.op {
             Op::Weight(_) | Op::Literal(_) => true,
-            Op::Input { .. } | Op::Size(_) | Op::Iota { .. } | Op::Convert(_) | Op::Append { .. } => {
-                false
-            }
+            Op::Input { .. } | Op::Size(_) | Op::Iota { .. } | Op::Convert(_) | Op::Append { .. } => false,
             // What evaluates it is at hand in steps only.
             Op::Deferred { .. } => false,
             _ => {

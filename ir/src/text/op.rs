@@ -133,7 +133,8 @@ pub(super) fn print(op: &Op) -> String {
             .print(),
         Op::Rotary { interleaved } => attributes().with("interleaved", interleaved).print(),
         Op::Deferred { call, output, ty } => {
-            let attributes = attributes().with("output", output).with("dtype", ty.dtype).list("shape", &ty.shape);
+            let attributes =
+                attributes().with("output", output).with("dtype", ty.dtype).list("shape", &ty.shape);
             format!(" {} {}{}", quote(&call.name), quote(&call.code_text()), attributes.print())
         }
         Op::Convert(conversion) => return print_conversion(conversion),

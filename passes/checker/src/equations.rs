@@ -303,7 +303,8 @@ fn run<D: Domain>(
     }
     concrete.outputs.clone_from(&graph.outputs);
     let no_weights = |_: &WeightExpr| Err(OpError::Other("weights are variables".into()));
-    let interpreter = Interpreter { domain, weights: &no_weights, element_limit: ELEMENT_LIMIT, deferred: None };
+    let interpreter =
+        Interpreter { domain, weights: &no_weights, element_limit: ELEMENT_LIMIT, deferred: None };
     let outputs = interpreter.run(&concrete, &inputs).map_err(|e| match e {
         InterpError::Node { error: OpError::Limit { needed, .. }, .. } => {
             format!("a result of {needed} elements is {TOO_LARGE}")

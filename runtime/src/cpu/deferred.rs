@@ -121,6 +121,7 @@ impl<'a> Deferred<'a> {
 
 /// True if a step after `at` asks for result `output` of the same call.
 fn asked_later(graph: &Graph, at: ValueId, call: &DeferredCall, args: &[ValueId], output: usize) -> bool {
-    let same = |op: &Op| matches!(op, Op::Deferred { call: c, output: o, .. } if *o == output && **c == *call);
+    let same =
+        |op: &Op| matches!(op, Op::Deferred { call: c, output: o, .. } if *o == output && **c == *call);
     graph.nodes().iter().skip(at.index() + 1).any(|node| same(&node.op) && node.args == args)
 }

@@ -240,11 +240,10 @@ impl<'a> Run<'a> {
             .iter()
             .map(|&arg| values[arg.index()].clone().ok_or_else(|| format!("{arg} is not there")))
             .collect();
-        let made = args
-            .and_then(|args| self.deferred.step(graph, result, &args, &mut self.bindings))
-            .and_then(|value| {
-                self.deferred.learnt(self.entry, &prepared.lowering, &self.bindings).map(|()| value)
-            });
+        let made =
+            args.and_then(|args| self.deferred.step(graph, result, &args, &mut self.bindings)).and_then(
+                |value| self.deferred.learnt(self.entry, &prepared.lowering, &self.bindings).map(|()| value),
+            );
         if made.is_err() {
             self.deferred.give_up(graph.ty(result), graph, &mut self.bindings);
         }

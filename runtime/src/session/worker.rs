@@ -339,10 +339,8 @@ fn check_evaluator(program: &RankProgram, evaluator: &SharedEvaluator) -> Result
     });
     match call.into_iter().next() {
         Some((call, origin)) if evaluator.0.is_none() => {
-            let what = format!(
-                "{} ({origin})\n  help: open the session with an evaluator",
-                no_evaluator(call)
-            );
+            let what =
+                format!("{} ({origin})\n  help: open the session with an evaluator", no_evaluator(call));
             Err(SessionError::Usage { what })
         }
         _ => Ok(()),
@@ -363,7 +361,12 @@ fn least_limit(
     let mut least = Tensor::scalar(i64::try_from(own).unwrap_or(i64::MAX));
     *sequence += 1;
     let tag = Tag { sequence: *sequence, node: u32::MAX };
-    communicator.all_reduce(&Group::world(communicator.world_size()), tag, crate::comm::Monoid::Min, &mut least)?;
+    communicator.all_reduce(
+        &Group::world(communicator.world_size()),
+        tag,
+        crate::comm::Monoid::Min,
+        &mut least,
+    )?;
     Ok(least.as_slice::<i64>().ok().and_then(|v| v.first()).map_or(own, |&limit| limit.unsigned_abs()))
 }
 

@@ -65,7 +65,8 @@ mod tests {
         graph.outputs.push(tpshard_ir::Output { name: "y".into(), value: y });
         let x = Tensor::from_vec(vec![1, given.len()], given).unwrap();
         let none = |_: &str| Err(OpError::Other("none".into()));
-        let error = tpshard_ir::interp::run_tensors(&graph, &[("x".into(), x)].into(), &none, LIMIT).unwrap_err();
+        let error =
+            tpshard_ir::interp::run_tensors(&graph, &[("x".into(), x)].into(), &none, LIMIT).unwrap_err();
         failure(&error)
     }
 
