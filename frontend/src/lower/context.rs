@@ -202,7 +202,13 @@ impl<'m> Lowering<'m> {
 
     /// The integer elements of a value that must be known, for shapes, axes and counts.
     pub(crate) fn dims(&self, value: &Value, what: &str) -> Lowered<Vec<Dim>> {
-        let known = self.known(value).ok_or_else(|| data_dependent(what))?;
+        let Some(known) = self.known(value) else {
+            let ty = self.ty(value);
+            if !ty.dtype.is_integer() || ty.rank() > 1 {
+                return Err(invalid(format!("{what} is {ty}, not integers in one dim")));
+            }
+            return Err(data_dependent(what));
+        };
         if known.shape.len() > 1 {
             return Err(invalid(format!("{what} has the shape {:?}, not one dim", known.shape)));
         }
