@@ -16,6 +16,9 @@ use tpshard_ir::{Graph, Op, Tensor, Type, ValueId};
 /// Bytes of memory that an element may take while it is computed.
 const BYTES_PER_ELEMENT: u64 = 32;
 
+/// All results of one call, those that were taken left out.
+type CallResults = Vec<Option<Tensor>>;
+
 /// What a run knows about deferred calls.
 pub(crate) struct Deferred<'a> {
     evaluator: Option<&'a dyn Evaluator>,
@@ -24,7 +27,7 @@ pub(crate) struct Deferred<'a> {
     /// Symbols without value yet.
     open: BTreeSet<Arc<str>>,
     /// Results that later steps will ask for.
-    results: BTreeMap<(Arc<DeferredCall>, Vec<ValueId>), Vec<Option<Tensor>>>,
+    results: BTreeMap<(Arc<DeferredCall>, Vec<ValueId>), CallResults>,
 }
 
 impl<'a> Deferred<'a> {
@@ -72,7 +75,7 @@ impl<'a> Deferred<'a> {
         Ok(Value::new(tensor))
     }
 
-    fn call(&self, call: &DeferredCall, args: &[Value]) -> Result<Vec<Option<Tensor>>, String> {
+    fn call(&self, call: &DeferredCall, args: &[Value]) -> Result<CallResults, String> {
         let evaluator = self.evaluator.ok_or_else(|| no_evaluator(call))?;
         let tensors = args.iter().map(Value::tensor).collect::<Result<Vec<Arc<Tensor>>, _>>()?;
         let operands: Vec<&Tensor> = tensors.iter().map(AsRef::as_ref).collect();
