@@ -69,7 +69,11 @@ fn run_rank(
     let file = RankFile::read(&folder.executable(rank))?;
     let summary = RankSummary { mesh: file.program.mesh.clone(), output_names: file.output_names };
     let mut weights = ShardFile::open(&folder.path, rank)?;
-    let options = SessionOptions { threads: Some(1), ..SessionOptions::default() };
+    let options = SessionOptions {
+        threads: Some(1),
+        evaluator: crate::runner::evaluator(),
+        ..SessionOptions::default()
+    };
     let mut session =
         Session::open(file.program, &mut weights, communicator, &options).map_err(|e| session_failure(&e))?;
     let results = session.run_tapped(inputs, taps).map_err(|e| session_failure(&e))?;

@@ -16,9 +16,12 @@ use std::ffi::OsString;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::Arc;
 use std::time::Duration;
 use tpshard_codegen::build::PART_LAUNCHER;
+use tpshard_frontend::deferred::OnnxEvaluator;
 use tpshard_ir::container;
+use tpshard_ir::deferred::SharedEvaluator;
 use tpshard_runtime::comm::{CommOptions, CommStats, Kind as Collective};
 use tpshard_runtime::io::{IoError, NamedTensors, write_npz};
 use tpshard_runtime::launch::{Agreement, Flags, LaunchError, Place, Rendezvous, connect, find_place};
@@ -136,6 +139,7 @@ pub(crate) fn run_rank(
     let session_options = SessionOptions {
         threads: arguments.threads,
         local_ranks: place.local_world_size,
+        evaluator: evaluator(),
         ..SessionOptions::default()
     };
     let session_options = job.map_or(session_options.clone(), |job| job.options(session_options));
@@ -158,6 +162,11 @@ pub(crate) fn run_rank(
         write_outputs(&outputs, arguments, json, Some(&results.traffic))?;
     }
     session.close().map_err(|e| session_failure(&e))
+}
+
+/// What gives operations their meaning that wait for their operands.
+pub(crate) fn evaluator() -> SharedEvaluator {
+    SharedEvaluator(Some(Arc::new(OnnxEvaluator::default())))
 }
 
 pub(crate) fn read_inputs(

@@ -9,8 +9,9 @@ use std::fs::File;
 use std::io::BufReader;
 use std::path::Path;
 use std::sync::Arc;
+use tpshard_frontend::deferred::OnnxEvaluator;
 use tpshard_frontend::{ImportOptions, Imported, import};
-use tpshard_ir::interp::{OpError, run_tensors};
+use tpshard_ir::interp::{OpError, run_tensors_with};
 use tpshard_ir::weight::{WeightExpr, WeightKind};
 use tpshard_ir::{DType, Data, Op, Tensor};
 
@@ -70,7 +71,8 @@ fn compare(
         let (dtype, shape) = leaves.get(name).cloned().ok_or_else(|| other(format!("no weight {name}")))?;
         Tensor::from_le_bytes(dtype, shape, &bytes).map_err(|error| other(error.to_string()))
     };
-    let outputs = run_tensors(&imported.graph, &inputs, &initializer, ELEMENT_LIMIT)?;
+    let evaluator = OnnxEvaluator::default();
+    let outputs = run_tensors_with(&imported.graph, &inputs, &initializer, ELEMENT_LIMIT, Some(&evaluator))?;
     let mut worst = 0.0f64;
     for (name, found) in outputs {
         let Some(wanted) = expected.get(&name) else { bail!("no recorded output {name}") };

@@ -126,7 +126,7 @@ impl Converter<'_> {
         }
     }
 
-    fn node(&mut self, proto: NodeProto, opsets: &Imports<'_>) -> Node {
+    pub(crate) fn node(&mut self, proto: NodeProto, opsets: &Imports<'_>) -> Node {
         let domain = normal_domain(proto.domain);
         let mut node = Node {
             name: proto.name,

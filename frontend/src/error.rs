@@ -20,6 +20,8 @@ pub enum ErrorKind {
     Invalid,
     /// The file is or may be right, but asks for something this version does not do.
     Unsupported,
+    /// What decides a shape is known only when the model runs.
+    DataDependent,
     /// Reading it would take more memory or work than the limits allow.
     Resource,
     /// The operating system refused.
@@ -102,6 +104,11 @@ impl Fault {
     /// Right or not, this version does not do it.
     pub fn unsupported(message: impl Into<String>, help: impl Into<String>) -> Fault {
         Fault::new(ErrorKind::Unsupported, message, help)
+    }
+
+    /// A shape depends on data.
+    pub fn data_dependent(message: impl Into<String>, help: impl Into<String>) -> Fault {
+        Fault::new(ErrorKind::DataDependent, message, help)
     }
 
     /// Beyond the limits.

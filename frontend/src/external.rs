@@ -130,6 +130,17 @@ impl<'a> Opener<'a> {
         Ok(Opener { folder, allowed, limits, resolved: BTreeMap::new(), storage: Storage::default() })
     }
 
+    /// For what has no files: everything external is refused.
+    pub(crate) fn detached(limits: &'a Limits) -> Opener<'a> {
+        Opener {
+            folder: PathBuf::new(),
+            allowed: Vec::new(),
+            limits,
+            resolved: BTreeMap::new(),
+            storage: Storage::default(),
+        }
+    }
+
     /// Checks one tensor's `external_data` against its byte length and opens its file.
     pub(crate) fn source(
         &mut self,

@@ -11,6 +11,7 @@
 //! No planner, device or rank is known here.
 
 mod convert;
+pub mod deferred;
 mod devices;
 mod external;
 mod functions;

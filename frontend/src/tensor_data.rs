@@ -113,6 +113,12 @@ pub fn dtype_from_onnx(code: i64) -> Result<DType, Fault> {
     }
 }
 
+/// The `TensorProto.DataType` code of an element type; 0 for none.
+pub(crate) fn onnx_from_dtype(dtype: DType) -> i32 {
+    let at = DATA_TYPES.iter().position(|(_, own)| *own == Some(dtype));
+    at.and_then(|at| i32::try_from(at).ok()).unwrap_or(0)
+}
+
 /// Element type, dims and byte length of a tensor, checked against the limits before anything is allocated.
 pub(crate) fn describe(proto: &TensorProto, limits: &Limits) -> Result<(DType, Vec<u64>, u64), Fault> {
     let dtype = dtype_from_onnx(i64::from(proto.data_type))?;

@@ -273,7 +273,7 @@ fn states_are_appended_to_and_total_is_past_plus_seq() {
 fn all_unsupported_nodes_are_named_at_once() {
     let error = builder(17)
         .input("x", DType::F32, "n")
-        .node("NonZero", "x", "a", &[])
+        .node("TfIdfVectorizer", "x", "a", &[])
         .node("Neg", "a", "b", &[])
         .node_of("com.example", "Magic", "x", "c", &[])
         .output("b", DType::F32)
@@ -283,7 +283,7 @@ fn all_unsupported_nodes_are_named_at_once() {
     assert_eq!((error.kind(), error.faults.len()), (ErrorKind::Unsupported, 2));
     let text = error.to_string();
     assert!(
-        text.contains("node `node_0` (NonZero, ai.onnx 17)") && text.contains("Magic, com.example"),
+        text.contains("node `node_0` (TfIdfVectorizer, ai.onnx 17)") && text.contains("Magic, com.example"),
         "{text}"
     );
 }
@@ -304,7 +304,7 @@ fn wrong_attributes_axes_and_counts_are_refused() {
     assert!(refused("TopK", "x k", &[]).contains("7 exceeds 3"));
     assert!(refused("Reshape", "x k", &[]).contains("must be equal"));
     assert!(refused("Concat", "x x", &[("axis", int(5))]).contains("axis 5"));
-    assert!(refused("Reshape", "x x", &[]).contains("depends on data"));
+    assert!(refused("Reshape", "x x", &[]).contains("not integers in one dim"));
 }
 
 #[test]
@@ -615,7 +615,8 @@ fn bound_inputs_decide_branches_and_shapes() {
             .node("If", "flag", "y", &[("then_branch", branch("Neg")), ("else_branch", branch("Abs"))])
             .output("y", DType::F32)
     };
-    assert_eq!(model().import().unwrap_err().kind(), ErrorKind::Unsupported);
+    let waiting = model().import().unwrap().graph;
+    assert!(waiting.nodes().iter().any(|node| matches!(node.op, Op::Deferred { .. })));
     for (flag, wanted) in [(true, 2.0), (false, 2.0)] {
         let bindings = [("flag".to_owned(), Tensor::scalar(flag))].into();
         let imported = model().import_with(&ImportOptions { bindings, ..ImportOptions::default() }).unwrap();

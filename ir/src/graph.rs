@@ -239,6 +239,7 @@ impl Op {
             }
             Op::Broadcast { shape } | Op::Reshape { shape } => shape.iter_mut().for_each(visit),
             Op::Pad { low, high, .. } => low.iter_mut().chain(high).for_each(visit),
+            Op::Deferred { ty, .. } => ty.shape.iter_mut().for_each(visit),
             Op::Gather { window: Some(window), .. } => {
                 visit(&mut window.start);
                 visit(&mut window.extent);

@@ -39,6 +39,7 @@ fn arity(op: &Op, found: usize) -> Result<(), String> {
         Op::Map(scalar) => (scalar.arity(), scalar.arity()),
         Op::Einsum(spec) => (spec.inputs.len(), spec.inputs.len()),
         Op::Concat { .. } => (1, usize::MAX),
+        Op::Deferred { .. } => (0, usize::MAX),
         Op::Conv { .. }
         | Op::Gather { .. }
         | Op::GatherElements { .. }
@@ -157,6 +158,7 @@ fn infer_type(op: &Op, args: &[&Type]) -> Inferred {
         Op::Norm { axis, .. } => norm(*axis, args),
         Op::Attention { kv_of_head, .. } => attention(kv_of_head, args),
         Op::Rotary { .. } => rotary(args),
+        Op::Deferred { ty, .. } => Ok(ty.clone()),
     }
 }
 

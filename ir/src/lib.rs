@@ -8,6 +8,7 @@
 pub mod algorithms;
 pub mod container;
 pub mod decompose;
+pub mod deferred;
 pub mod dim;
 mod dtype;
 pub mod graph;
@@ -24,6 +25,7 @@ pub mod weight;
 pub mod wording;
 
 pub use decompose::decompose;
+pub use deferred::{DeferredCall, Evaluator};
 pub use dim::{Bindings, Dim, EvalError};
 pub use dtype::{DType, DTypeClass, UnknownDType};
 pub use graph::{Graph, Guard, Node, Output, Relation, StatePair, SymbolRange, Type, ValueId};

@@ -5,8 +5,10 @@
 //! only operations in which ranks communicate. Every operation has exactly one result. Attributes hold only what the
 //! operand types and the result type do not say already.
 
+use crate::deferred::DeferredCall;
 use crate::dim::Dim;
 use crate::dtype::DType;
+use crate::graph::Type;
 use crate::layout::Monoid;
 use crate::tensor::Tensor;
 use crate::weight::WeightExpr;
@@ -391,6 +393,14 @@ pub enum Op {
         interleaved: bool,
     },
 
+    /// Result `output` of an operation that is understood only when its operands are known. It says its own type:
+    /// symbols there that no input gives a value are defined by the result.
+    Deferred {
+        call: Arc<DeferredCall>,
+        output: usize,
+        ty: Type,
+    },
+
     /// A change of layout.
     Convert(Conversion),
 }
@@ -489,6 +499,7 @@ impl Op {
             Op::Norm { .. } => "norm",
             Op::Attention { .. } => "attention",
             Op::Rotary { .. } => "rotary",
+            Op::Deferred { .. } => "deferred",
             Op::Convert(conversion) => conversion.name(),
         }
     }

@@ -118,6 +118,7 @@ fn check_program(program: &Spmd) -> Errors {
     for (i, step) in program.steps.iter().enumerate() {
         check_step(program, i, step, &mut errors);
     }
+    check_definitions(program, &mut errors);
     let mut names = BTreeSet::new();
     for output in &program.outputs {
         let place = format!("result `{}`", output.name);
@@ -129,6 +130,26 @@ fn check_program(program: &Spmd) -> Errors {
         }
     }
     errors
+}
+
+/// Sizes that data decides are known before anything has them.
+fn check_definitions(program: &Spmd, errors: &mut Errors) {
+    let mut open = program.logical.data_symbols();
+    if open.is_empty() {
+        return;
+    }
+    for (index, step) in program.steps.iter().enumerate() {
+        let Some(node) = program.logical.nodes().get(step.value.index()) else { continue };
+        if matches!(node.op, Op::Deferred { .. }) {
+            node.ty.shape.iter().flat_map(Dim::symbols).for_each(|symbol| {
+                open.remove(&symbol);
+            });
+        }
+        if let Some(symbol) = node.symbols().into_iter().find(|symbol| open.contains(symbol)) {
+            let what = format!("has the size `{symbol}`, which no earlier step defines");
+            errors.add(format!("${index} = {} {}", step.value, node.op.name()), what);
+        }
+    }
 }
 
 fn check_graph(graph: &Graph, errors: &mut Errors) {

@@ -65,7 +65,7 @@ fn run(graph: &Graph, program: Option<&Spmd>, text: &str) -> String {
     let initializer =
         |name: &str| initializers.get(name).cloned().ok_or_else(|| OpError::Other(format!("no `{name}`")));
     let weights = |expr: &WeightExpr| Ok(Real.import(&eval_weight(expr, &initializer, LIMIT)?));
-    let interpreter = Interpreter { domain: &Real, weights: &weights, element_limit: LIMIT };
+    let interpreter = Interpreter { domain: &Real, weights: &weights, element_limit: LIMIT, deferred: None };
     let arrays = inputs.iter().map(|(name, tensor)| (name.clone(), Real.import(tensor))).collect();
     let outputs = match program {
         Some(program) => interpreter.run_program(program, &arrays, Split::Random(1)),
@@ -88,7 +88,7 @@ fn run(graph: &Graph, program: Option<&Spmd>, text: &str) -> String {
 /// Random inputs of the same shapes; integers are kept, since they may be indices.
 fn compare_in_field(program: &Spmd, inputs: &Values) {
     let weights = |expr: &WeightExpr| random_weight(&Field, expr, 1, LIMIT);
-    let interpreter = Interpreter { domain: &Field, weights: &weights, element_limit: LIMIT };
+    let interpreter = Interpreter { domain: &Field, weights: &weights, element_limit: LIMIT, deferred: None };
     let array = |tensor: &Tensor| match tensor.dtype().is_float() {
         true => random_array(&Field, tensor.dtype(), tensor.shape(), 5).unwrap(),
         false => Field.import(tensor),

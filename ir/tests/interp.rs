@@ -24,7 +24,9 @@ fn dims(shape: &[usize]) -> Vec<Dim> {
 
 fn run<D: Domain>(domain: &D, graph: &Graph, inputs: &Inputs<D::Element>) -> Outputs<D::Element> {
     let weights = |expr: &WeightExpr| random_weight(domain, expr, 1, LIMIT);
-    Interpreter { domain, weights: &weights, element_limit: LIMIT }.run(graph, inputs).unwrap()
+    Interpreter { domain, weights: &weights, element_limit: LIMIT, deferred: None }
+        .run(graph, inputs)
+        .unwrap()
 }
 
 fn run_program<D: Domain>(
@@ -33,7 +35,7 @@ fn run_program<D: Domain>(
     inputs: &Inputs<D::Element>,
 ) -> Result<Outputs<D::Element>, InterpError> {
     let weights = |expr: &WeightExpr| random_weight(domain, expr, 1, LIMIT);
-    let interpreter = Interpreter { domain, weights: &weights, element_limit: LIMIT };
+    let interpreter = Interpreter { domain, weights: &weights, element_limit: LIMIT, deferred: None };
     interpreter.run_program(program, inputs, Split::Random(3))
 }
 
@@ -446,7 +448,7 @@ fn ranks_that_disagree_are_refused() {
     graph.add_typed(reduce, &[x], ty(DType::F32, &dims(&[2])));
     other.add(Op::Map(Scalar::Neg), &[x]).unwrap();
     let weights = |_: &WeightExpr| Err(OpError::Other("none".into()));
-    let interpreter = Interpreter { domain: &Field, weights: &weights, element_limit: LIMIT };
+    let interpreter = Interpreter { domain: &Field, weights: &weights, element_limit: LIMIT, deferred: None };
     let input = |_, _, _: &str| random_array(&Field, DType::F32, &[2], 1).ok();
     let run = |graphs: &[Graph], ranks| {
         interpreter.run_ranks(graphs, &Mesh::flat(ranks), &Default::default(), &input)

@@ -86,6 +86,11 @@ fn every_op() -> Vec<Op> {
         Op::Gather { axis: 0, window: Some(TableWindow { start: s("r"), extent: c(100) }) },
         Op::GatherElements { axis: 3 },
         Op::GatherNd { batch_dims: 1 },
+        Op::Deferred {
+            call: Arc::new(DeferredCall { name: "Odd \"name\"".into(), code: vec![0, 127, 255].into() }),
+            output: 2,
+            ty: Type::new(DType::I64, vec![2i64.into(), s("odd symbol") + c(1)]),
+        },
         Op::ScatterElements { axis: 1, monoid: None },
         Op::ScatterElements { axis: 1, monoid: Some(Monoid::Sum) },
         Op::ScatterNd { monoid: Some(Monoid::Prod) },

@@ -18,15 +18,24 @@ pub struct Extended {
     pub imported: usize,
     /// In the order they were derived.
     pub equations: Vec<Equation>,
-    /// What the program is to compute now: equal to `graph.outputs`, name by name.
+    /// What the program is to compute now: first the values that define sizes, since what has such a size depends on them
+    /// without naming them; then what equals `graph.outputs`, name by name.
     pub outputs: Vec<Output>,
 }
 
 impl Extended {
     /// Nothing rewritten yet.
     pub fn new(graph: Graph) -> Extended {
-        let (imported, outputs) = (graph.len(), graph.outputs.clone());
+        let defines = |value: ValueId| Output { name: format!("sizes of {value}").into(), value };
+        let outputs =
+            graph.definers().into_iter().map(defines).chain(graph.outputs.iter().cloned()).collect();
+        let imported = graph.len();
         Extended { graph, imported, equations: Vec::new(), outputs }
+    }
+
+    /// How many of `outputs` only define sizes; they are the first.
+    pub fn hidden(&self) -> usize {
+        self.outputs.len().saturating_sub(self.graph.outputs.len())
     }
 
     /// Records `left = right`.

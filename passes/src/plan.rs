@@ -303,7 +303,8 @@ impl Planner<'_> {
         let (mut cost, mut bound) = (Cost::ZERO, extraction.bound);
         for (entry, ((layouts, pricer), choices)) in layouts.iter().zip(&focused).zip(&choices).enumerate() {
             let outputs = &found.extended.outputs;
-            let (steps, outputs) = emit(&Source { graph, outputs, classes: &classes, layouts, choices })?;
+            let (steps, mut outputs) = emit(&Source { graph, outputs, classes: &classes, layouts, choices })?;
+            outputs.drain(..found.extended.hidden().min(outputs.len()));
             let overhead = pricer.step_overhead(entry);
             cost = cost + program_cost(graph, &steps, &outputs, pricer, mesh, entry) + overhead;
             bound = bound + least_cost(graph, layouts, &found.extended.outputs, pricer) + overhead;

@@ -56,7 +56,8 @@ fn execute(ty: &Type, program: &Spmd, locals: &[Graph]) -> Result<(), String> {
     let text = |e: OpError| e.to_string();
     let family = random_family(&Field, &logical, from, mesh, &bindings(), 11).map_err(text)?;
     let weights = |_: &WeightExpr| -> Result<Array<u64>, OpError> { Err(OpError::TooLarge) };
-    let interpreter = Interpreter { domain: &Field, weights: &weights, element_limit: 1 << 20 };
+    let interpreter =
+        Interpreter { domain: &Field, weights: &weights, element_limit: 1 << 20, deferred: None };
     let lookup = |rank: usize, _: ValueId, _: &str| family.get(rank).cloned();
     let outputs = interpreter.run_ranks(locals, mesh, &bindings(), &lookup).map_err(|e| e.to_string())?;
     let made: Vec<Array<u64>> = outputs.into_iter().filter_map(|mut o| o.pop()).map(|(_, a)| a).collect();

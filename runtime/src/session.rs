@@ -23,6 +23,7 @@ use bind::Signature;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use tpshard_ir::deferred::SharedEvaluator;
 use tpshard_ir::program::RankProgram;
 use tpshard_ir::{Layout, StepId, Tensor, Type};
 use worker::Worker;
@@ -40,6 +41,8 @@ pub struct SessionOptions {
     pub state: Option<StateOptions>,
     /// Remember when the steps of runs start and end, for [`Session::take_timeline`].
     pub timeline: bool,
+    /// What gives operations their meaning whose shape depends on data; default: programs with such are refused.
+    pub evaluator: SharedEvaluator,
 }
 
 /// A result.

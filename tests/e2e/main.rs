@@ -7,6 +7,7 @@ mod calibrate;
 mod check;
 mod check_files;
 mod crash;
+mod deferred;
 mod draft;
 mod entries;
 mod errors;

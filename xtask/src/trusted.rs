@@ -10,7 +10,10 @@ const FIRST: &str = "| part | lines |\n|---|---|\n";
 
 /// Parts and the files and folders they consist of.
 const PARTS: [(&str, &[&str]); 4] = [
-    ("the importer: `frontend/src/lower`, `frontend/src/ops`", &["frontend/src/lower", "frontend/src/ops"]),
+    (
+        "the importer: `frontend/src/lower`, `frontend/src/ops`, `frontend/src/deferred`",
+        &["frontend/src/lower", "frontend/src/ops", "frontend/src/deferred"],
+    ),
     ("what operations mean: `ir/src/interp`, `ir/src/spmd.rs`", &["ir/src/interp", "ir/src/spmd.rs"]),
     ("the kernels: `runtime/src/cpu`", &["runtime/src/cpu"]),
     ("the checker: `passes/checker/src`", &["passes/checker/src"]),

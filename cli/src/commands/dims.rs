@@ -67,11 +67,24 @@ pub(super) fn dims(imported: &Imported, text: &str) -> Outcome<Dims> {
         used.extend(keys);
         bound.insert(symbol.clone(), value);
     }
+    as_bounded(imported, &chosen, &mut bound);
     keep_guards(imported, &chosen, &mut bound)?;
     derived_by_guards(imported, &given, &mut used, &mut bound)?;
     match given.keys().find(|name| !used.contains(*name)) {
         Some(unknown) => Err(unknown_dim(imported, unknown)),
         None => Ok(Dims { bindings: bound, ranges }),
+    }
+}
+
+/// Sizes that data decides are planned for, and memory counted, at their upper bounds, where nothing else is given.
+fn as_bounded(imported: &Imported, chosen: &BTreeSet<Arc<str>>, bound: &mut Bindings) {
+    for (symbol, most) in &imported.report.data_bounds {
+        let range = imported.graph.symbols.get(symbol);
+        if let (Some(most), Some(range), false) = (most, range, chosen.contains(symbol))
+            && let Ok(most) = most.eval(bound)
+        {
+            bound.insert(symbol.clone(), most.clamp(range.low, range.high));
+        }
     }
 }
 

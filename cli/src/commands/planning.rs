@@ -40,7 +40,7 @@ pub(crate) fn import_model(path: &Path, arguments: &ModelArguments, need_data: b
     }
     import(path, &options).map_err(|error| {
         let kind = match error.kind() {
-            ErrorKind::Invalid | ErrorKind::Unsupported => Kind::Model,
+            ErrorKind::Invalid | ErrorKind::Unsupported | ErrorKind::DataDependent => Kind::Model,
             ErrorKind::Resource | ErrorKind::Io => Kind::Resource,
             ErrorKind::Request => Kind::Usage,
         };

@@ -17,6 +17,9 @@ use tpshard_ir::{DType, Dim, Graph, Guard, Op, Relation, Scalar, Tensor, Type, V
 /// Most elements computed while folding constants, over the whole import.
 const FOLD_BUDGET: usize = 1 << 22;
 
+/// Most subgraphs looked into for the types of their results, over the whole import.
+const PROBE_LIMIT: usize = 10_000;
+
 /// Most nodes of the imported graph.
 const NODE_LIMIT: usize = 4_000_000;
 
@@ -34,10 +37,15 @@ pub(crate) fn unsupported(message: impl Into<String>) -> Fault {
 
 /// A value that decides shapes is only known at run time.
 pub(crate) fn data_dependent(what: &str) -> Fault {
-    Fault::unsupported(
+    Fault::data_dependent(
         format!("{what} depends on data, not only on the sizes of the inputs"),
         "fix the input that decides it with --bind input=value, or export the model so that it is constant",
     )
+}
+
+/// Only the sizes of a run decide it.
+pub(crate) fn undecided(message: impl Into<String>) -> Fault {
+    Fault::data_dependent(message, "export the model without it, or with another exporter or opset")
 }
 
 /// Two sizes that an operator needs to agree, found equal by replacing a symbol.
@@ -56,9 +64,9 @@ pub(crate) struct Lowering<'m> {
     pub(crate) graph: Graph,
     pub(crate) symbols: Symbols,
     pub(crate) equalities: Vec<Equality>,
-    guards: Vec<Guard>,
+    pub(super) guards: Vec<Guard>,
     /// Innermost last.
-    scopes: Vec<HashMap<String, Value>>,
+    pub(super) scopes: Vec<HashMap<String, Value>>,
     /// Names of scopes that were left.
     inner: Vec<(String, Value)>,
     /// Tensors that weight expressions name: initializers, and constants lifted out of nodes.
@@ -66,6 +74,16 @@ pub(crate) struct Lowering<'m> {
     /// Equal operations on equal operands.
     seen: HashMap<(Op, Vec<ValueId>), ValueId>,
     fold_budget: usize,
+    /// Whether what depends on data may wait until the model runs.
+    pub(crate) may_defer: bool,
+    /// How many more subgraphs may be looked into.
+    pub(crate) probes: usize,
+    /// How many extents were found that change from round to round of a loop.
+    pub(crate) changing: usize,
+    /// What kept the last subgraph from saying the types of its results.
+    pub(crate) probe_fault: Option<Fault>,
+    /// Upper bounds of sizes that data decides, where there are some.
+    pub(crate) data_bounds: BTreeMap<Arc<str>, Option<Dim>>,
     /// The node being lowered, for the reasons of guards.
     pub(crate) site: String,
     /// Graph inputs that are state by name; a concatenation onto one is an append.
@@ -87,6 +105,11 @@ impl<'m> Lowering<'m> {
             tensors: BTreeMap::new(),
             seen: HashMap::new(),
             fold_budget: FOLD_BUDGET,
+            may_defer: true,
+            probes: PROBE_LIMIT,
+            changing: 0,
+            probe_fault: None,
+            data_bounds: BTreeMap::new(),
             site: String::new(),
             state_inputs: BTreeMap::new(),
             rounded: HashMap::new(),
@@ -179,7 +202,13 @@ impl<'m> Lowering<'m> {
 
     /// The integer elements of a value that must be known, for shapes, axes and counts.
     pub(crate) fn dims(&self, value: &Value, what: &str) -> Lowered<Vec<Dim>> {
-        let known = self.known(value).ok_or_else(|| data_dependent(what))?;
+        let Some(known) = self.known(value) else {
+            let ty = self.ty(value);
+            if !ty.dtype.is_integer() || ty.rank() > 1 {
+                return Err(invalid(format!("{what} is {ty}, not integers in one dim")));
+            }
+            return Err(data_dependent(what));
+        };
         if known.shape.len() > 1 {
             return Err(invalid(format!("{what} has the shape {:?}, not one dim", known.shape)));
         }
@@ -191,14 +220,14 @@ impl<'m> Lowering<'m> {
     pub(crate) fn ints(&self, value: &Value, what: &str) -> Lowered<Vec<i64>> {
         let dims = self.dims(value, what)?;
         let ints: Option<Vec<i64>> = dims.iter().map(Dim::as_const).collect();
-        ints.ok_or_else(|| unsupported(format!("{what} depends on the sizes of the inputs: {dims:?}")))
+        ints.ok_or_else(|| undecided(format!("{what} depends on the sizes of the inputs: {dims:?}")))
     }
 
     /// A single constant number.
     pub(crate) fn number(&self, value: &Value, what: &str) -> Lowered<f64> {
         let known = self.known(value).ok_or_else(|| data_dependent(what))?;
         let single = known.single().and_then(Element::number);
-        single.ok_or_else(|| unsupported(format!("{what} is not one constant number")))
+        single.ok_or_else(|| undecided(format!("{what} is not one constant number")))
     }
 
     // Sizes.
@@ -213,7 +242,7 @@ impl<'m> Lowering<'m> {
             return Err(invalid(format!("the sizes {a} and {b} differ and must be equal")));
         }
         let Some((symbol, equals)) = self.symbols.solve(a, b) else {
-            return Err(unsupported(format!("cannot show that the sizes {a} and {b} are equal")));
+            return Err(undecided(format!("cannot show that the sizes {a} and {b} are equal")));
         };
         if equals.as_const().is_some_and(|value| value < 0) {
             return Err(invalid(format!("the sizes {a} and {b} cannot be equal")));

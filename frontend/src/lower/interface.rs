@@ -6,11 +6,12 @@ use super::value::{KNOWN_LIMIT, Known, Value};
 use super::{ImportOptions, ImportReport, Named};
 use crate::error::Fault;
 use crate::model::{self, ValueInfo};
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use tpshard_ir::{Dim, Graph, Op, Output, SymbolRange, Tensor, Type, ValueId};
 
 /// The largest size a symbol may have; products of a few of them stay inside 64 bits.
-const LARGEST: i64 = i32::MAX as i64;
+pub(super) const LARGEST: i64 = i32::MAX as i64;
 
 const EXPORT_TYPES: &str = "export the model with the types of its inputs";
 
@@ -132,6 +133,7 @@ impl Lowering<'_> {
                 graph.symbols.insert(name, SymbolRange { low: 0, high: LARGEST });
             }
         }
+        self.declare_data_symbols(&mut graph, report);
         report.equalities = std::mem::take(&mut self.equalities);
         report.roles = state::roles(&graph, &options.roles);
         graph
@@ -152,6 +154,13 @@ impl Lowering<'_> {
             return Err(invalid(message).at_value(name));
         }
         let Some(shape) = declared.shape.as_ref() else { return Ok(()) };
+        let deferred = matches!(self.graph.node(value).op, Op::Deferred { .. });
+        if shape.len() != found.rank() && (shape.is_empty() || deferred) {
+            // Exporters write no dims where they know none, and seldom know those of control flow.
+            let name = crate::error::quote(name);
+            report.notes.push(format!("output {name} is declared as {declared} and is {found}"));
+            return Ok(());
+        }
         if shape.len() != found.rank() {
             let message = format!("the output is declared as {declared} and computed as {found}");
             return Err(invalid(message).at_value(name));
@@ -174,7 +183,7 @@ impl Lowering<'_> {
                     if declared == found {
                         continue;
                     }
-                    if !solvable || found.as_const().is_some() {
+                    if !solvable || found.as_const().is_some() || self.symbols.depends_on_data(&found) {
                         report.notes.push(format!(
                             "dim {axis} of output {} is declared as {declared} and is {found}",
                             crate::error::quote(name)
@@ -192,7 +201,7 @@ impl Lowering<'_> {
 }
 
 /// A name that can stand in dim expressions.
-fn plain(name: &str) -> String {
+pub(super) fn plain(name: &str) -> String {
     let mut plain: String =
         name.chars().take(64).map(|c| if c.is_ascii_alphanumeric() { c } else { '_' }).collect();
     if !plain.starts_with(|c: char| c.is_ascii_alphabetic()) {
@@ -211,6 +220,35 @@ fn named(value: &Value, moved: &[Option<ValueId>]) -> Named {
     }
 }
 
+/// Adds what defines the sizes that needed values have, with what it is computed from.
+fn need_definers(graph: &Graph, needed: &mut [bool]) {
+    let mut known: BTreeSet<Arc<str>> = BTreeSet::new();
+    for (_, _, ty) in graph.inputs() {
+        known.extend(ty.shape.iter().flat_map(Dim::symbols));
+    }
+    let mut definer: BTreeMap<Arc<str>, ValueId> = BTreeMap::new();
+    for (id, node) in graph.values().filter(|(_, node)| matches!(node.op, Op::Deferred { .. })) {
+        for symbol in node.ty.shape.iter().flat_map(Dim::symbols).filter(|s| !known.contains(s)) {
+            definer.entry(symbol).or_insert(id);
+        }
+    }
+    if definer.is_empty() {
+        return;
+    }
+    // What defines a size comes before what has it, so one pass from the end finds all.
+    for (id, node) in graph.values().rev() {
+        if !needed[id.index()] {
+            continue;
+        }
+        node.args.iter().for_each(|arg| needed[arg.index()] = true);
+        for symbol in node.symbols() {
+            if let Some(&value) = definer.get(&symbol) {
+                needed[value.index()] = true;
+            }
+        }
+    }
+}
+
 /// The inputs and what the outputs depend on, in the same order, and where each value went.
 fn prune(graph: &Graph) -> (Graph, Vec<Option<ValueId>>) {
     let mut needed = vec![false; graph.len()];
@@ -222,6 +260,7 @@ fn prune(graph: &Graph) -> (Graph, Vec<Option<ValueId>>) {
             node.args.iter().for_each(|arg| needed[arg.index()] = true);
         }
     }
+    need_definers(graph, &mut needed);
     let mut moved: Vec<Option<ValueId>> = vec![None; graph.len()];
     let place = |moved: &[Option<ValueId>], id: ValueId| moved[id.index()].unwrap_or(ValueId(0));
     let mut pruned = Graph::new(&graph.name);

@@ -6,7 +6,9 @@
 //! be lowered are collected, so that one run names them all.
 
 mod context;
+mod defer;
 mod elementwise;
+mod extents;
 mod interface;
 mod movement;
 mod outputs;
@@ -15,9 +17,14 @@ mod symbols;
 mod tables;
 mod value;
 
-pub(crate) use context::{Lowered, Lowering, data_dependent, invalid, unsupported};
+pub(crate) use context::{Lowered, Lowering, data_dependent, invalid, undecided, unsupported};
 pub(crate) use movement::{axes_of, axis_of};
-pub(crate) use value::{Affine, Element, Known, Value};
+pub(crate) use value::{Affine, Element, KNOWN_LIMIT, Known, Value};
+
+/// True if a tensor of few elements can be a constant of a graph.
+pub(crate) fn can_be_known(tensor: &Tensor) -> bool {
+    Known::from_tensor(tensor).is_some()
+}
 
 pub use context::Equality;
 pub use outputs::{OutputRequest, OutputRequestError, Part, Selection};
@@ -84,6 +91,8 @@ pub struct ImportReport {
     pub roles: BTreeMap<Arc<str>, Role>,
     /// Things about the model a user may want to know.
     pub notes: Vec<String>,
+    /// Sizes that data decides, with upper bounds where there are some.
+    pub data_bounds: BTreeMap<Arc<str>, Option<tpshard_ir::Dim>>,
     /// Nodes lowered, after inlining.
     pub nodes: usize,
     /// What each named value of the model became: inputs, initializers and results of nodes.
@@ -114,9 +123,19 @@ pub fn import(path: &Path, options: &ImportOptions) -> Result<Imported, ImportEr
 /// # Errors
 /// Every node that is not supported or breaks its operator's rules.
 pub fn lower(model: Model, options: &ImportOptions) -> Result<Imported, ImportError> {
+    lower_as(model, options, true)
+}
+
+/// As [`lower`]; if nothing may be deferred, what depends on data is refused.
+pub(crate) fn lower_as(
+    model: Model,
+    options: &ImportOptions,
+    may_defer: bool,
+) -> Result<Imported, ImportError> {
     let file = model.path.clone();
     let (graph, tensors, report) = {
         let mut lowering = Lowering::new(&model);
+        lowering.may_defer = may_defer;
         let mut faults = Faults::default();
         let mut report = ImportReport::default();
         lowering.find_state();
@@ -209,7 +228,8 @@ impl Lowering<'_> {
                 count += self.branch(node, faults);
                 continue;
             }
-            match self.node(node) {
+            let lowered = self.node(node);
+            match self.or_deferred(node, lowered) {
                 Ok(values) => self.define_outputs(node, values, faults),
                 Err(fault) => {
                     if let Some(fault) = fault {
@@ -224,7 +244,26 @@ impl Lowering<'_> {
 
     /// The values of one node's outputs; `Err(None)` if an operand failed before.
     fn node(&mut self, node: &Node) -> Result<Vec<Value>, Option<Fault>> {
+        if crate::deferred::has_evaluator(node) {
+            return Err(Some(data_dependent("the result")));
+        }
         let row = ops::find(&node.domain, &node.op_type, node.opset).map_err(Some)?;
+        let inputs = self.operands(node)?;
+        if inputs.len() > row.inputs {
+            let message = format!("{} inputs, the operator has {}", inputs.len(), row.inputs);
+            return Err(Some(invalid(message)));
+        }
+        self.site = node.site().to_string();
+        let first = self.graph.len();
+        let call = Call { node, inputs, attributes: node.attributes() };
+        let values = (row.lower)(self, &call).map_err(Some)?;
+        call.attributes.finish().map_err(|error| Some(error.into()))?;
+        self.name_origin(node, first);
+        Ok(values)
+    }
+
+    /// What the inputs of a node stand for.
+    fn operands(&self, node: &Node) -> Result<Vec<Option<Value>>, Option<Fault>> {
         let mut inputs = Vec::with_capacity(node.inputs.len());
         for index in 0..node.inputs.len() {
             inputs.push(match node.input(index) {
@@ -236,15 +275,11 @@ impl Lowering<'_> {
                 },
             });
         }
-        if inputs.len() > row.inputs {
-            let message = format!("{} inputs, the operator has {}", inputs.len(), row.inputs);
-            return Err(Some(invalid(message)));
-        }
-        self.site = node.site().to_string();
-        let first = self.graph.len();
-        let call = Call { node, inputs, attributes: node.attributes() };
-        let values = (row.lower)(self, &call).map_err(Some)?;
-        call.attributes.finish().map_err(|error| Some(error.into()))?;
+        Ok(inputs)
+    }
+
+    /// Says of the values from `first` on that they come from `node`.
+    fn name_origin(&mut self, node: &Node, first: usize) {
         let origin = if node.name.is_empty() {
             node.outputs.iter().find(|name| !name.is_empty())
         } else {
@@ -254,7 +289,6 @@ impl Lowering<'_> {
         for index in first..self.graph.len() {
             self.graph.set_origin(ValueId(u32::try_from(index).unwrap_or(u32::MAX)), origin);
         }
-        Ok(values)
     }
 
     fn define_outputs(&mut self, node: &Node, values: Vec<Value>, faults: &mut Faults) {
@@ -275,10 +309,15 @@ impl Lowering<'_> {
         let taken = match self.taken_branch(node) {
             Ok(taken) => taken,
             Err(fault) => {
-                if let Some(fault) = fault {
-                    faults.push(at(node, fault));
+                match self.or_deferred(node, Err(fault)) {
+                    Ok(values) => self.define_outputs(node, values, faults),
+                    Err(fault) => {
+                        if let Some(fault) = fault {
+                            faults.push(at(node, fault));
+                        }
+                        self.define_outputs(node, Vec::new(), &mut Faults::default());
+                    }
                 }
-                self.define_outputs(node, Vec::new(), &mut Faults::default());
                 return 0;
             }
         };

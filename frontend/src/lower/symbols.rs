@@ -4,7 +4,7 @@
 //! agree, one symbol is replaced by the other side everywhere, and the fact is kept so that a user can be told why an
 //! input must have the size of another.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use tpshard_ir::Dim;
 use tpshard_ir::dim::is_plain_symbol;
@@ -18,6 +18,8 @@ const MOST_TOKENS: usize = 64;
 #[derive(Debug, Default)]
 pub(crate) struct Symbols {
     order: BTreeMap<Arc<str>, usize>,
+    /// Those that data decides while the model runs.
+    data: BTreeSet<Arc<str>>,
 }
 
 impl Symbols {
@@ -26,6 +28,21 @@ impl Symbols {
         let dim = Dim::symbol(name);
         self.note(&dim);
         dim
+    }
+
+    /// A new symbol, for a size that data decides.
+    pub(crate) fn defined_by_data(&mut self, wanted: &str) -> Dim {
+        let mut name = wanted.to_owned();
+        while self.order.contains_key(name.as_str()) {
+            name.push('_');
+        }
+        self.data.insert(name.as_str().into());
+        self.symbol(&name)
+    }
+
+    /// True if data decides `dim`, at least in part.
+    pub(crate) fn depends_on_data(&self, dim: &Dim) -> bool {
+        dim.symbols().iter().any(|symbol| self.data.contains(symbol))
     }
 
     /// The declared dim `text`: one name, or an expression over names.
@@ -59,9 +76,15 @@ impl Symbols {
     }
 
     /// Solves `left = right` for one symbol: which one, and what it equals. Of the possible ones that come out as a sum
-    /// of sizes (`total = past + seq`, not `past = total - seq`) the last to appear is replaced.
+    /// of sizes (`total = past + seq`, not `past = total - seq`) the last to appear is replaced. A size that data decides
+    /// comes first, the latest of them: what is known when the run starts must not depend on it.
     pub(crate) fn solve(&self, left: &Dim, right: &Dim) -> Option<(Arc<str>, Dim)> {
         let difference = left - right;
+        let order = |name: &Arc<str>| self.order.get(name).copied().unwrap_or(usize::MAX);
+        let latest = difference.symbols().into_iter().filter(|s| self.data.contains(s)).max_by_key(order);
+        if let Some(name) = latest {
+            return solve_for(&difference, &name).map(|solution| (name, solution));
+        }
         let mut candidates: Vec<(bool, usize, Arc<str>, Dim)> = Vec::new();
         for name in difference.symbols() {
             if let Some(solution) = solve_for(&difference, &name) {

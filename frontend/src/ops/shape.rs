@@ -1,7 +1,9 @@
 //! Shapes: Shape, Size, Reshape, Flatten, Squeeze, Unsqueeze, Expand, and what passes its operand through,
 //! <https://onnx.ai/onnx/operators/>. Results of Shape and Size are never data-flow.
 
-use crate::lower::{Call, Element, Known, Lowered, Lowering, Value, axes_of, invalid, unsupported};
+use crate::lower::{
+    Call, Element, Known, Lowered, Lowering, Value, axes_of, invalid, undecided, unsupported,
+};
 use std::sync::Arc;
 use tpshard_ir::{DType, Dim};
 
@@ -115,7 +117,7 @@ fn remaining(l: &mut Lowering<'_>, value: &Value, others: &[Dim]) -> Lowered<Dim
     if total.as_const().is_some() && product.as_const().is_some() {
         return Err(invalid(format!("{total} elements do not divide into dims of {product}")));
     }
-    Err(unsupported(format!("cannot show that {total} elements divide into dims of {product}")))
+    Err(undecided(format!("cannot show that {total} elements divide into dims of {product}")))
 }
 
 pub(super) fn flatten(l: &mut Lowering<'_>, call: &Call<'_>) -> Lowered<Vec<Value>> {
@@ -146,7 +148,7 @@ pub(super) fn squeeze(l: &mut Lowering<'_>, call: &Call<'_>) -> Lowered<Vec<Valu
         Some(axes) => axes_of(&axes, shape.len())?,
         None => {
             if shape.iter().any(|dim| dim.as_const().is_none()) {
-                return Err(unsupported("Squeeze without axes of a tensor with dynamic dims"));
+                return Err(undecided("Squeeze without axes of a tensor with dynamic dims"));
             }
             (0..shape.len()).filter(|&axis| shape[axis].is_one()).collect()
         }

@@ -5,6 +5,7 @@
 
 use super::{Array, Domain, OpError, Real, movement, reduce};
 use crate::decompose::decompose;
+use crate::deferred::no_evaluator;
 use crate::dim::{Bindings, Dim};
 use crate::dtype::DType;
 use crate::graph::{Graph, Type, ValueId};
@@ -154,6 +155,7 @@ fn primitive<D: Domain>(
         }
         Op::ScatterNd { monoid } => movement::scatter_nd(domain, *monoid, [args[0], args[1], args[2]]),
         Op::Dequant { axis, block } => dequant(domain, *axis, *block, args),
+        Op::Deferred { call, .. } => Err(OpError::Other(no_evaluator(call))),
         Op::Softmax { .. } | Op::Norm { .. } | Op::Attention { .. } | Op::Rotary { .. } => {
             Err(OpError::other("is a composite"))
         }

@@ -28,7 +28,11 @@ pub use eval::{Context, WeightSource, eval_op, eval_tensors};
 pub use family::{Split, decode, encode, random_array, random_family};
 pub use field::{Field, MODULUS};
 pub use real::{Num, Real};
-pub use run::{Inputs, InterpError, Interpreter, Outputs, RankInputs, bind_symbols, run_tensors};
+pub(crate) use run::solve_linear;
+pub use run::{
+    DeferredSource, Inputs, InterpError, Interpreter, Outputs, RankInputs, bind_symbols, check_guards,
+    run_tensors, run_tensors_with,
+};
 pub use weights::{InitializerSource, eval_weight, eval_weight_in, random_weight};
 
 use crate::dim::EvalError;

@@ -4,21 +4,26 @@ use super::convert::convert;
 use super::eval::{Context, WeightSource, check_limit, concrete_shape};
 use super::family::{Split, decode, encode};
 use super::{Array, Domain, OpError, Real, eval_op, eval_weight};
+use crate::deferred::{DeferredCall, Evaluator, bind_result, no_evaluator};
 use crate::dim::{Bindings, Dim};
-use crate::graph::{Graph, Node, Relation, Type, ValueId};
+use crate::graph::{Graph, Guard, Node, Relation, Type, ValueId};
 use crate::layout::Mesh;
 use crate::op::Op;
 use crate::spmd::{InstantiateError, Spmd, StepKind, instantiate};
 use crate::tensor::Tensor;
 use crate::verify::VerifyErrors;
 use crate::weight::WeightExpr;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 /// Arrays by input name.
 pub type Inputs<E> = BTreeMap<Arc<str>, Array<E>>;
 /// The results in the order of the graph's outputs.
 pub type Outputs<E> = Vec<(Arc<str>, Array<E>)>;
+
+/// Gives all results of a deferred call on operands, none larger than the limit.
+pub type DeferredSource<'a, E> =
+    dyn Fn(&DeferredCall, &[&Array<E>], usize) -> Result<Vec<Array<E>>, OpError> + 'a;
 
 /// Gives the array of an input node of a rank, by rank, value and input name.
 pub type RankInputs<'a, E> = dyn Fn(usize, ValueId, &str) -> Option<Array<E>> + 'a;
@@ -64,6 +69,8 @@ pub struct Interpreter<'a, D: Domain> {
     pub weights: &'a WeightSource<'a, D::Element>,
     /// Most elements alive at one time, over all ranks.
     pub element_limit: usize,
+    /// Results of deferred calls; graphs that have some cannot be run without.
+    pub deferred: Option<&'a DeferredSource<'a, D::Element>>,
 }
 
 /// The values of symbols that inputs of these types give; checks element types, ranks, ranges and guards.
@@ -92,12 +99,29 @@ pub fn bind_symbols(
             return Err(input_type_error(name, ty, &found));
         }
     }
-    if let Some(guard) = graph.broken_guards(&bindings).first() {
+    check_guards(graph, &bindings, &graph.data_symbols())?;
+    Ok(bindings)
+}
+
+/// Checks the guards that mention none of the symbols of `later`.
+///
+/// # Errors
+/// The first guard that does not hold.
+pub fn check_guards(
+    graph: &Graph,
+    bindings: &Bindings,
+    later: &BTreeSet<Arc<str>>,
+) -> Result<(), InterpError> {
+    let waits = |guard: &Guard| {
+        let mut symbols = guard.left.symbols().into_iter().chain(guard.right.symbols());
+        symbols.any(|symbol| later.contains(&symbol))
+    };
+    if let Some(guard) = graph.broken_guards(bindings).into_iter().find(|guard| !waits(guard)) {
         let relation = match guard.relation {
             Relation::Equal => "==",
             Relation::LessEqual => "<=",
         };
-        let value = |dim: &Dim| dim.eval(&bindings).map_or_else(|e| e.to_string(), |v| v.to_string());
+        let value = |dim: &Dim| dim.eval(bindings).map_or_else(|e| e.to_string(), |v| v.to_string());
         return Err(InterpError::Guard {
             fact: format!("{} {relation} {}", guard.left, guard.right),
             left: value(&guard.left),
@@ -105,7 +129,7 @@ pub fn bind_symbols(
             reason: guard.reason.to_string(),
         });
     }
-    Ok(bindings)
+    Ok(())
 }
 
 fn input_type_error(name: &str, expected: &Type, found: &Type) -> InterpError {
@@ -154,7 +178,7 @@ fn solve(dims: &[(&Dim, i64, &str)], graph: &Graph) -> Result<Bindings, InterpEr
 }
 
 /// The value of the only symbol of `dim` that has none, if `dim` grows evenly with it.
-fn solve_linear(dim: &Dim, extent: i64, bindings: &Bindings) -> Option<(Arc<str>, i64)> {
+pub(crate) fn solve_linear(dim: &Dim, extent: i64, bindings: &Bindings) -> Option<(Arc<str>, i64)> {
     let mut unbound = dim.symbols().into_iter().filter(|s| !bindings.contains_key(s));
     let symbol = unbound.next()?;
     if unbound.next().is_some() {
@@ -204,10 +228,12 @@ impl<D: Domain> Interpreter<'_, D> {
             interpreter: self,
             graphs,
             mesh,
-            bindings,
+            bindings: bindings.clone(),
             input,
             values: vec![vec![None; first.len()]; graphs.len()],
             alive: 0,
+            open: first.data_symbols().into_iter().filter(|s| !bindings.contains_key(s)).collect(),
+            results: BTreeMap::new(),
         };
         for (at, done) in last_used_by(graphs).into_iter().enumerate() {
             state.step(at)?;
@@ -327,15 +353,23 @@ fn last_used_by(graphs: &[Graph]) -> Vec<Vec<usize>> {
     done
 }
 
+/// Rank, call and operands.
+type ResultKey = (usize, Arc<DeferredCall>, Vec<ValueId>);
+
 struct State<'a, D: Domain> {
     interpreter: &'a Interpreter<'a, D>,
     graphs: &'a [Graph],
     mesh: &'a Mesh,
-    bindings: &'a Bindings,
+    /// Those of the inputs, and of what deferred results have defined so far.
+    bindings: Bindings,
     input: &'a RankInputs<'a, D::Element>,
     /// By rank, then node.
     values: Vec<Vec<Option<Array<D::Element>>>>,
     alive: usize,
+    /// Symbols without value yet.
+    open: BTreeSet<Arc<str>>,
+    /// Results of deferred calls that other nodes will ask for.
+    results: BTreeMap<ResultKey, Vec<Option<Array<D::Element>>>>,
 }
 
 impl<D: Domain> State<'_, D> {
@@ -349,7 +383,8 @@ impl<D: Domain> State<'_, D> {
             if converts {
                 self.convert(rank, at)?;
             } else {
-                let value = self.compute(rank, at)?;
+                let deferred = matches!(self.graphs[rank].nodes()[at].op, Op::Deferred { .. });
+                let value = if deferred { self.deferred(rank, at)? } else { self.compute(rank, at)? };
                 self.keep(rank, at, value)?;
             }
         }
@@ -390,12 +425,71 @@ impl<D: Domain> State<'_, D> {
             .map(|&arg| self.operand(rank, at, arg))
             .collect::<Result<Vec<_>, InterpError>>()?;
         let context = Context {
-            bindings: self.bindings,
+            bindings: &self.bindings,
             weights: self.interpreter.weights,
             element_limit: self.limit(),
         };
         eval_op(self.interpreter.domain, &node.op, &node.ty, &args, &context)
             .map_err(|error| self.error(rank, at, error))
+    }
+
+    /// A result of a deferred call; the symbols it defines get their values.
+    fn deferred(&mut self, rank: usize, at: usize) -> Result<Array<D::Element>, InterpError> {
+        let graphs = self.graphs;
+        let node = &graphs[rank].nodes()[at];
+        let Op::Deferred { call, output, ty } = &node.op else { return self.compute(rank, at) };
+        let key = (rank, call.clone(), node.args.clone());
+        let known = self.results.get_mut(&key).and_then(|all| all.get_mut(*output)).and_then(Option::take);
+        let value = match known {
+            Some(value) => value,
+            None => {
+                let mut all = self.call(rank, at, call)?;
+                let value = all.get_mut(*output).and_then(Option::take);
+                let missing = || OpError::Other(format!("the call has no result {output}"));
+                let value = value.ok_or_else(|| self.error(rank, at, missing()))?;
+                let wanted = |other: usize| {
+                    graphs[rank].nodes().iter().skip(at + 1).any(|n| {
+                        matches!(&n.op, Op::Deferred { call: c, output: o, .. } if o == &other && c == call)
+                            && n.args == node.args
+                    })
+                };
+                for (other, result) in all.iter_mut().enumerate() {
+                    if result.is_some() && !wanted(other) {
+                        *result = None;
+                    }
+                }
+                if all.iter().any(Option::is_some) {
+                    self.results.insert(key, all);
+                }
+                value
+            }
+        };
+        let symbols = &self.graphs[rank].symbols;
+        bind_result(ty, &value.ty(), symbols, &mut self.bindings)
+            .map_err(|what| self.error(rank, at, OpError::Other(what)))?;
+        if !self.open.is_empty() {
+            let before = self.open.len();
+            let bindings = &self.bindings;
+            self.open.retain(|symbol| !bindings.contains_key(symbol));
+            if self.open.len() < before {
+                check_guards(&self.graphs[rank], &self.bindings, &self.open)?;
+            }
+        }
+        Ok(value)
+    }
+
+    fn call(
+        &self,
+        rank: usize,
+        at: usize,
+        call: &DeferredCall,
+    ) -> Result<Vec<Option<Array<D::Element>>>, InterpError> {
+        let source = self.interpreter.deferred;
+        let source = source.ok_or_else(|| self.error(rank, at, OpError::Other(no_evaluator(call))))?;
+        let args = self.graphs[rank].nodes()[at].args.iter();
+        let args = args.map(|&arg| self.operand(rank, at, arg)).collect::<Result<Vec<_>, InterpError>>()?;
+        let results = source(call, &args, self.limit()).map_err(|error| self.error(rank, at, error))?;
+        Ok(results.into_iter().map(Some).collect())
     }
 
     /// Converts what the group of `rank` holds, for all of its members.
@@ -417,7 +511,7 @@ impl<D: Domain> State<'_, D> {
             };
             parts.push(self.operand(member, at, arg)?);
         }
-        let results = convert(self.interpreter.domain, conversion, &extents, &parts, self.bindings)
+        let results = convert(self.interpreter.domain, conversion, &extents, &parts, &self.bindings)
             .map_err(|error| self.error(rank, at, error))?;
         for (member, value) in group.into_iter().zip(results) {
             self.keep(member, at, value)?;
@@ -428,7 +522,7 @@ impl<D: Domain> State<'_, D> {
     /// Stores a value that is of its declared type and within the limit.
     fn keep(&mut self, rank: usize, at: usize, value: Array<D::Element>) -> Result<(), InterpError> {
         let declared = &self.graphs[rank].nodes()[at].ty;
-        let shape = concrete_shape(declared, self.bindings).map_err(|error| self.error(rank, at, error))?;
+        let shape = concrete_shape(declared, &self.bindings).map_err(|error| self.error(rank, at, error))?;
         if value.dtype != declared.dtype || value.shape() != shape {
             let what = format!("is {}, but {declared} = {shape:?} is declared", value.ty());
             return Err(self.error(rank, at, OpError::Other(what)));
@@ -470,8 +564,30 @@ pub fn run_tensors(
     initializer: &dyn Fn(&str) -> Result<Tensor, OpError>,
     element_limit: usize,
 ) -> Result<Vec<(Arc<str>, Tensor)>, InterpError> {
+    run_tensors_with(graph, inputs, initializer, element_limit, None)
+}
+
+/// As [`run_tensors`], with what gives deferred calls their meaning.
+///
+/// # Errors
+/// As [`Interpreter::run`].
+pub fn run_tensors_with(
+    graph: &Graph,
+    inputs: &BTreeMap<Arc<str>, Tensor>,
+    initializer: &dyn Fn(&str) -> Result<Tensor, OpError>,
+    element_limit: usize,
+    evaluator: Option<&dyn Evaluator>,
+) -> Result<Vec<(Arc<str>, Tensor)>, InterpError> {
     let weights = |expr: &WeightExpr| Ok(Real.import(&eval_weight(expr, initializer, element_limit)?));
-    let interpreter = Interpreter { domain: &Real, weights: &weights, element_limit };
+    let deferred = |call: &DeferredCall, operands: &[&Array<super::Num>], limit: usize| {
+        let evaluator = evaluator.ok_or_else(|| OpError::Other(no_evaluator(call)))?;
+        let tensors = operands.iter().map(|array| Real.export(array)).collect::<Result<Vec<_>, OpError>>()?;
+        let operands: Vec<&Tensor> = tensors.iter().collect();
+        let results = evaluator.evaluate(call, &operands, limit).map_err(OpError::Other)?;
+        Ok(results.iter().map(|tensor| Real.import(tensor)).collect())
+    };
+    let interpreter =
+        Interpreter { domain: &Real, weights: &weights, element_limit, deferred: Some(&deferred) };
     let arrays = inputs.iter().map(|(name, tensor)| (name.clone(), Real.import(tensor))).collect();
     let outputs = interpreter.run(graph, &arrays)?;
     let export = |(name, array): (Arc<str>, Array<_>)| match Real.export(&array) {

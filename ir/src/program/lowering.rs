@@ -7,7 +7,7 @@
 use super::memory::{self, Buffer, MemoryPlan, PlanError};
 use crate::dim::Bindings;
 use crate::dtype::DType;
-use crate::graph::{Graph, Node, ValueId};
+use crate::graph::{Graph, Node, Type, ValueId};
 use crate::op::{EinsumSpec, Op, PadMode, Scalar};
 use std::collections::BTreeSet;
 
@@ -190,6 +190,8 @@ fn constants(graph: &Graph) -> Vec<bool> {
         let is = match &node.op {
             Op::Weight(_) | Op::Literal(_) => true,
             Op::Input { .. } | Op::Size(_) | Op::Iota { .. } | Op::Convert(_) | Op::Append { .. } => false,
+            // What evaluates it is at hand in steps only.
+            Op::Deferred { .. } => false,
             _ => {
                 let operands: usize = node.args.iter().map(|&a| size(a)).fold(0, usize::saturating_add);
                 node.args.iter().all(|a| constant[a.index()])
@@ -244,7 +246,8 @@ fn kernel_of(graph: &Graph, node: &Node) -> Kernel {
         | Op::GatherNd { .. }
         | Op::ScatterElements { .. }
         | Op::ScatterNd { .. }
-        | Op::Dequant { .. } => Kernel::Reference,
+        | Op::Dequant { .. }
+        | Op::Deferred { .. } => Kernel::Reference,
     }
 }
 
@@ -408,5 +411,25 @@ impl Lowering {
     /// A dim without value, or a size that cannot be addressed.
     pub fn plan(&self, graph: &Graph, bindings: &Bindings) -> Result<MemoryPlan, PlanError> {
         memory::plan(&self.buffers(graph), bindings)
+    }
+
+    /// As [`Lowering::plan`], of the buffers whose sizes the bindings give: sizes that data decides are known later, and
+    /// buffers of such sizes have no slot. `ty` says the type of each value.
+    ///
+    /// # Errors
+    /// A size that cannot be addressed.
+    pub fn plan_known(
+        &self,
+        graph: &Graph,
+        bindings: &Bindings,
+        ty: &dyn Fn(ValueId) -> Option<Type>,
+    ) -> Result<MemoryPlan, PlanError> {
+        let mut buffers = self.buffers(graph);
+        for buffer in &mut buffers {
+            if let Some(ty) = ty(buffer.value) {
+                buffer.elements = ty.elements();
+            }
+        }
+        memory::plan(&memory::known(buffers, bindings), bindings)
     }
 }

@@ -131,6 +131,12 @@ struct Slot {
     busy_until: usize,
 }
 
+/// The buffers whose sizes the bindings give.
+pub(super) fn known(buffers: Vec<Buffer>, bindings: &Bindings) -> Vec<Buffer> {
+    let known = |b: &Buffer| !matches!(b.elements.eval(bindings), Err(EvalError::Unbound(_)));
+    buffers.into_iter().filter(known).collect()
+}
+
 pub(super) fn plan(buffers: &[Buffer], bindings: &Bindings) -> Result<MemoryPlan, PlanError> {
     let mut slots: Vec<Slot> = Vec::new();
     let values = buffers.iter().map(|b| b.value.index() + 1).max().unwrap_or(0);

@@ -2,7 +2,9 @@
 
 use super::scan::{Parsed, Scanner};
 use super::{literal, quote};
+use crate::deferred::DeferredCall;
 use crate::dim::Dim;
+use crate::graph::Type;
 use crate::layout::Monoid;
 use crate::op::{
     Conversion, EinsumSpec, Literal, NormKind, Op, PadMode, PoolKind, Real, Scalar, TableWindow, Window,
@@ -131,6 +133,11 @@ pub(super) fn print(op: &Op) -> String {
             .with("empty_rows_zero", empty_rows_zero)
             .print(),
         Op::Rotary { interleaved } => attributes().with("interleaved", interleaved).print(),
+        Op::Deferred { call, output, ty } => {
+            let attributes =
+                attributes().with("output", output).with("dtype", ty.dtype).list("shape", &ty.shape);
+            format!(" {} {}{}", quote(&call.name), quote(&call.code_text()), attributes.print())
+        }
         Op::Convert(conversion) => return print_conversion(conversion),
     };
     format!("{}{details}", op.name())
@@ -242,6 +249,7 @@ impl<'a> Scanner<'a> {
             "input" => return Ok(Op::Input { name: self.string()?.into() }),
             "weight" => return Ok(Op::Weight(self.weight()?)),
             "literal" => return Ok(Op::Literal(Literal(Arc::new(self.literal()?)))),
+            "deferred" => return self.deferred(),
             "einsum" => {
                 let at = self.place();
                 let text = self.string()?;
@@ -263,6 +271,18 @@ impl<'a> Scanner<'a> {
             return if keys.first { Ok(op) } else { keys.end(op) };
         }
         Err(self.error_at(start, format!("expected an operation, found `{name}`")))
+    }
+
+    fn deferred(&mut self) -> Parsed<Op> {
+        let name = self.string()?;
+        let at = self.place();
+        let code = self.string()?;
+        let call = DeferredCall::parse(&name, &code)
+            .ok_or_else(|| self.error_at(at, "expected bytes in hexadecimal"))?;
+        let mut keys = Keys { scanner: self, first: true };
+        let output = keys.size("output")?;
+        let ty = Type::new(keys.key("dtype")?.dtype()?, keys.dims("shape")?);
+        keys.end(Op::Deferred { call: Arc::new(call), output, ty })
     }
 
     /// What [`print_conversion`] wrote.

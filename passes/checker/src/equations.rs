@@ -172,7 +172,7 @@ impl Cone {
             let class = classes.find(value);
             let deep = level.get(&class).is_some_and(|&l| l >= depth);
             match &graph.node(value).op {
-                Op::Input { .. } => true,
+                Op::Input { .. } | Op::Deferred { .. } => true,
                 op => !op.is_leaf() && shared.contains(&class) && deep,
             }
         };
@@ -303,7 +303,8 @@ fn run<D: Domain>(
     }
     concrete.outputs.clone_from(&graph.outputs);
     let no_weights = |_: &WeightExpr| Err(OpError::Other("weights are variables".into()));
-    let interpreter = Interpreter { domain, weights: &no_weights, element_limit: ELEMENT_LIMIT };
+    let interpreter =
+        Interpreter { domain, weights: &no_weights, element_limit: ELEMENT_LIMIT, deferred: None };
     let outputs = interpreter.run(&concrete, &inputs).map_err(|e| match e {
         InterpError::Node { error: OpError::Limit { needed, .. }, .. } => {
             format!("a result of {needed} elements is {TOO_LARGE}")

@@ -213,6 +213,13 @@ pub(crate) fn restricts(op: &Op, view: &View<'_>) -> Verdict {
             }
             Ok(vec![])
         }
+        // An unknown function of whole operands.
+        Op::Deferred { .. } => {
+            for operand in 0..view.args.len() {
+                (0..view.args[operand].rank()).try_for_each(|dim| view.whole(operand, dim))?;
+            }
+            (0..rank).try_for_each(|dim| view.made_whole(dim)).map(|()| vec![])
+        }
         Op::Convert(_) => Err("a logical value is not made by a conversion".into()),
     }
 }
@@ -494,6 +501,7 @@ pub(crate) fn distributes(op: &Op, monoid: Monoid, members: &[bool], args: &[&Ty
         | Op::TopK { .. }
         | Op::Softmax { .. }
         | Op::Norm { .. }
+        | Op::Deferred { .. }
         | Op::Convert(_) => false,
     }
 }

@@ -369,6 +369,7 @@ impl<'a> Pricer<'a> {
             | Op::Softmax { .. }
             | Op::Norm { .. }
             | Op::Rotary { .. }
+            | Op::Deferred { .. }
             | Op::Iota { .. } => self.moved(reads() + write),
             Op::Convert(_) => Parts::default(),
         }

@@ -11,6 +11,7 @@ use crate::cost::{Cost, Pricer};
 use crate::sharding::{MeshSquare, Units, conversions, is_well_formed, squares_on_mesh};
 use std::collections::{BTreeSet, HashMap};
 use std::rc::Rc;
+use std::sync::Arc;
 use tpshard_ir::{AxisLayout, Dim, Graph, Layout, Mesh, Op, Output, Type, ValueId};
 
 /// What a layout graph is made from.
@@ -85,6 +86,8 @@ impl Memory {
 struct Builder<'a> {
     model: &'a Model<'a>,
     memory: Memory,
+    /// Symbols that data decides.
+    data: BTreeSet<Arc<str>>,
     groups: Vec<Group>,
     /// Per group, the partial slots that squares make.
     native: Vec<u64>,
@@ -100,6 +103,7 @@ pub fn build(model: &Model<'_>) -> Result<LayoutGraph, BuildError> {
     let mut builder = Builder {
         model,
         memory: Memory::default(),
+        data: model.graph.data_symbols(),
         groups: Vec::new(),
         native: Vec::new(),
         mixed: Vec::new(),
@@ -223,7 +227,15 @@ impl Builder<'_> {
         let mut all = vec![Layout(Vec::new())];
         for &ranks in &mesh.0 {
             let mut parts = vec![AxisLayout::Replicated];
-            let shards = if ranks == 1 { vec![] } else { shards(graph, units, pricer, value, ranks) };
+            let mut shards = if ranks == 1 { vec![] } else { shards(graph, units, pricer, value, ranks) };
+            // Sizes that data decides are not dealt out: nothing says what that would gain.
+            let decided = |dim: usize| {
+                let extent = graph.ty(value).shape.get(dim);
+                extent.is_some_and(|e| e.symbols().iter().any(|symbol| self.data.contains(symbol)))
+            };
+            if !self.data.is_empty() {
+                shards.retain(|(dim, _)| !decided(*dim));
+            }
             parts.extend(shards.into_iter().map(|(dim, unit)| AxisLayout::Shard { dim, unit }));
             all = all
                 .iter()
@@ -405,7 +417,10 @@ impl Builder<'_> {
             }
             let group = &self.groups[index];
             let mut exits = Vec::new();
-            for (slot, layout) in group.layouts.iter().enumerate().filter(|(_, l)| !l.has_partial()) {
+            // What defines sizes is whole on every rank, and there is nothing to decide.
+            let defines = matches!(graph.node(output.value).op, Op::Deferred { .. });
+            let may_leave = |layout: &Layout| !layout.has_partial() && (!defines || layout.is_replicated());
+            for (slot, layout) in group.layouts.iter().enumerate().filter(|(_, l)| may_leave(l)) {
                 let home = match past {
                     None => None,
                     // A state that is only read.

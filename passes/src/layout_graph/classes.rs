@@ -204,6 +204,7 @@ fn is_light(op: &Op, pricer: &Pricer<'_>, value: ValueId, replicated: &Layout, m
         | Op::Norm { .. }
         | Op::Attention { .. }
         | Op::Rotary { .. }
+        | Op::Deferred { .. }
         | Op::Convert(_) => false,
     }
 }

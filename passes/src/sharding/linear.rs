@@ -66,6 +66,7 @@ pub fn linear_sets(op: &Op, args: &[&Type], result: &Type) -> Vec<LinearSet> {
         | Op::TopK { .. }
         | Op::Softmax { .. }
         | Op::Norm { .. }
+        | Op::Deferred { .. }
         | Op::Convert(_) => vec![],
     };
     let typed = |set: &LinearSet| {

@@ -121,7 +121,8 @@ pub fn factors(op: &Op, args: &[&Type], result: &Type) -> Vec<Factor> {
         Op::GatherNd { batch_dims } => index::gather_nd(*batch_dims, args, result),
         Op::ScatterElements { axis, .. } => index::scatter_elements(*axis, args, result),
         Op::ScatterNd { .. } => index::scatter_nd(args, result),
-        Op::Convert(_) => vec![],
+        // An unknown function of whole operands.
+        Op::Deferred { .. } | Op::Convert(_) => vec![],
     };
     all.into_iter().filter(|f| !f.count.is_one() && f.fits(args, result)).collect()
 }

@@ -42,7 +42,7 @@ pub fn assert_checked(plan: &Plan, graph: &Graph) {
 /// All ranks together compute what `graph` computes.
 pub fn assert_exact(plan: &Plan, graph: &Graph, bindings: &Bindings) {
     let weights = |expr: &WeightExpr| random_weight(&Field, expr, 5, LIMIT);
-    let interpreter = Interpreter { domain: &Field, weights: &weights, element_limit: LIMIT };
+    let interpreter = Interpreter { domain: &Field, weights: &weights, element_limit: LIMIT, deferred: None };
     let inputs = inputs(graph, bindings);
     let expected = interpreter.run(graph, &inputs).unwrap();
     for (_, program) in &plan.programs {

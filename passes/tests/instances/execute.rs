@@ -114,7 +114,7 @@ pub(crate) fn execute(
     let locals: Vec<Graph> = (0..mesh.ranks())
         .map(|rank| instantiate(&program, rank).map_err(|e| text(&e)))
         .collect::<Result<_, _>>()?;
-    let interpreter = Interpreter { domain: &Field, weights: &weights, element_limit: LIMIT };
+    let interpreter = Interpreter { domain: &Field, weights: &weights, element_limit: LIMIT, deferred: None };
     let lookup = |rank: usize, value: ValueId, _: &str| families.get(&value)?.get(rank).cloned();
     let outputs = interpreter.run_ranks(&locals, mesh, &bindings, &lookup).map_err(|e| text(&e))?;
     let family: Vec<Array<u64>> = outputs.into_iter().filter_map(|mut o| o.pop()).map(|(_, a)| a).collect();

@@ -6,6 +6,7 @@
 
 use super::constants::{Constants, einsum_of};
 use super::convert::{Place, StepError, convert, held, identity};
+use super::deferred::Deferred;
 use super::gemm::Contraction;
 use super::kernels::{Context, run_kernel};
 use super::movement;
@@ -48,12 +49,14 @@ pub(crate) struct Run<'a> {
     pub(crate) gemm: &'a GemmExecutor,
     pub(crate) mesh: &'a Mesh,
     pub(crate) rank: usize,
-    pub(crate) bindings: &'a Bindings,
+    /// The sizes of the inputs, and those that data has decided so far.
+    pub(crate) bindings: Bindings,
     pub(crate) plan: &'a MemoryPlan,
     /// Whole inputs, by name.
     pub(crate) inputs: &'a BTreeMap<Arc<str>, Value>,
     /// Steps are to be timed.
     pub(crate) timed: bool,
+    pub(crate) deferred: Deferred<'a>,
 }
 
 /// Memory that outlives runs: one vector per slot of the plan.
@@ -93,6 +96,8 @@ pub(crate) struct Finished {
     pub(crate) failure: Option<Failed>,
     /// When steps started and ended, if they were to be timed.
     pub(crate) times: Vec<(ValueId, u64, u64)>,
+    /// All sizes.
+    pub(crate) bindings: Bindings,
 }
 
 /// A step that failed.
@@ -148,18 +153,18 @@ impl Prepared {
     }
 }
 
-impl Run<'_> {
-    fn graph(&self) -> &Graph {
+impl<'a> Run<'a> {
+    fn graph(&self) -> &'a Graph {
         &self.entry.graph
     }
 
     fn place(&self) -> Place<'_> {
-        Place { mesh: self.mesh, rank: self.rank, bindings: self.bindings }
+        Place { mesh: self.mesh, rank: self.rank, bindings: &self.bindings }
     }
 
     /// Runs all steps. `states` gives what this rank holds of state inputs; `taps` are values to hand back.
     pub(crate) fn run(
-        &self,
+        mut self,
         states: &mut BTreeMap<Arc<str>, Value>,
         slots: &mut Slots,
         taps: &[ValueId],
@@ -171,14 +176,23 @@ impl Run<'_> {
         for (value, id) in self.prepared.constants.iter().enumerate() {
             values[value] = id.and_then(|id| self.constants.value(id).cloned());
         }
-        let mut finished =
-            Finished { outputs: Vec::new(), taps: BTreeMap::new(), failure: None, times: Vec::new() };
-        for (index, region) in self.prepared.lowering.regions.iter().enumerate() {
+        let mut finished = Finished {
+            outputs: Vec::new(),
+            taps: BTreeMap::new(),
+            failure: None,
+            times: Vec::new(),
+            bindings: Bindings::new(),
+        };
+        let prepared = self.prepared;
+        for (index, region) in prepared.lowering.regions.iter().enumerate() {
             let result = region.result();
             if region.stage == Stage::Step {
                 let spare = slots.take(self.slot(result));
                 let start = if self.timed { now() } else { 0 };
-                let made = self.step(index, region, &mut values, states, spare, communicator, sequence);
+                let made = match &graph.node(result).op {
+                    Op::Deferred { .. } => self.deferred(index, result, &values),
+                    _ => self.step(index, region, &mut values, states, spare, communicator, sequence),
+                };
                 if self.timed {
                     finished.times.push((result, start, now()));
                 }
@@ -197,7 +211,7 @@ impl Run<'_> {
             {
                 finished.taps.insert(result, value.clone());
             }
-            for &done in &self.prepared.regions[index].dropped {
+            for &done in &prepared.regions[index].dropped {
                 if let Some(value) = values[done.index()].take() {
                     slots.put(self.slot(done), value);
                 }
@@ -209,7 +223,31 @@ impl Run<'_> {
             let value = if again { place.clone() } else { place.take() };
             finished.outputs.push(value.unwrap_or_else(|| self.zeros(output.value)));
         }
+        finished.bindings = self.bindings;
         Ok(finished)
+    }
+
+    /// A value whose shape depends on data. Ranks go on with the same sizes whether it can be made or not.
+    fn deferred(
+        &mut self,
+        index: usize,
+        result: ValueId,
+        values: &[Option<Value>],
+    ) -> Result<Value, StepError> {
+        let (graph, prepared) = (self.graph(), self.prepared);
+        let args: Result<Vec<Value>, String> = prepared.regions[index]
+            .args
+            .iter()
+            .map(|&arg| values[arg.index()].clone().ok_or_else(|| format!("{arg} is not there")))
+            .collect();
+        let made =
+            args.and_then(|args| self.deferred.step(graph, result, &args, &mut self.bindings)).and_then(
+                |value| self.deferred.learnt(self.entry, &prepared.lowering, &self.bindings).map(|()| value),
+            );
+        if made.is_err() {
+            self.deferred.give_up(graph.ty(result), graph, &mut self.bindings);
+        }
+        Ok(made?)
     }
 
     fn slot(&self, value: ValueId) -> Option<usize> {
@@ -230,7 +268,7 @@ impl Run<'_> {
     /// Zeros in place of a value that could not be computed; nothing if even that is impossible.
     fn zeros(&self, value: ValueId) -> Value {
         let ty = self.graph().ty(value);
-        let context = Context { gemm: self.gemm, bindings: self.bindings, graph: self.graph() };
+        let context = Context { gemm: self.gemm, bindings: &self.bindings, graph: self.graph() };
         let shape = context.shape(ty).unwrap_or_else(|_| vec![0; ty.rank()]);
         let empty = || Value::from_vec::<f32>(&[0], Vec::new());
         match Tensor::zeros(ty.dtype, shape).map(Value::new) {
@@ -248,7 +286,7 @@ impl Run<'_> {
                 .shape()
                 .iter()
                 .zip(&ty.shape)
-                .all(|(&extent, dim)| dim.eval(self.bindings).ok() == i64::try_from(extent).ok());
+                .all(|(&extent, dim)| dim.eval(&self.bindings).ok() == i64::try_from(extent).ok());
         if fits {
             return Ok(value);
         }
@@ -268,7 +306,7 @@ impl Run<'_> {
     ) -> Result<Value, StepError> {
         let result = region.result();
         let node = self.graph().node(result);
-        let context = Context { gemm: self.gemm, bindings: self.bindings, graph: self.graph() };
+        let context = Context { gemm: self.gemm, bindings: &self.bindings, graph: self.graph() };
         let prepared = &self.prepared.regions[index];
         let get = |values: &[Option<Value>], id: ValueId| -> Result<Value, String> {
             values[id.index()].clone().ok_or_else(|| format!("{id} is not there"))
@@ -345,7 +383,7 @@ impl Run<'_> {
 
     /// A value of the right shape and no elements of its own.
     fn shape_only(&self, value: ValueId) -> Result<Value, String> {
-        let context = Context { gemm: self.gemm, bindings: self.bindings, graph: self.graph() };
+        let context = Context { gemm: self.gemm, bindings: &self.bindings, graph: self.graph() };
         let shape = context.shape(self.graph().ty(value))?;
         Value::from_vec(&[1], vec![0f32])?.reshaped(&[])?.stretched(&shape)
     }

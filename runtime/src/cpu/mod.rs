@@ -10,6 +10,7 @@ mod attention;
 pub(crate) mod constants;
 mod conv;
 pub(crate) mod convert;
+pub(crate) mod deferred;
 mod dequant;
 pub(crate) mod exec;
 mod gemm;

@@ -7,6 +7,7 @@ use crate::comm::{CommStats, Communicator, Group, Tag};
 use crate::cpu::WeightSource;
 use crate::cpu::constants::Constants;
 use crate::cpu::convert::{Place, StepError, convert};
+use crate::cpu::deferred::Deferred;
 use crate::cpu::exec::{Failed, Finished, Prepared, Run, Slots};
 use crate::cpu::value::Value;
 use crate::state::{Change, SlotId, StateStore};
@@ -14,10 +15,11 @@ use rten_gemm::GemmExecutor;
 use std::collections::{BTreeMap, BTreeSet};
 use std::str::FromStr;
 use std::sync::Arc;
-use tpshard_ir::dim::Bindings;
+use tpshard_ir::deferred::{SharedEvaluator, no_evaluator};
+use tpshard_ir::dim::{Bindings, Dim};
 use tpshard_ir::program::{Determinism, Entry, Family, MemoryPlan, Port, RankProgram, lower_keeping};
 use tpshard_ir::tensor::element_count;
-use tpshard_ir::{AxisLayout, Conversion, DType, StepId, Tensor, ValueId};
+use tpshard_ir::{AxisLayout, Conversion, DType, Op, StepId, Tensor, ValueId};
 
 pub(super) struct Worker {
     program: RankProgram,
@@ -28,6 +30,9 @@ pub(super) struct Worker {
     slots: Slots,
     state: Option<StateStore>,
     memory_limit: u64,
+    /// The least memory limit of all ranks, where they have to decide alike.
+    common_limit: u64,
+    evaluator: SharedEvaluator,
     sequence: u64,
     timeline: Option<Timeline>,
 }
@@ -45,6 +50,7 @@ impl Worker {
         let gemm = GemmExecutor::new();
         let mut load = || -> Result<_, SessionError> {
             check(&program, weights, &*communicator)?;
+            check_evaluator(&program, &options.evaluator)?;
             let constants = Constants::load(&program, weights, &gemm, &|| communicator.progress())
                 .map_err(|what| SessionError::Weights { what })?;
             let prepared = program
@@ -63,16 +69,19 @@ impl Worker {
         };
         let loaded = load();
         let (constants, prepared, memory_limit, state) = agree(&*communicator, &mut sequence, loaded)?;
-        let slots = Slots::default();
+        let common_limit = least_limit(&program, &*communicator, &mut sequence, memory_limit)?;
+        let evaluator = options.evaluator.clone();
         let timeline = options.timeline.then(Timeline::default);
         Ok(Worker {
             program,
             communicator,
             constants,
             prepared,
-            slots,
+            slots: Slots::default(),
             state,
             memory_limit,
+            common_limit,
+            evaluator,
             sequence,
             timeline,
         })
@@ -168,10 +177,16 @@ impl Worker {
             gemm: &gemm,
             mesh: &self.program.mesh,
             rank: self.program.rank,
-            bindings: &bindings,
+            bindings: bindings.clone(),
             plan: &plan,
             inputs: &inputs,
             timed: self.timeline.is_some(),
+            deferred: Deferred::new(
+                &program_entry.graph,
+                &bindings,
+                self.evaluator.0.as_deref(),
+                self.common_limit,
+            ),
         };
         let mut states = taken.as_mut().map(|t| t.values()).unwrap_or_default();
         let wanted: Vec<ValueId> = taps.iter().map(|&t| ValueId(t)).collect();
@@ -182,6 +197,7 @@ impl Worker {
         if let Some(timeline) = &mut self.timeline {
             timeline.add(entry, &finished.times);
         }
+        let bindings = std::mem::take(&mut finished.bindings);
         let failure = finished.failure.take();
         let kept = match (&mut self.state, taken) {
             (Some(state), Some(taken)) => {
@@ -229,9 +245,13 @@ impl Worker {
             Some(Prepared::new(entry, lowering, &self.constants).map_err(program)?)
         };
         let lowering = &tapped.as_ref().unwrap_or(prepared).lowering;
-        let plan = lowering.plan(&entry.graph, bindings)?;
+        // What data decides is counted when it is known.
+        let plan = lowering.plan_known(&entry.graph, bindings, &|_| None)?;
+        let open: BTreeSet<Arc<str>> =
+            entry.graph.data_symbols().into_iter().filter(|s| !bindings.contains_key(s)).collect();
+        let known = |p: &&Port| !p.ty.shape.iter().flat_map(Dim::symbols).any(|s| open.contains(&s));
         let bytes = |ports: &[Port]| -> u64 {
-            ports.iter().map(|p| port_bytes(p, bindings)).fold(0u64, u64::saturating_add)
+            ports.iter().filter(known).map(|p| port_bytes(p, bindings)).fold(0u64, u64::saturating_add)
         };
         let mut needed =
             plan.bytes.saturating_add(bytes(&entry.inputs)).saturating_add(bytes(&entry.outputs));
@@ -308,6 +328,46 @@ fn same_program(
         Err(SessionError::Usage { what })
     };
     agree(communicator, sequence, verdict)
+}
+
+/// Refuses operations that wait for their operands where nothing can evaluate them.
+fn check_evaluator(program: &RankProgram, evaluator: &SharedEvaluator) -> Result<(), SessionError> {
+    let nodes = program.entries.iter().flat_map(|entry| entry.graph.nodes());
+    let call = nodes.filter_map(|node| match &node.op {
+        Op::Deferred { call, .. } => Some((call, &node.origin)),
+        _ => None,
+    });
+    match call.into_iter().next() {
+        Some((call, origin)) if evaluator.0.is_none() => {
+            let what =
+                format!("{} ({origin})\n  help: open the session with an evaluator", no_evaluator(call));
+            Err(SessionError::Usage { what })
+        }
+        _ => Ok(()),
+    }
+}
+
+/// The least memory limit of all ranks; each its own where no size depends on data.
+fn least_limit(
+    program: &RankProgram,
+    communicator: &dyn Communicator,
+    sequence: &mut u64,
+    own: u64,
+) -> Result<u64, SessionError> {
+    let decides = program.entries.iter().any(|entry| !entry.graph.data_symbols().is_empty());
+    if !decides || communicator.world_size() == 1 {
+        return Ok(own);
+    }
+    let mut least = Tensor::scalar(i64::try_from(own).unwrap_or(i64::MAX));
+    *sequence += 1;
+    let tag = Tag { sequence: *sequence, node: u32::MAX };
+    communicator.all_reduce(
+        &Group::world(communicator.world_size()),
+        tag,
+        crate::comm::Monoid::Min,
+        &mut least,
+    )?;
+    Ok(least.as_slice::<i64>().ok().and_then(|v| v.first()).map_or(own, |&limit| limit.unsigned_abs()))
 }
 
 /// Checks a program before anything of it is used.

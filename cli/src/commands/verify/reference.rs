@@ -4,7 +4,8 @@ use crate::failure::{Failure, Kind, Outcome};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use tpshard_frontend::Imported;
-use tpshard_ir::interp::{InterpError, OpError, run_tensors};
+use tpshard_frontend::deferred::OnnxEvaluator;
+use tpshard_ir::interp::{InterpError, OpError, run_tensors_with};
 use tpshard_ir::{Graph, Tensor};
 use tpshard_runtime::io::NamedTensors;
 
@@ -20,7 +21,9 @@ pub(super) fn evaluate(imported: &Imported, graph: &Graph, inputs: &NamedTensors
         let tensor = imported.tensors.get(name).ok_or_else(|| missing(format!("no initializer `{name}`")))?;
         imported.model.storage.to_tensor(tensor).map_err(|e| missing(e.to_string()))
     };
-    let outputs = run_tensors(graph, &inputs, &initializer, LIMIT).map_err(|error| failure(&error))?;
+    let evaluator = OnnxEvaluator::default();
+    let outputs = run_tensors_with(graph, &inputs, &initializer, LIMIT, Some(&evaluator));
+    let outputs = outputs.map_err(|error| failure(&error))?;
     Ok(outputs.into_iter().map(|(name, t)| (name.to_string(), t)).collect())
 }
 
@@ -62,7 +65,8 @@ mod tests {
         graph.outputs.push(tpshard_ir::Output { name: "y".into(), value: y });
         let x = Tensor::from_vec(vec![1, given.len()], given).unwrap();
         let none = |_: &str| Err(OpError::Other("none".into()));
-        let error = run_tensors(&graph, &[("x".into(), x)].into(), &none, LIMIT).unwrap_err();
+        let error =
+            tpshard_ir::interp::run_tensors(&graph, &[("x".into(), x)].into(), &none, LIMIT).unwrap_err();
         failure(&error)
     }
 
