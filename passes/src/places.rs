@@ -6,7 +6,8 @@
 //! long as it stays a dim, or the leading part of one: rows of `[heads * width]` are heads of `[heads, width]`.
 
 use crate::extended::Extended;
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use rustc_hash::FxHashMap;
+use std::collections::{BTreeMap, BTreeSet};
 use tpshard_ir::spmd::Equation;
 use tpshard_ir::weight::{WeightExpr, WeightKind};
 use tpshard_ir::{Dim, Graph, Op, ValueId};
@@ -40,7 +41,7 @@ pub fn equal_values(graph: &Graph, equations: &[Equation]) -> Vec<ValueId> {
     }
     loop {
         let mut changed = false;
-        let mut known: HashMap<(&Op, Vec<ValueId>), ValueId> = HashMap::new();
+        let mut known: FxHashMap<(&Op, Vec<ValueId>), ValueId> = FxHashMap::default();
         for (value, node) in graph.values() {
             let args = node.args.iter().map(|&a| root(&mut parent, a)).collect();
             match known.get(&(&node.op, args)) {

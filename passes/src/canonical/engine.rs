@@ -6,7 +6,7 @@
 //! [`CHAIN_LIMIT`] is cut, which costs quality, never correctness.
 
 use crate::extended::Extended;
-use std::collections::HashMap;
+use rustc_hash::FxHashMap;
 use std::sync::Arc;
 use tpshard_ir::graph::{Node, Output};
 use tpshard_ir::infer::{InferError, infer};
@@ -22,7 +22,7 @@ pub(super) struct Rule {
 }
 
 /// The first value of each operation on the same operands.
-pub(super) type Interned = HashMap<(Op, Vec<ValueId>, Type), ValueId>;
+pub(super) type Interned = FxHashMap<(Op, Vec<ValueId>, Type), ValueId>;
 
 /// All operations of a graph.
 pub(super) fn intern(graph: &Graph) -> Interned {
@@ -34,7 +34,7 @@ pub(super) fn intern(graph: &Graph) -> Interned {
 pub(super) struct Rewriter<'a> {
     extended: &'a mut Extended,
     interned: &'a mut Interned,
-    last_form: HashMap<ValueId, ValueId>,
+    last_form: FxHashMap<ValueId, ValueId>,
     rules: &'a [Rule],
     depth: usize,
     /// Users of the values that were live when this pass began, one entry per operand slot.
@@ -56,14 +56,14 @@ pub(super) fn rewrite(extended: &mut Extended, interned: &mut Interned, rules: &
     let mut rewriter = Rewriter {
         extended,
         interned,
-        last_form: HashMap::new(),
+        last_form: FxHashMap::default(),
         rules,
         depth: 0,
         users,
         outputs,
         origin: "".into(),
     };
-    let mut form: HashMap<ValueId, ValueId> = HashMap::new();
+    let mut form: FxHashMap<ValueId, ValueId> = FxHashMap::default();
     for id in live {
         let Node { op, args, ty, origin } = rewriter.graph().node(id).clone();
         rewriter.origin = origin;

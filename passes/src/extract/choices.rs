@@ -5,7 +5,8 @@ use super::trees::{MOST_WANTED, Trees, halves};
 use crate::cost::Cost;
 use crate::counters::Effort;
 use crate::layout_graph::{Group, LayoutGraph, Operand};
-use std::collections::{BTreeMap, HashMap};
+use rustc_hash::FxHashMap;
+use std::collections::BTreeMap;
 
 /// A set of slots.
 pub type Slots = u64;
@@ -35,8 +36,8 @@ pub struct Choices<'a> {
     /// Every choice ever computed; others refer to them by index.
     pub all: Vec<Choice>,
     known: BTreeMap<(u32, Slots), Vec<u32>>,
-    distances: HashMap<(u32, Slots, Slots), Option<Cost>>,
-    trees: HashMap<(u32, Slots), Trees<'a>>,
+    distances: FxHashMap<(u32, Slots, Slots), Option<Cost>>,
+    trees: FxHashMap<(u32, Slots), Trees<'a>>,
     /// False once a demand was so large that not every way to satisfy it was considered.
     pub exact: bool,
     /// Of the searches that used these choices.
@@ -49,8 +50,8 @@ impl<'a> Choices<'a> {
             graph,
             all: Vec::new(),
             known: BTreeMap::new(),
-            distances: HashMap::new(),
-            trees: HashMap::new(),
+            distances: FxHashMap::default(),
+            trees: FxHashMap::default(),
             exact: true,
             effort: Effort::default(),
         }
@@ -80,12 +81,11 @@ impl<'a> Choices<'a> {
         if missing.count_ones() > MOST_WANTED {
             return None;
         }
-        let graph = self.graph;
-        let trees = self
-            .trees
-            .entry((group, missing))
-            .or_insert_with(|| Trees::new(&graph.groups[group as usize], missing));
-        *self.distances.entry((group, present, missing)).or_insert_with(|| trees.from(present))
+        let (graph, trees) = (self.graph, &mut self.trees);
+        *self.distances.entry((group, present, missing)).or_insert_with(|| {
+            let trees = trees.entry((group, missing));
+            trees.or_insert_with(|| Trees::new(&graph.groups[group as usize], missing)).from(present)
+        })
     }
 }
 

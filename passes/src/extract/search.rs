@@ -2,8 +2,8 @@
 //!
 //! A state maps each group that something above needs to the set of its slots that are needed; demands are sets, so
 //! what is shared is paid once, and conversions grow out of what is produced, so nothing can depend on itself. A state
-//! is useless if another one over the same groups is cheaper by at least the conversions that lead from its demands to
-//! the other's: whoever holds the cheaper one can finish like the dearer and convert.
+//! is useless if another one over the same groups, or some of them, is cheaper by at least the conversions that lead
+//! from its demands to the other's: whoever holds the cheaper one can finish like the dearer and convert.
 
 use super::choices::{Choices, Slots};
 use crate::cost::Cost;
@@ -37,6 +37,9 @@ impl Default for Limits {
         Limits { states: 4096, labels: 8192 }
     }
 }
+
+/// States after which searches that are cut short anyway keep fewer.
+const TIRED: usize = 500_000;
 
 /// How many cheaper states a state is compared with.
 const RIVALS: usize = 32;
@@ -283,18 +286,21 @@ impl<'a, 'c> Search<'a, 'c> {
         }
         front.retain(|_, labels| !labels.is_empty());
         self.drop_dominated(front);
-        if front.len() > self.limits.states {
+        // Where much was cut off already, less is kept: what is lost is lost.
+        let tired = !self.complete && self.choices.effort.states > TIRED;
+        let most = if tired { self.limits.states / 16 + 1 } else { self.limits.states };
+        if front.len() > most {
             self.complete = false;
             let mut order: Vec<(u128, Demand)> =
                 front.iter().map(|(d, labels)| (lowest(labels), d.clone())).collect();
             order.sort();
-            for (_, demand) in order.drain(self.limits.states..) {
+            for (_, demand) in order.drain(most..) {
                 front.remove(&demand);
             }
         }
     }
 
-    /// Conversion dominance.
+    /// Drops labels that a state which demands less, or can be converted to what it demands, beats.
     fn drop_dominated(&mut self, front: &mut Front) {
         if front.len() < 2 {
             return;
@@ -302,12 +308,11 @@ impl<'a, 'c> Search<'a, 'c> {
         let mut order: Vec<(u128, Demand)> =
             front.iter().map(|(demand, labels)| (lowest(labels), demand.clone())).collect();
         order.sort();
-        let mut rivals: BTreeMap<Vec<u32>, Vec<Demand>> = BTreeMap::new();
+        let mut kept = Kept::default();
         for (_, demand) in order {
-            let groups: Vec<u32> = demand.iter().map(|d| d.0).collect();
-            let kept = rivals.entry(groups).or_default();
             let Some(mut labels) = front.remove(&demand) else { continue };
-            for rival in kept.iter().take(RIVALS) {
+            for rival in kept.rivals(&demand) {
+                let rival = &kept.demands[rival];
                 let Some(distance) = self.distance(&demand, rival) else { continue };
                 let Some(others) = front.get(rival) else { continue };
                 self.drop_beaten(&mut labels, others, distance);
@@ -317,7 +322,7 @@ impl<'a, 'c> Search<'a, 'c> {
             }
             if !labels.is_empty() {
                 front.insert(demand.clone(), labels);
-                kept.push(demand);
+                kept.add(demand);
             }
         }
     }
@@ -343,11 +348,13 @@ impl<'a, 'c> Search<'a, 'c> {
         }
     }
 
-    /// The conversions that lead from the demands `present` to `wanted`, over the same groups.
+    /// The conversions that lead from the demands `present` to `wanted`, which are of some of the same groups.
     fn distance(&mut self, present: &Demand, wanted: &Demand) -> Option<Cost> {
         let mut total = Cost::ZERO;
-        for (have, want) in present.iter().zip(wanted) {
-            total = total + self.choices.distance(have.0, have.1, want.1)?;
+        let mut have = present.iter();
+        for &(group, slots) in wanted {
+            let &(_, held) = have.find(|(other, _)| *other == group)?;
+            total = total + self.choices.distance(group, held, slots)?;
         }
         Some(total)
     }
@@ -377,6 +384,39 @@ impl<'a, 'c> Search<'a, 'c> {
             }
         }
     }
+}
+
+/// States that were not dropped, and which of them demand no group that another does not.
+#[derive(Default)]
+struct Kept {
+    demands: Vec<Demand>,
+    /// Per state, a bit for each of its groups; groups may share bits.
+    signatures: Vec<u64>,
+    /// States over the same groups.
+    alike: BTreeMap<Vec<u32>, Vec<usize>>,
+}
+
+impl Kept {
+    fn add(&mut self, demand: Demand) {
+        let groups = demand.iter().map(|d| d.0).collect();
+        self.alike.entry(groups).or_default().push(self.demands.len());
+        self.signatures.push(signature(&demand));
+        self.demands.push(demand);
+    }
+
+    /// The first states over the same groups, then the first over some of them.
+    fn rivals(&self, demand: &Demand) -> Vec<usize> {
+        let groups: Vec<u32> = demand.iter().map(|d| d.0).collect();
+        let alike = self.alike.get(&groups).map_or(&[][..], Vec::as_slice);
+        let own = signature(demand);
+        let fewer = self.signatures.iter().enumerate().filter(|(_, other)| *other & !own == 0);
+        let fewer = fewer.map(|(at, _)| at).filter(|&at| self.demands[at].len() < demand.len());
+        alike.iter().copied().take(RIVALS).chain(fewer.take(RIVALS)).collect()
+    }
+}
+
+fn signature(demand: &Demand) -> u64 {
+    demand.iter().fold(0, |bits, (group, _)| bits | 1 << (group % 64))
 }
 
 /// Per group, true if no plan does without it as far as can be seen from one group at a time: outputs, and what all

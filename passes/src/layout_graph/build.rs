@@ -9,7 +9,8 @@ use super::classes::{Classes, grows, shards};
 use super::{Edge, Exit, Group, GroupKind, LayoutGraph, MAX_SLOTS, Operand, Production};
 use crate::cost::{Cost, Pricer};
 use crate::sharding::{MeshSquare, Units, conversions, is_well_formed, squares_on_mesh};
-use std::collections::{BTreeSet, HashMap};
+use rustc_hash::FxHashMap;
+use std::collections::BTreeSet;
 use std::rc::Rc;
 use std::sync::Arc;
 use tpshard_ir::{AxisLayout, Dim, Graph, Layout, Mesh, Op, Output, Type, ValueId};
@@ -52,13 +53,13 @@ type Edges = Rc<Vec<Edge>>;
 /// Answers that alike layers ask for again. Where a key would be dear to copy, the second part of it is searched for.
 #[derive(Default)]
 struct Memory {
-    sorts: HashMap<Type, Vec<(DimUnits, Sort)>>,
+    sorts: FxHashMap<Type, Vec<(DimUnits, Sort)>>,
     /// The sort of each value, once it was asked for.
     sort_of: Vec<Option<Sort>>,
     count: Sort,
-    squares: HashMap<Shape, Vec<(Op, Squares)>>,
-    conversions: HashMap<Sort, Vec<(Vec<Layout>, Edges)>>,
-    shards: HashMap<Sort, Rc<Vec<Layout>>>,
+    squares: FxHashMap<Shape, Vec<(Op, Squares)>>,
+    conversions: FxHashMap<Sort, Vec<(Vec<Layout>, Edges)>>,
+    shards: FxHashMap<Sort, Rc<Vec<Layout>>>,
 }
 
 impl Memory {

@@ -262,7 +262,8 @@ pub fn work(graph: &Graph, look: &Look, value: ValueId, sizes: &Sizes<'_>) -> Ve
         | Op::GatherElements { .. }
         | Op::GatherNd { .. }
         | Op::ScatterElements { .. }
-        | Op::ScatterNd { .. } => one(Family::Reference, Quantities { element: all + out, ..call }),
+        | Op::ScatterNd { .. }
+        | Op::Deferred { .. } => one(Family::Reference, Quantities { element: all + out, ..call }),
     }
 }
 
