@@ -148,6 +148,33 @@ fn fused_projections_are_cut_and_attention_is_found() {
     assert!(kept_batch, "batch and sequence are dims of their own");
 }
 
+/// `f32` does not hold the reciprocal of the root of 5, but the scale of the composite is a real number.
+#[test]
+fn attention_is_found_where_scores_are_divided_and_the_checker_agrees() {
+    let build = || {
+        let mut g = Graph::new("divided");
+        for symbol in ["batch", "seq"] {
+            g.symbols.insert(symbol.into(), tpshard_ir::SymbolRange { low: 0, high: 64 });
+        }
+        let ty = Type::new(DType::F32, vec![Dim::symbol("batch"), Dim::symbol("seq"), Dim::from(10i64)]);
+        let x = g.input("x", ty);
+        let y = fused_attention(&mut g, x, 2, 5);
+        (g, y)
+    };
+    let (g, y) = build();
+    let done = canonical(g, y, &pattern(&[2, 5, 10], 1));
+    assert_eq!(count(&done, "attention"), 1);
+    let (mut g, y) = build();
+    g.outputs.push(tpshard_ir::Output { name: "y".into(), value: y });
+    let mut extended = tpshard_passes::extended::Extended::new(g.clone());
+    tpshard_passes::canonical::canonicalise(&mut extended);
+    let profile = tpshard_passes::cost::Profile::built_in("h100-sxm").unwrap();
+    let plan = tpshard_passes::plan(extended, &tpshard_passes::PlanOptions::new(2, profile)).unwrap();
+    let program = &plan.programs[0].1;
+    assert!(program.equations.iter().any(|e| &*e.rule == "real:attention-divided"));
+    tpshard_checker::check(program, &g).unwrap();
+}
+
 #[test]
 fn repeated_heads_become_a_head_map() {
     let mut g = Graph::new("gqa");

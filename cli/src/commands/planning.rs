@@ -190,6 +190,12 @@ impl Planning {
         tpshard_passes::plan(self.extended.clone(), &self.options(ranks))
     }
 
+    /// As [`Planning::plan`], with less search: for comparisons only.
+    pub(crate) fn sketch(&self, ranks: usize) -> Result<Plan, PlanError> {
+        let limits = tpshard_passes::extract::Limits { states: 256, labels: 256 };
+        tpshard_passes::plan(self.extended.clone(), &PlanOptions { limits, ..self.options(ranks) })
+    }
+
     /// What a device of the profile has.
     pub(crate) fn device_bytes(&self) -> u64 {
         self.options.profile.memory_bytes as u64

@@ -95,7 +95,7 @@ fn scaling(planning: &Planning, report: &PlanReport, compare: bool) -> (Vec<Scal
         return (all, Some(note));
     }
     for ranks in COMPARED.into_iter().filter(|ranks| *ranks != own) {
-        let outcome = match planning.plan(ranks) {
+        let outcome = match planning.sketch(ranks) {
             Ok(plan) => Ok(times(&plan.report)),
             Err(PlanError::Extract(ExtractError::Budget { least, .. })) => {
                 Err(format!("does not fit: needs {} per rank", Bytes(least)))

@@ -6,9 +6,10 @@ use super::simplify::scalar_literal;
 use tpshard_ir::op::{EinsumSpec, Real};
 use tpshard_ir::{Op, Scalar, Type, ValueId};
 
-pub(super) const RULES: [Rule; 4] = [
+pub(super) const RULES: [Rule; 5] = [
     Rule { name: "real:divide-scores", apply: divide_scores },
     Rule { name: "attention", apply: plain_attention },
+    Rule { name: "real:attention-divided", apply: divided_attention },
     Rule { name: "real:attention-guarded", apply: guarded_attention },
     Rule { name: "attention-repeat", apply: unrepeat },
 ];
@@ -66,19 +67,26 @@ struct Scores {
     scale: f64,
     softcap: Option<f64>,
     bias: Option<ValueId>,
+    /// The scale is the reciprocal of what they are divided by.
+    divided: bool,
 }
 
 /// einsum(softmax(scores), v) = attention(q, k, v, bias)
 fn plain_attention(r: &mut Rewriter<'_>, v: ValueId) -> Option<ValueId> {
-    attention(r, v, false)
+    attention(r, v, false, false)
+}
+
+/// The same with scores divided by a number whose reciprocal their type does not hold.
+fn divided_attention(r: &mut Rewriter<'_>, v: ValueId) -> Option<ValueId> {
+    attention(r, v, false, true)
 }
 
 /// The same where rows that are NaN because nothing may be attended to are replaced by zeros.
 fn guarded_attention(r: &mut Rewriter<'_>, v: ValueId) -> Option<ValueId> {
-    attention(r, v, true)
+    attention(r, v, true, false).or_else(|| attention(r, v, true, true))
 }
 
-fn attention(r: &mut Rewriter<'_>, v: ValueId, guarded: bool) -> Option<ValueId> {
+fn attention(r: &mut Rewriter<'_>, v: ValueId, guarded: bool, divided: bool) -> Option<ValueId> {
     let outer = contraction(r, v)?;
     // softmax[b,h,s,t] · v[b,h,t,e] in any order of dims; bring both into standard order with transposes.
     let (weights, weights_letters, values, value_letters) = if probabilities(r, outer.first).is_some() {
@@ -99,7 +107,7 @@ fn attention(r: &mut Rewriter<'_>, v: ValueId, guarded: bool) -> Option<ValueId>
     }
     let (value_perm, out_perm) =
         (permutation(value_letters, &[*b, *h, *t, e])?, permutation(&out, &outer.spec.output)?);
-    let scores = scores(r, r.arg(softmax, 0))?;
+    let scores = scores(r, r.arg(softmax, 0)).filter(|found| found.divided == divided)?;
     let values = transposed(r, values, value_perm)?;
     let heads = r.ty(scores.q).shape[1].as_size()?;
     if r.ty(scores.k).shape[1] != r.ty(scores.q).shape[1] || r.ty(values).shape[1] != r.ty(scores.q).shape[1]
@@ -188,9 +196,20 @@ fn with_factor(r: &Rewriter<'_>, v: ValueId) -> Option<(ValueId, f64)> {
     [(a, b), (b, a)].into_iter().find_map(|(x, c)| scalar_literal(r, c).map(|c| (x, c)))
 }
 
+/// `x` and `c` of `x / c`.
+fn with_divisor(r: &Rewriter<'_>, v: ValueId) -> Option<(ValueId, f64)> {
+    let Op::Map(Scalar::Div) = r.op(v) else { return None };
+    let divisor = scalar_literal(r, r.arg(v, 1)).filter(|c| (1.0 / c).is_normal())?;
+    Some((r.arg(v, 0), divisor))
+}
+
 /// scale · q kᵀ
 fn scaled_scores(r: &mut Rewriter<'_>, v: ValueId) -> Option<Scores> {
-    let (product, scale) = with_factor(r, v).unwrap_or((v, 1.0));
+    let (product, scale, divided) = match (with_factor(r, v), with_divisor(r, v)) {
+        (Some((product, factor)), _) => (product, factor, false),
+        (None, Some((product, divisor))) => (product, 1.0 / divisor, true),
+        (None, None) => (v, 1.0, false),
+    };
     let inner = contraction(r, product)?;
     let [b, h, s, t] = inner.spec.output.as_slice() else { return None };
     let d = *inner.spec.inputs[0].iter().find(|l| !inner.spec.output.contains(l))?;
@@ -201,7 +220,7 @@ fn scaled_scores(r: &mut Rewriter<'_>, v: ValueId) -> Option<Scores> {
     let operands = [inner.first, inner.second];
     let q = transposed(r, operands[queries], query_perm)?;
     let k = transposed(r, operands[1 - queries], key_perm)?;
-    Some(Scores { q, k, scale, softcap: None, bias: None })
+    Some(Scores { q, k, scale, softcap: None, bias: None, divided })
 }
 
 /// attention(q, repeat(k), repeat(v)) = attention(q, k, v) with a head map
