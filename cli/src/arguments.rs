@@ -179,6 +179,17 @@ const MOST_SECONDS: u64 = 7 * 24 * 60 * 60;
 /// Most threads per rank that can be asked for.
 const MOST_THREADS: u64 = 1024;
 
+/// How ranks run.
+#[derive(Clone, Debug, Default, Args)]
+pub(crate) struct RankArguments {
+    /// Seconds without progress after which the ranks give up, 1 to 604800 (a week). Default: 30.
+    #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=MOST_SECONDS))]
+    pub(crate) timeout: Option<u64>,
+    /// Threads per rank, 1 to 1024. Default: the cores shared out among the ranks.
+    #[arg(long, value_name = "N", value_parser = RangedU64ValueParser::<usize>::new().range(1..=MOST_THREADS))]
+    pub(crate) threads: Option<usize>,
+}
+
 // What a rank's executable takes as well.
 #[derive(Debug, Args)]
 pub(crate) struct TensorArguments {
@@ -188,12 +199,8 @@ pub(crate) struct TensorArguments {
     /// Where to write the outputs, as `.npz`.
     #[arg(long, value_name = "FILE")]
     pub(crate) outputs: Option<PathBuf>,
-    /// Seconds without progress after which the ranks give up, 1 to 604800 (a week). Default: 30.
-    #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=MOST_SECONDS))]
-    pub(crate) timeout: Option<u64>,
-    /// Threads per rank, 1 to 1024. Default: the cores shared out among the ranks.
-    #[arg(long, value_name = "N", value_parser = RangedU64ValueParser::<usize>::new().range(1..=MOST_THREADS))]
-    pub(crate) threads: Option<usize>,
+    #[command(flatten)]
+    pub(crate) ranks: RankArguments,
     /// Where to run.
     #[arg(long, value_name = "DEVICE", default_value = "cpu", value_parser = ["cpu"])]
     pub(crate) device: String,
@@ -381,12 +388,8 @@ pub(crate) struct GenerateArguments {
     /// Go on until there are as many tokens as asked for.
     #[arg(long, conflicts_with = "stop_token")]
     pub(crate) ignore_stop: bool,
-    /// Seconds without progress after which the ranks give up, 1 to 604800 (a week). Default: 30.
-    #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=MOST_SECONDS))]
-    pub(crate) timeout: Option<u64>,
-    /// Threads per rank, 1 to 1024. Default: the cores shared out among the ranks.
-    #[arg(long, value_name = "N", value_parser = RangedU64ValueParser::<usize>::new().range(1..=MOST_THREADS))]
-    pub(crate) threads: Option<usize>,
+    #[command(flatten)]
+    pub(crate) ranks: RankArguments,
 }
 
 fn temperature(text: &str) -> Result<f64, String> {

@@ -130,14 +130,14 @@ pub(crate) fn run_rank(
         precision: file.program.determinism.name().into(),
     };
     let mut options = CommOptions::default();
-    if let Some(seconds) = arguments.timeout {
+    if let Some(seconds) = arguments.ranks.timeout {
         options.stall = Duration::from_secs(seconds);
     }
     let meeting = Rendezvous::of_place(place, &environment(), options).map_err(launch_failure)?;
     let communicator = connect(&meeting, &agreement).map_err(launch_failure)?;
     let mut weights = ShardFile::open(folder, place.rank)?;
     let session_options = SessionOptions {
-        threads: arguments.threads,
+        threads: arguments.ranks.threads,
         local_ranks: place.local_world_size,
         evaluator: evaluator(),
         ..SessionOptions::default()

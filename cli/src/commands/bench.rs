@@ -42,7 +42,7 @@ pub(crate) fn bench(arguments: &BenchArguments, json: bool) -> Outcome<()> {
     if let Some(path) = &arguments.trace {
         trace::write(path, &logs, measured.start)?;
     }
-    let summary = Summary::of(&logs, measured, decode, arguments.tensors.threads);
+    let summary = Summary::of(&logs, measured, decode, arguments.tensors.ranks.threads);
     if json {
         return output::line(summary.to_json(arguments.by_op));
     }

@@ -37,13 +37,8 @@ pub(crate) fn generate(arguments: &GenerateArguments, json: bool, quiet: bool) -
         prompt,
     };
     let job = Job { kind, state: Some((1, capacity)), results: results.0.clone() };
-    let flags = TensorArguments {
-        inputs: None,
-        outputs: None,
-        timeout: arguments.timeout,
-        threads: arguments.threads,
-        device: "cpu".into(),
-    };
+    let flags =
+        TensorArguments { inputs: None, outputs: None, ranks: arguments.ranks.clone(), device: "cpu".into() };
     spawn(job.commands(&folder, |command| add_flags(command, &flags, false))?)?;
     let path = result_file(&results.0);
     let text =

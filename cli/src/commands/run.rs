@@ -79,10 +79,10 @@ pub(crate) fn add_flags(command: &mut Command, tensors: &TensorArguments, json: 
     };
     path("--inputs", &tensors.inputs);
     path("--outputs", &tensors.outputs);
-    if let Some(timeout) = tensors.timeout {
+    if let Some(timeout) = tensors.ranks.timeout {
         command.args(["--timeout", &timeout.to_string()]);
     }
-    if let Some(threads) = tensors.threads {
+    if let Some(threads) = tensors.ranks.threads {
         command.args(["--threads", &threads.to_string()]);
     }
     command.args(["--device", &tensors.device]);
