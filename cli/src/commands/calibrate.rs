@@ -10,6 +10,7 @@ mod fit;
 mod kernels;
 mod links;
 mod report;
+mod skew;
 mod steps;
 
 use crate::arguments::CalibrateArguments;
@@ -18,7 +19,7 @@ use links::{Carrier, Point};
 use std::collections::BTreeMap;
 use std::num::NonZero;
 use steps::Rates;
-use tpshard_passes::cost::kernels::Measured;
+use tpshard_passes::cost::kernels::{Family, Measured, Quantities};
 
 /// Everything is measured so often, with other things in between. The least of the medians counts: other work on the
 /// machine comes in bursts and only ever adds time.
@@ -55,6 +56,8 @@ pub(crate) struct Measurements {
     pub(crate) rates: Rates,
     /// Rates of kernels, by the number of ranks that ran at once.
     pub(crate) kernels: BTreeMap<usize, Measured>,
+    /// By how much of themselves these rates were raised, because ranks wait for the slowest.
+    pub(crate) waits: BTreeMap<usize, f64>,
     pub(crate) points: Vec<Point>,
     /// What the profile is made from.
     pub(crate) carrier: Carrier,
@@ -85,10 +88,13 @@ pub(crate) fn calibrate(arguments: &CalibrateArguments, json: bool, quiet: bool)
     };
     say("kernels");
     let rates = steps::rates(ranks, effort)?;
-    let mut kernels = BTreeMap::new();
+    let (mut kernels, mut waits) = (BTreeMap::new(), BTreeMap::new());
     for count in [1].into_iter().chain(counts(ranks)) {
         say(&format!("families of kernels on {count} ranks"));
-        kernels.insert(count, kernels::measure(count, effort)?);
+        let waiting = if count > 1 { skew::share(count, effort)? } else { 0.0 };
+        let slower = |(family, rates): (Family, Quantities)| (family, rates.over(1.0 / (1.0 + waiting)));
+        kernels.insert(count, kernels::measure(count, effort)?.into_iter().map(slower).collect());
+        waits.insert(count, waiting);
     }
     let mut points = Vec::new();
     for count in counts(ranks) {
@@ -103,6 +109,7 @@ pub(crate) fn calibrate(arguments: &CalibrateArguments, json: bool, quiet: bool)
         memory_bytes: report::memory_of_machine()? / ranks as f64,
         rates,
         kernels,
+        waits,
         points,
         carrier: Carrier::Processes,
     };

@@ -111,9 +111,10 @@ fn profile_text(m: &Measurements) -> String {
             let _ = writeln!(
                 text,
                 "kernel.{}.{ranks} = {} | measured by tpshard calibrate: least squares over programs of such kernels, \
-                 {ranks} ranks at once",
+                 {ranks} ranks at once{}",
                 family.name(),
-                print_rates(rates)
+                print_rates(rates),
+                waiting(m.waits.get(ranks).copied().unwrap_or(0.0)),
             );
         }
     }
@@ -141,6 +142,15 @@ fn profile_text(m: &Measurements) -> String {
         }
     }
     text
+}
+
+/// What was added for waiting, if anything.
+fn waiting(share: f64) -> String {
+    if share > 0.0 {
+        format!(", and {:.1} % for waiting at collectives", 100.0 * share)
+    } else {
+        String::new()
+    }
 }
 
 type Sized = Vec<(f64, f64)>;
@@ -262,6 +272,7 @@ mod tests {
             memory_bytes: 4e9,
             rates,
             kernels: BTreeMap::new(),
+            waits: BTreeMap::from([(2, 0.05)]),
             points,
             carrier,
         }
