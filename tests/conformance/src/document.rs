@@ -3,6 +3,7 @@
 
 use crate::outcome::{Form, Outcome, Verdict};
 use crate::suite::Test;
+use crate::tier::Tier;
 use crate::worker::RANKS;
 use std::collections::BTreeMap;
 use std::fmt::Write;
@@ -45,6 +46,7 @@ pass: an error after that, a wrong result or a crash.
 /// The whole document.
 pub(crate) fn document(ran: &[Ran<'_>]) -> String {
     let mut text = HEAD.to_owned();
+    tiers(&mut text, ran);
     totals(&mut text, ran);
     operators(&mut text, ran);
     reasons(&mut text, ran);
@@ -60,6 +62,50 @@ fn tally<'a>(ran: impl Iterator<Item = &'a Ran<'a>>, form: Form, ranks: usize) -
         }
     }
     tally
+}
+
+/// The newest opset that is taken.
+const OPSETS: i64 = 26;
+
+/// The shares that pass of what is to pass.
+fn tiers(text: &mut String, ran: &[Ran<'_>]) {
+    let _ = write!(
+        text,
+        "\n## Node tests by tier\n\nOf the tests in opsets up to {OPSETS}, those that pass. A test is of the highest tier of its operators.\n\n\
+         | tier | form | tests |"
+    );
+    for ranks in RANKS {
+        let _ = write!(text, " N = {ranks} | % |");
+    }
+    text.push_str("\n|---|---|--:|");
+    text.push_str(&"--:|--:|".repeat(RANKS.len()));
+    text.push('\n');
+    let mut row = |title: &str, tiers: &[Tier]| {
+        let counts = |test: &Test| test.kind == "node" && test.opset <= OPSETS && tiers.contains(&test.tier);
+        for form in Form::ALL {
+            let members = || ran.iter().filter(|(test, _)| counts(test));
+            let total = tally(members(), form, 1).total();
+            if total == 0 {
+                continue;
+            }
+            let _ = write!(text, "| {title} | {} | {total} |", form.name());
+            for ranks in RANKS {
+                let pass = tally(members(), form, ranks).of(Verdict::Pass);
+                let _ = write!(text, " {pass} | {} |", percent(pass, total));
+            }
+            text.push('\n');
+        }
+    };
+    for tier in Tier::ALL {
+        row(&tier.to_string(), &[tier]);
+    }
+    row("1 and 2", &[Tier::Tensor, Tier::Numeric]);
+}
+
+/// Rounded down, so that 100 means all.
+fn percent(part: usize, whole: usize) -> String {
+    let tenths = part * 1000 / whole.max(1);
+    format!("{}.{}", tenths / 10, tenths % 10)
 }
 
 fn totals(text: &mut String, ran: &[Ran<'_>]) {
@@ -193,6 +239,8 @@ mod tests {
             rtol: 0.0,
             atol: 0.0,
             operator: Operator { name: "Add".into(), opset: 14, expanded: false },
+            opset: 14,
+            tier: Tier::Tensor,
         }
     }
 
@@ -206,6 +254,10 @@ mod tests {
         assert!(text.contains("\n| Add | 14 | 1 | | 1 | | | |\n"), "{text}");
         assert!(
             text.contains("| 1.0 | node | as it stands | 2 | 2 | 0 | 0 | 1 | 0 | 0 | 1 | 0 | 0 |"),
+            "{text}"
+        );
+        assert!(
+            text.contains("| 1: tensor computation | as it stands | 2 | 2 | 100.0 | 1 | 50.0 | 1 | 50.0 |"),
             "{text}"
         );
         assert!(text.contains("| wrong | y | as it stands | add_bcast (1.0) on 2 ranks |"), "{text}");

@@ -10,6 +10,7 @@ mod data;
 mod document;
 mod outcome;
 mod suite;
+mod tier;
 mod treatment;
 mod worker;
 

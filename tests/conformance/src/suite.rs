@@ -1,5 +1,6 @@
 //! The tests that a wheel of the `onnx` package holds: models, inputs, expected outputs and tolerances, as files.
 
+use crate::tier::Tier;
 use anyhow::{Context, Result, bail};
 use prost::Message;
 use sha2::{Digest, Sha256};
@@ -44,6 +45,9 @@ pub(crate) struct Test {
     pub(crate) rtol: f64,
     pub(crate) atol: f64,
     pub(crate) operator: Operator,
+    /// The version of `ai.onnx` the model imports, 0 if none.
+    pub(crate) opset: i64,
+    pub(crate) tier: Tier,
 }
 
 /// The operator a test is about, with the opset it is written in.
@@ -159,7 +163,8 @@ fn test(suite: &str, kind: &str, name: String, model: PathBuf, data: Vec<PathBuf
     let rtol = if name == LOOSE.0 { LOOSE.1 } else { RTOL };
     let atol = NOISY.iter().find(|(part, _)| name.contains(part)).map_or(ATOL, |(_, atol)| *atol);
     let (suite, kind) = (suite.to_owned(), kind.to_owned());
-    Ok(Some(Test { suite, kind, name, model, data, rtol, atol, operator }))
+    let (opset, tier) = (opset(""), Tier::of(&graph));
+    Ok(Some(Test { suite, kind, name, model, data, rtol, atol, operator, opset, tier }))
 }
 
 /// `test_x_expanded` is `test_x` with the function body of its operator in place of the operator.
