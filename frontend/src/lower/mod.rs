@@ -336,6 +336,33 @@ impl Lowering<'_> {
         count
     }
 
+    /// The outputs of a graph inside a node, for these inputs: its nodes in the node's place.
+    pub(crate) fn inlined(&mut self, graph: &ModelGraph, inputs: &[Value]) -> Lowered<Vec<Value>> {
+        if graph.inputs.len() != inputs.len() {
+            let message = format!("a graph of {} inputs is given {}", graph.inputs.len(), inputs.len());
+            return Err(invalid(message));
+        }
+        let mut faults = Faults::default();
+        self.push_scope();
+        for (info, value) in graph.inputs.iter().zip(inputs) {
+            self.define(&info.name, value.clone());
+        }
+        faults.keep(self.declare_initializers(graph));
+        self.nodes(graph, &mut faults);
+        let result =
+            |output: &crate::model::ValueInfo| self.lookup(&output.name).cloned().unwrap_or(Value::Poison);
+        let results: Vec<Value> = graph.outputs.iter().map(result).collect();
+        self.pop_scope();
+        let fault = faults.finish("").err().and_then(|error| error.faults.into_iter().next());
+        match fault {
+            Some(fault) => Err(fault),
+            None if results.iter().any(|value| matches!(value, Value::Poison)) => {
+                Err(invalid("an output of a graph is not defined"))
+            }
+            None => Ok(results),
+        }
+    }
+
     fn taken_branch<'a>(&self, node: &'a Node) -> Result<&'a ModelGraph, Option<Fault>> {
         let condition = node.input(0).and_then(|name| self.lookup(name));
         let condition = condition.ok_or_else(|| Some(invalid("an If without condition")))?;

@@ -12,6 +12,7 @@ mod contrib_attention;
 mod convolution;
 mod determinant;
 mod elementwise;
+mod flex_attention;
 mod grouped_query;
 mod heads;
 mod index;
@@ -53,6 +54,7 @@ pub(crate) struct Row {
 }
 
 const ONNX: &str = "";
+const PREVIEW: &str = "ai.onnx.preview";
 const MICROSOFT: &str = "com.microsoft";
 /// No later version changes the operator.
 const NOW: i64 = i64::MAX;
@@ -242,6 +244,8 @@ table! {
     ONNX "SimplifiedLayerNormalization" 1..NOW 2 normalization::simplified_layer_normalization;
     ONNX "SkipLayerNormalization" 1..NOW 5 normalization::skip_layer_normalization;
     ONNX "SkipSimplifiedLayerNormalization" 1..NOW 4 normalization::skip_simplified_layer_normalization;
+
+    PREVIEW "FlexAttention" 1..NOW 3 flex_attention::flex_attention;
 
     MICROSOFT "Attention" 1..NOW 7 contrib_attention::packed_attention;
     MICROSOFT "BiasGelu" 1..NOW 2 activation::bias_gelu;

@@ -71,7 +71,11 @@ pub enum ExtractError {
          help: use more ranks, a smaller state (--dim), or allow more (--memory)"
     )]
     Budget { least: u64, budget: u64 },
-    #[error("no combination of layouts computes all outputs")]
+    #[error(
+        "no combination of layouts computes all outputs\n\
+         help: pins may contradict each other through what lies between them, remove one; without pins this is a \
+         fault of the planner, please report it with the model"
+    )]
     Impossible,
 }
 

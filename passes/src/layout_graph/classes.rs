@@ -131,35 +131,42 @@ fn leaders(graph: &Graph, equal: &[(ValueId, ValueId)]) -> Vec<ValueId> {
     graph.values().map(|(id, _)| root(&mut parent, id)).collect()
 }
 
-/// The classes that `outputs` need, operands first, each as late as its first user allows. A class that depends on
-/// itself through an equal value is put where its first member needs it to be; what would close the circle is not
-/// offered as a production.
+/// The classes that `outputs` need, operands first, each as late as its first user allows. The first member of a class
+/// is older than all others, so what first members are computed from never leads back to them: every class comes after
+/// the operands of its first member. Operands of other members come before it unless they are computed from it; then
+/// that member closes a circle and is not offered as a production.
 fn order(
     graph: &Graph,
     outputs: &[ValueId],
     leader: &[ValueId],
     members: &BTreeMap<ValueId, Vec<ValueId>>,
 ) -> Vec<ValueId> {
-    let operands = |class: ValueId| -> Vec<ValueId> {
+    let needed = |class: ValueId| graph.node(class).args.iter().map(|a| leader[a.index()]);
+    // Operands, each with whether the first member has it.
+    let operands = |class: ValueId| -> Vec<(ValueId, bool)> {
         let values = members.get(&class).map_or(&[][..], Vec::as_slice);
-        values.iter().flat_map(|&m| &graph.node(m).args).map(|a| leader[a.index()]).collect()
+        let of = |&m: &ValueId| graph.node(m).args.iter().map(move |a| (leader[a.index()], m == class));
+        values.iter().flat_map(of).collect()
     };
     let mut sorted = Vec::new();
-    let mut seen: BTreeSet<ValueId> = BTreeSet::new();
+    let mut states: BTreeMap<ValueId, Visit> = BTreeMap::new();
     for output in outputs {
         let class = leader[output.index()];
-        if !seen.insert(class) {
+        if states.contains_key(&class) {
             continue;
         }
+        states.insert(class, Visit::Open);
         let mut open = vec![(class, operands(class).into_iter())];
         while let Some((class, rest)) = open.last_mut() {
             match rest.next() {
-                Some(next) => {
-                    if seen.insert(next) {
+                Some((next, first)) => {
+                    if !states.contains_key(&next) && (first || !needs_open(next, &states, &needed)) {
+                        states.insert(next, Visit::Open);
                         open.push((next, operands(next).into_iter()));
                     }
                 }
                 None => {
+                    states.insert(*class, Visit::Sorted);
                     sorted.push(*class);
                     open.pop();
                 }
@@ -167,6 +174,30 @@ fn order(
         }
     }
     sorted
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Visit {
+    /// Its operands are being sorted.
+    Open,
+    Sorted,
+}
+
+/// True if a class cannot be computed without one that is open. What is sorted can be.
+fn needs_open<I: Iterator<Item = ValueId>>(
+    class: ValueId,
+    states: &BTreeMap<ValueId, Visit>,
+    needed: &impl Fn(ValueId) -> I,
+) -> bool {
+    let (mut seen, mut rest) = (BTreeSet::from([class]), vec![class]);
+    while let Some(class) = rest.pop() {
+        match states.get(&class) {
+            Some(Visit::Open) => return true,
+            Some(Visit::Sorted) => {}
+            None => rest.extend(needed(class).filter(|&next| seen.insert(next))),
+        }
+    }
+    false
 }
 
 /// True if the operation may be repeated on every rank without counting.
