@@ -150,6 +150,11 @@ impl Converter<'_> {
             let help = "add the domain to the model's opset_import, or export again";
             self.faults.push(Fault::invalid(message, help).at_node(site.clone()));
         }
+        if node.inputs.len() > self.limits.node_inputs {
+            let message = format!("{} inputs, {} are possible", node.inputs.len(), self.limits.node_inputs);
+            let help = "combine the inputs in several steps";
+            self.faults.push(Fault::resource(message, help).at_node(site.clone()));
+        }
         node.attributes = self.attributes(proto.attribute, opsets, &site);
         node
     }

@@ -8,6 +8,8 @@
 pub struct Limits {
     /// Nodes in all graphs and functions, before and after functions are inlined.
     pub nodes: u64,
+    /// Inputs of one node.
+    pub node_inputs: usize,
     /// Length in bytes of one name or other text.
     pub text: u64,
     /// Heap for the decoded structure that is granted to a file of any size.
@@ -34,7 +36,8 @@ pub struct Limits {
 impl Default for Limits {
     fn default() -> Limits {
         Limits {
-            nodes: 1_000_000,
+            nodes: 65_536,
+            node_inputs: 16_384,
             text: 1 << 20,
             heap_base: 256 << 20,
             heap_per_byte: 12,

@@ -6,7 +6,7 @@
 //! weights follow from the sizes: one gather by a constant table, one product, one sum. Nearest neighbours are a gather
 //! alone. Dims that are not numbers can be repeated a whole number of times.
 
-use crate::error::quote;
+use crate::error::{Fault, quote};
 use crate::lower::{Call, Element, Lowered, Lowering, Value, axis_of, data_dependent, invalid, unsupported};
 use tpshard_ir::{DType, Dim, Monoid, Scalar, ValueId};
 
@@ -219,6 +219,14 @@ struct Taps {
     outside: bool,
 }
 
+/// Most entries of a resized dim: each has its places written out.
+const LONGEST: usize = 1 << 20;
+
+fn too_long(to: usize) -> Fault {
+    let message = format!("a dim is resized to {to} entries, {LONGEST} are possible");
+    Fault::resource(message, "resize to less, or repeat the entries with Expand")
+}
+
 fn one_axis(
     l: &mut Lowering<'_>,
     x: ValueId,
@@ -229,6 +237,9 @@ fn one_axis(
 ) -> Lowered<ValueId> {
     if from == 0 {
         return Err(invalid("an empty image"));
+    }
+    if to > LONGEST {
+        return Err(too_long(to));
     }
     let taps = (0..to).map(|at| taps(at, along, from, to, method)).collect::<Lowered<Vec<Taps>>>()?;
     let count = taps.first().map_or(1, |taps| taps.places.len());

@@ -285,13 +285,20 @@ fn conv(groups: usize, view: &View<'_>) -> Verdict {
     let per_group =
         view.extent(1, 0)?.exact_div(&Dim::from(groups)).ok_or("channels do not fall into groups")?;
     let made = view.made(1)?;
-    let (Some(start), Some(length)) = (made.start.exact_div(&per_group), made.length.exact_div(&per_group))
-    else {
-        return Err("a group of channels is cut".into());
+    let whole = match (made.start.exact_div(&per_group), made.length.exact_div(&per_group)) {
+        (Some(start), Some(length)) => Some(Part { start, length }),
+        _ => group_of(made, &per_group),
     };
-    let needed = Part { start, length }.times(view.extent(1, 1)?);
+    let needed = whole.ok_or("a group of channels is cut")?.times(view.extent(1, 1)?);
     view.same(view.held(0, 1)?, &needed, 0, 1)?;
     Ok(vec![])
+}
+
+/// The one group that all of a part belongs to: its channels need all that the group reads, and nothing else.
+fn group_of(made: &Part, per_group: &Dim) -> Option<Part> {
+    let ((start, length), size) = (made.constant()?, per_group.as_size()?);
+    let (first, last) = (start.checked_div(size)?, (start + length.checked_sub(1)?).checked_div(size)?);
+    (first == last).then(|| Part { start: Dim::from(first), length: Dim::constant(1) })
 }
 
 /// Dim `i` of a shape selects flat positions by `(position / stride) mod extent`. Two dims select alike if as much lies
