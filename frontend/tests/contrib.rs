@@ -88,6 +88,7 @@ macro_rules! fixtures {
 
 fixtures! {
     attention_causal attention_mask attention_packed_past
+    cdist_euclidean
     group_query_decode group_query_prompt group_query_softcap group_query_window
     layer_norm
     matmul_2_bits_small_block_level_4 matmul_2_bits_zeros

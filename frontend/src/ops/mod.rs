@@ -249,6 +249,7 @@ table! {
 
     MICROSOFT "Attention" 1..NOW 7 contrib_attention::packed_attention;
     MICROSOFT "BiasGelu" 1..NOW 2 activation::bias_gelu;
+    MICROSOFT "CDist" 1..NOW 2 reduction::pairwise_distance;
     MICROSOFT "DequantizeLinear" 1..NOW 3 quantized::dequantize_linear;
     MICROSOFT "EmbedLayerNormalization" 1..NOW 9 normalization::embed_layer_normalization;
     MICROSOFT "FastGelu" 1..NOW 2 activation::fast_gelu;

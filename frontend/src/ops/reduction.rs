@@ -1,9 +1,10 @@
-//! Reductions and what is made of them: Reduce*, ArgMax, ArgMin, TopK, CumSum, Softmax, LogSoftmax, Hardmax,
+//! Reductions and what is made of them: Reduce*, ArgMax, ArgMin, TopK, CumSum, Softmax, LogSoftmax, Hardmax, CDist,
 //! <https://onnx.ai/onnx/operators/>.
 //!
 //! Axes of ReduceSum are an input since opset 13, of the others since 18. Softmax and its kin work on one axis since
 //! opset 13; before, on all dims from the axis on together.
 
+use super::heads::dims_of;
 use crate::lower::{Call, Lowered, Lowering, Value, axes_of, axis_of, data_dependent, invalid, unsupported};
 use tpshard_ir::{DType, Dim, Monoid, Op, Scalar, ValueId};
 
@@ -38,6 +39,27 @@ pub(super) fn reduce(l: &mut Lowering<'_>, call: &Call<'_>) -> Lowered<Vec<Value
     let kept: Vec<Dim> =
         (0..rank).filter(|axis| !axes.contains(axis)).map(|axis| shape[axis].clone()).collect();
     Ok(vec![Value::Data(l.reshape(reduced, &kept)?)])
+}
+
+/// CDist of ONNX Runtime: the distance of every row of `a[m, k]` to every row of `b[n, k]`, `[m, n]`; its square unless
+/// `metric` is `euclidean`.
+pub(super) fn pairwise_distance(l: &mut Lowering<'_>, call: &Call<'_>) -> Lowered<Vec<Value>> {
+    let root = match call.attributes.string("metric", "sqeuclidean")? {
+        "euclidean" => true,
+        "sqeuclidean" => false,
+        other => return Err(invalid(format!("the metric {}", crate::error::quote(other)))),
+    };
+    let (a, b) = (l.data(call.input(0)?)?, l.data(call.input(1)?)?);
+    let [rows, width] = dims_of(&l.type_of(a), "the first operand")?;
+    let [columns, _] = dims_of(&l.type_of(b), "the second operand")?;
+    l.unify_shape(b, &[columns.clone(), width.clone()], "the second operand")?;
+    let a = l.reshape(a, &[rows.clone(), Dim::constant(1), width])?;
+    let difference = l.map(Scalar::Sub, &[a, b])?;
+    let square = l.map(Scalar::Mul, &[difference, difference])?;
+    let sum = l.reduce(Monoid::Sum, square, &[2])?;
+    let sum = l.reshape(sum, &[rows, columns])?;
+    let distance = if root { l.map(Scalar::Sqrt, &[sum])? } else { sum };
+    Ok(vec![Value::Data(distance)])
 }
 
 /// Sums and products of sizes.
