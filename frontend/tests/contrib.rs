@@ -221,3 +221,17 @@ fn norms_take_parameters_with_leading_dims() {
     let fault = first_fault(&run_with(&[2, 8]).unwrap_err());
     assert!(fault.contains("sizes 8 and 16"), "{fault}");
 }
+
+/// What docs/adding-an-op.md shows is what is there.
+#[test]
+fn the_example_of_the_documentation_is_the_code() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let read = |path: &str| std::fs::read_to_string(root.join(path)).unwrap();
+    let (guide, code) = (read("../docs/adding-an-op.md"), read("src/ops/reduction.rs"));
+    let start = code.find("/// CDist").unwrap();
+    let function = &code[start..start + code[start..].find("\n}\n").unwrap() + 2];
+    let shown: Vec<String> = function.lines().map(|line| format!("    {line}")).collect();
+    assert!(guide.contains(&shown.join("\n")), "docs/adding-an-op.md shows another function");
+    let row = read("src/ops/mod.rs").lines().find(|line| line.contains("\"CDist\"")).map(str::to_owned);
+    assert!(guide.contains(&row.unwrap()), "docs/adding-an-op.md shows another row");
+}

@@ -207,7 +207,7 @@ fn localise(program: &Spmd, node: &Node, step: &Step, own: &[Run], rank: usize) 
         Op::Conv { window, groups } => {
             let global = extent(program, node, 1, 0)?.as_size().ok_or("symbolic channels")?;
             let (_, channels) = constant_run(run_of(own, 1)?)?;
-            // Only whole groups are dealt out, so the share of channels is the share of groups.
+            // Whole groups are dealt out, so the share of channels is the share of groups; or parts of one group.
             let share = groups.checked_mul(channels).ok_or("too many channels")?;
             let groups = if *groups == 1 { 1 } else { share / global.max(1) };
             Op::Conv { window: window.clone(), groups: groups.max(1) }

@@ -42,6 +42,9 @@ impl Lowering<'_> {
 
     fn deferred(&mut self, node: &Node, fault: &Fault) -> Result<Vec<Value>, Option<Fault>> {
         let inputs = self.operands(node)?;
+        if node.op_type == "If" && node.subgraphs().any(|branch| !branch.inputs.is_empty()) {
+            return Err(Some(super::invalid("a branch of an If has inputs")));
+        }
         self.probe_fault = None;
         if let Some(values) = self.selected(node, &inputs) {
             return Ok(values);

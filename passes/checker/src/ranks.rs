@@ -170,11 +170,16 @@ fn same_operation(
             let channels = made.get(1).and_then(Part::constant).ok_or("channels are symbolic")?;
             let all =
                 types.get(1).and_then(|w| w.shape.first()).and_then(Dim::as_size).ok_or("no channels")?;
-            // Channels per group stay what they were; a rank without channels has no groups to count.
+            // Channels per group stay what they were, unless all are of one group; a rank without channels has no groups
+            // to count.
+            let group = |channel: usize| channel.checked_mul(*groups)?.checked_div(all);
             let right = if *groups == 1 {
                 *local_groups == 1
             } else {
-                channels.1 == 0 || local_groups.checked_mul(all) == groups.checked_mul(channels.1)
+                let last = (channels.0 + channels.1).checked_sub(1);
+                channels.1 == 0
+                    || local_groups.checked_mul(all) == groups.checked_mul(channels.1)
+                    || (*local_groups == 1 && group(channels.0) == last.and_then(group))
             };
             if window != own || !right { differs("the number of groups") } else { Ok(()) }
         }
