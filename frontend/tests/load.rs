@@ -190,8 +190,23 @@ fn a_broken_tensor_names_its_place() {
 #[test]
 fn a_hundred_thousand_nodes_load_and_drop() {
     let nodes = (0..100_000).map(|i| node("Relu", &[&format!("v{i}")], &[&format!("v{}", i + 1)])).collect();
-    let loaded = load_proto(&model(graph(&["v0"], nodes, &["v100000"]))).unwrap();
+    let proto = model(graph(&["v0"], nodes, &["v100000"]));
+    assert!(refused(&proto).contains("more than 65536 nodes"));
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("m.onnx");
+    std::fs::write(&path, proto.encode_to_vec()).unwrap();
+    let loaded = load(&path, &Limits { nodes: 100_000, ..Limits::default() }).unwrap();
     assert_eq!(loaded.graph.nodes.len(), 100_000);
+}
+
+#[test]
+fn a_node_of_very_many_inputs_is_refused() {
+    let names: Vec<String> = (0..16_385).map(|i| format!("x{i}")).collect();
+    let names: Vec<&str> = names.iter().map(String::as_str).collect();
+    let text = refused(&model(graph(&names, vec![node("Sum", &names, &["y"])], &["y"])));
+    assert!(text.contains("16385 inputs, 16384 are possible") && text.contains("help: "), "{text}");
+    let fewer = &names[..16_384];
+    load_proto(&model(graph(fewer, vec![node("Sum", fewer, &["y"])], &["y"]))).unwrap();
 }
 
 fn sharded(change: impl Fn(&mut ShardingSpecProto, &mut NodeDeviceConfigurationProto)) -> ModelProto {
