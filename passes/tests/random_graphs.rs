@@ -45,7 +45,7 @@ fn options(case: &Case) -> PlanOptions {
     let mut options = PlanOptions::new(case.ranks, profile(case.machine));
     let [b, s] = case.sizes;
     options.entries = vec![entry("e", &[("b", b), ("s", s)])];
-    options.memory = if case.genes.len() % 2 == 0 { MemoryGoal::Least } else { MemoryGoal::Free };
+    options.memory = if case.genes.len().is_multiple_of(2) { MemoryGoal::Least } else { MemoryGoal::Free };
     options.limits = Limits { states: 64, labels: 32 };
     options.split_all = case.machine == Machine::SplitAll && case.ranks > 1;
     options
