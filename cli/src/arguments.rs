@@ -7,6 +7,7 @@ use clap::{Args, CommandFactory, Parser, Subcommand};
 use std::ffi::OsString;
 use std::io::IsTerminal;
 use std::path::PathBuf;
+use tpshard_frontend::Limits;
 
 /// Shards an ONNX model over N ranks and runs it.
 #[derive(Debug, Parser)]
@@ -88,6 +89,9 @@ pub(crate) enum Command {
     Calibrate(CalibrateArguments),
 }
 
+/// Most nodes that can be allowed.
+pub(crate) const MOST_NODES: u64 = 100_000_000;
+
 #[derive(Debug, Args)]
 pub(crate) struct ModelArguments {
     /// Fix an input to a value before anything else, e.g. `use_cache=0`.
@@ -99,6 +103,10 @@ pub(crate) struct ModelArguments {
     /// What a dim means: `SYMBOL=batch|seq|past|total`.
     #[arg(long, value_name = "SYMBOL=ROLE")]
     pub(crate) role: Vec<String>,
+    /// Most nodes of a model, functions written out; more are taken for an attack.
+    #[arg(long, value_name = "N", default_value_t = Limits::default().nodes)]
+    #[arg(value_parser = clap::value_parser!(u64).range(1..=MOST_NODES))]
+    pub(crate) max_nodes: u64,
 }
 
 #[derive(Debug, Args)]

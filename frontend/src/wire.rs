@@ -299,7 +299,11 @@ fn check_depth(depth: usize, start: usize) -> Result<(), Fault> {
 fn check_budget(stats: &Stats, budget: u64, limits: &Limits, start: usize) -> Result<(), Fault> {
     if stats.nodes > limits.nodes {
         let message = format!("the model has more than {} nodes", limits.nodes);
-        return Err(Fault::resource(message, "simplify the model before importing it").at_byte(start as u64));
+        return Err(Fault::resource(
+            message,
+            "simplify the model, or allow more (--max-nodes) if you trust it",
+        )
+        .at_byte(start as u64));
     }
     if stats.heap > budget {
         let message = format!("decoding the model would take more than {} MiB of memory", budget >> 20);

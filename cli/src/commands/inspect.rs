@@ -12,7 +12,7 @@ use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::path::Path;
 use tpshard_codegen::build::{PART_LAUNCHER, PLAN_TEXT};
-use tpshard_frontend::Imported;
+use tpshard_frontend::{Imported, Limits};
 use tpshard_ir::Op;
 use tpshard_passes::report::Bytes;
 
@@ -153,7 +153,8 @@ fn executable(path: &Path, tir: bool, json: bool) -> Outcome<()> {
 }
 
 fn model(path: &Path, tir: bool, json: bool) -> Outcome<()> {
-    let none = ModelArguments { bind: vec![], output: vec![], role: vec![] };
+    let none =
+        ModelArguments { bind: vec![], output: vec![], role: vec![], max_nodes: Limits::default().nodes };
     let imported = import_model(path, &none, false)?;
     if tir {
         return tir_text(&tpshard_ir::text::print_graph(&imported.graph), json);

@@ -17,7 +17,8 @@ use tpshard_passes::{MemoryGoal, Pin, Plan, PlanError, PlanOptions, fit};
 
 /// Imports a model as the flags say. Planning alone needs no weights.
 pub(crate) fn import_model(path: &Path, arguments: &ModelArguments, need_data: bool) -> Outcome<Imported> {
-    let limits = Limits { allow_missing_data: !need_data, ..Limits::default() };
+    let nodes = arguments.max_nodes;
+    let limits = Limits { nodes, allow_missing_data: !need_data, ..Limits::default() };
     let mut options = ImportOptions { limits, ..ImportOptions::default() };
     for text in &arguments.bind {
         let (name, value) = binding(text)?;

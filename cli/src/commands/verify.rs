@@ -6,7 +6,7 @@ mod selection;
 
 use super::planning::import_model;
 use super::{check_tolerances, comparison_json, tolerances};
-use crate::arguments::{ModelArguments, VerifyArguments};
+use crate::arguments::{MOST_NODES, ModelArguments, VerifyArguments};
 use crate::failure::{Classify, Failure, Kind, Outcome};
 use crate::folder::Folder;
 use crate::in_process::{observe, program_for};
@@ -219,7 +219,7 @@ pub(crate) fn as_built(folder: &Folder) -> ModelArguments {
         let found = folder.config.pointer(&format!("/build/{key}")).and_then(serde_json::Value::as_array);
         found.into_iter().flatten().filter_map(|v| v.as_str().map(str::to_owned)).collect()
     };
-    ModelArguments { bind: list("bind"), output: list("outputs"), role: list("roles") }
+    ModelArguments { bind: list("bind"), output: list("outputs"), role: list("roles"), max_nodes: MOST_NODES }
 }
 
 /// Values of ONNX nodes decoded from the ranks, for `run --tap`.
