@@ -61,9 +61,32 @@ impl Lowering<'_> {
             "Scan" => self.scanned(node, inputs).unwrap_or_default(),
             "Unique" => self.unique_extents(node, inputs).unwrap_or_default(),
             "TopK" => self.top_k_extents(node, inputs).unwrap_or_default(),
+            "RNN" | "GRU" | "LSTM" => self.recurrent_extents(node, inputs).unwrap_or_default(),
             "Split" => self.split_extents(node, inputs).unwrap_or_default(),
             _ => vec![self.single_extents(node, inputs)],
         }
+    }
+
+    /// `Y` of all steps, then the last states; both with a dim for the directions.
+    fn recurrent_extents(&self, node: &Node, inputs: &[Option<Value>]) -> Option<Vec<Option<Ranked>>> {
+        let ty = |index: usize| inputs.get(index).and_then(Option::as_ref).map(|value| self.ty(value));
+        let (x, weights) = (ty(0)?, ty(2)?);
+        let batch_first = node.attributes().int("layout", 0).ok()? != 0;
+        let [first, second, _] = x.shape.as_slice() else { return None };
+        let [directions, _, hidden] = weights.shape.as_slice() else { return None };
+        let (steps, batch) = if batch_first { (second, first) } else { (first, second) };
+        let (all, last) = if batch_first {
+            ([batch, steps, directions, hidden], [batch, directions, hidden])
+        } else {
+            ([steps, directions, batch, hidden], [directions, batch, hidden])
+        };
+        let ranked = |dims: &[&Dim]| {
+            Some(Ranked {
+                dtype: x.dtype,
+                extents: dims.iter().map(|&dim| Extent::Is(dim.clone())).collect(),
+            })
+        };
+        Some(vec![ranked(&all), ranked(&last), ranked(&last)])
     }
 
     /// Operators of one result.

@@ -110,12 +110,17 @@ pub(super) fn convolve(l: &mut Lowering<'_>, call: &Call<'_>, x: ValueId, w: Val
 /// The operand, what is pooled from it, and by which window.
 fn pooled(l: &mut Lowering<'_>, call: &Call<'_>, kind: PoolKind) -> Lowered<(ValueId, ValueId, Window)> {
     let x = l.data(call.input(0)?)?;
+    let (pooled, window) = pool(l, call, kind, x)?;
+    Ok((x, pooled, window))
+}
+
+fn pool(l: &mut Lowering<'_>, call: &Call<'_>, kind: PoolKind, x: ValueId) -> Lowered<(ValueId, Window)> {
     let count = l.graph.ty(x).rank().saturating_sub(2);
     let kernel = lengths(Some(call.attributes.required_ints("kernel_shape")?), count, 1, "kernel_shape")?;
     let mut window = window(l, call, x, kernel)?;
     window.ceil = call.attributes.bool("ceil_mode", false)?;
     let pooled = l.add(Op::Pool { kind, window: window.clone() }, &[x])?;
-    Ok((x, pooled, window))
+    Ok((pooled, window))
 }
 
 /// Values, and where they are in the input.
@@ -130,9 +135,19 @@ pub(super) fn max_pool(l: &mut Lowering<'_>, call: &Call<'_>) -> Lowered<Vec<Val
 }
 
 pub(super) fn average_pool(l: &mut Lowering<'_>, call: &Call<'_>) -> Lowered<Vec<Value>> {
+    let x = l.data(call.input(0)?)?;
+    Ok(vec![Value::Data(average_pool_of(l, call, x)?)])
+}
+
+/// The pool that the attributes of an AveragePool describe.
+pub(super) fn average_pool_of(l: &mut Lowering<'_>, call: &Call<'_>, x: ValueId) -> Lowered<ValueId> {
     let count_padding = call.attributes.bool("count_include_pad", false)?;
-    let (_, pooled, _) = pooled(l, call, PoolKind::Average { count_padding })?;
-    Ok(vec![Value::Data(pooled)])
+    Ok(pool(l, call, PoolKind::Average { count_padding }, x)?.0)
+}
+
+pub(super) fn global_average(l: &mut Lowering<'_>, x: ValueId) -> Lowered<ValueId> {
+    let axes: Vec<usize> = (2..l.graph.ty(x).rank()).collect();
+    l.mean(x, &axes)
 }
 
 pub(super) fn global_pool(l: &mut Lowering<'_>, call: &Call<'_>) -> Lowered<Vec<Value>> {

@@ -94,7 +94,10 @@ pub(crate) fn matmul_n_bits(lowering: &mut Lowering<'_>, call: &Call<'_>) -> Low
     let dtype = packed_type(bits)?;
     let blocks = inner.div_ceil(block);
     let padded = redeclared(lowering, call.input(1)?, dtype, &[outer, blocks * block])?;
-    let padded = padded.ok_or_else(|| unsupported("weights that are no initializer"))?;
+    let padded = match padded {
+        Some(padded) => padded,
+        None => Value::Data(computed_bytes(lowering, call.input(1)?, dtype, [outer, blocks * block])?),
+    };
     let weight = lowering.slice_value(&padded, 1, &Dim::constant(0), &Dim::from(inner), 1)?;
     let scales = lowering.reshape_value(call.input(2)?, &[Dim::from(outer), Dim::from(blocks)])?;
     let zeros = zero_points(lowering, call.optional(3), dtype, [outer, blocks])?;
@@ -120,6 +123,22 @@ pub(crate) fn matmul_n_bits(lowering: &mut Lowering<'_>, call: &Call<'_>) -> Low
         y = lowering.map(Scalar::Add, &[y, bias])?;
     }
     Ok(vec![Value::Data(lowering.cast(y, ty.dtype)?)])
+}
+
+/// Weights that are computed, one number per byte.
+fn computed_bytes(
+    lowering: &mut Lowering<'_>,
+    value: &Value,
+    dtype: DType,
+    [outer, padded]: [usize; 2],
+) -> Lowered<ValueId> {
+    if lowering.dtype(value) != DType::U8 {
+        return Err(unsupported(format!("weights of {} that are no initializer", lowering.dtype(value))));
+    }
+    let bytes = padded * dtype.bits() / 8;
+    let bytes = lowering.reshape_value(value, &[Dim::from(outer), Dim::from(bytes)])?;
+    let bytes = lowering.data(&bytes)?;
+    unpacked(lowering, bytes, dtype.bits())
 }
 
 /// Whether `accuracy_level` 4 makes ONNX Runtime's kernel for the CPU multiply bytes: for 2 bits it only knows some block

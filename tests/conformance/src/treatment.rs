@@ -5,10 +5,13 @@ use crate::outcome::{Form, Outcome, Verdict};
 use crate::suite::Test;
 use std::collections::BTreeMap;
 use std::path::Path;
+use std::sync::Arc;
 use std::thread;
 use tpshard_codegen::build::{entry, planned_weights};
+use tpshard_frontend::deferred::OnnxEvaluator;
 use tpshard_frontend::error::ErrorKind;
 use tpshard_frontend::{ImportError, ImportOptions, Imported, import};
+use tpshard_ir::deferred::SharedEvaluator;
 use tpshard_ir::interp::{Domain, OpError, Real, eval_weight};
 use tpshard_ir::program::{Determinism, RankProgram};
 use tpshard_ir::{Spmd, StepKind, Tensor};
@@ -195,8 +198,12 @@ fn rank(
         let tensor = eval_weight(&weight.expr, &initializer, ELEMENT_LIMIT).map_err(failed)?;
         weights.tensors.insert(weight.name.clone(), tensor);
     }
-    let options =
-        SessionOptions { threads: Some(1), memory_limit: Some(MEMORY_LIMIT), ..SessionOptions::default() };
+    let options = SessionOptions {
+        threads: Some(1),
+        memory_limit: Some(MEMORY_LIMIT),
+        evaluator: SharedEvaluator(Some(Arc::new(OnnxEvaluator::default()))),
+        ..SessionOptions::default()
+    };
     let mut session = Session::open(program, &mut weights, end, &options).map_err(failed)?;
     let results = session.run(inputs).map_err(failed)?;
     session.close().map_err(failed)?;
