@@ -104,6 +104,42 @@ impl Lowering<'_> {
                 let x = ty(0)?;
                 opened(&x, 0..x.rank())
             }
+            "Conv" => {
+                let (x, weights) = (ty(0)?, ty(1)?);
+                let mut ranked = opened(&x, 2..x.rank());
+                *ranked.extents.get_mut(1)? = Extent::Is(weights.shape.first()?.clone());
+                ranked
+            }
+            "ConvTranspose" => {
+                let x = ty(0)?;
+                opened(&x, 1..x.rank())
+            }
+            "MaxPool" | "AveragePool" | "LpPool" if node.outputs.len() < 2 => {
+                let x = ty(0)?;
+                opened(&x, 2..x.rank())
+            }
+            "GridSample" => {
+                let (x, grid) = (ty(0)?, ty(1)?);
+                let mut extents = is(x.shape.get(..2)?);
+                extents.extend(is(grid.shape.get(1..grid.rank().checked_sub(1)?)?));
+                Ranked { dtype: x.dtype, extents }
+            }
+            "RoiAlign" => {
+                let (x, boxes) = (ty(0)?, ty(1)?);
+                let size = |name| int(name, 1).map(|size| Extent::Is(Dim::constant(size)));
+                let (rows, channels) = (boxes.shape.first()?.clone(), x.shape.get(1)?.clone());
+                let extents = vec![
+                    Extent::Is(rows),
+                    Extent::Is(channels),
+                    size("output_height")?,
+                    size("output_width")?,
+                ];
+                Ranked { dtype: x.dtype, extents }
+            }
+            "DFT" | "STFT" => {
+                let rank = if node.op_type == "STFT" { 4 } else { ty(0)?.rank() };
+                open(ty(0)?.dtype, rank)
+            }
             "Slice" => self.along(&ty(0)?, value(3)),
             "Pad" => self.along(&ty(0)?, value(3)),
             "Trilu" | "CumSum" | "Clip" | "ReverseSequence" | "Dropout" => same(&ty(0)?),

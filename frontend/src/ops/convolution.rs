@@ -3,7 +3,7 @@
 //! `auto_pad` is resolved here: SAME needs constant spatial dims, or a stride of 1.
 
 use super::pooling::max_pool_indices;
-use crate::lower::{Call, Lowered, Lowering, Value, invalid, unsupported};
+use crate::lower::{Call, Lowered, Lowering, Value, invalid, undecided};
 use tpshard_ir::op::{PoolKind, Window};
 use tpshard_ir::{Dim, Monoid, Op, Scalar, ValueId};
 
@@ -61,7 +61,7 @@ fn same_pad(extent: &Dim, reach: usize, stride: usize) -> Lowered<usize> {
             Ok((windows.saturating_sub(1).saturating_mul(stride) + reach).saturating_sub(extent))
         }
         None if stride == 1 => Ok(reach - 1),
-        None => Err(unsupported("auto_pad SAME with a stride over a dynamic dim")),
+        None => Err(undecided("auto_pad SAME with a stride over a dynamic dim")),
     }
 }
 
@@ -91,7 +91,7 @@ pub(super) fn per_channel(
 pub(super) fn convolve(l: &mut Lowering<'_>, call: &Call<'_>, x: ValueId, w: ValueId) -> Lowered<ValueId> {
     let weight = l.graph.ty(w).clone();
     let kernel: Option<Vec<usize>> = weight.shape.get(2..).unwrap_or(&[]).iter().map(Dim::as_size).collect();
-    let kernel = kernel.ok_or_else(|| unsupported("a kernel of dynamic size"))?;
+    let kernel = kernel.ok_or_else(|| undecided("a kernel of dynamic size"))?;
     if let Some(declared) = call.attributes.optional_ints("kernel_shape")? {
         let declared = lengths(Some(declared), kernel.len(), 1, "kernel_shape")?;
         if declared != kernel {

@@ -12,6 +12,7 @@ mod contrib_attention;
 mod convolution;
 mod determinant;
 mod elementwise;
+mod experts;
 mod grouped_query;
 mod heads;
 mod index;
@@ -257,6 +258,7 @@ table! {
     MICROSOFT "GroupQueryAttention" 1..NOW 16 grouped_query::group_query_attention;
     MICROSOFT "MatMulIntegerToFloat" 1..NOW 7 quantized_contrib::matmul_integer_to_float;
     MICROSOFT "MatMulNBits" 1..NOW 6 packed_weights::matmul_n_bits;
+    MICROSOFT "MoE" 1..NOW 8 experts::moe;
     MICROSOFT "MultiHeadAttention" 1..NOW 10 contrib_attention::multi_head_attention;
     MICROSOFT "QGemm" 1..NOW 9 quantized_contrib::q_gemm;
     MICROSOFT "QLinearAdd" 1..NOW 8 quantized_contrib::qlinear_binary;
@@ -268,6 +270,7 @@ table! {
     MICROSOFT "QLinearSigmoid" 1..NOW 5 quantized_contrib::qlinear_unary;
     MICROSOFT "QLinearSoftmax" 1..NOW 5 quantized_contrib::qlinear_unary;
     MICROSOFT "QLinearWhere" 1..NOW 9 quantized_contrib::qlinear_where;
+    MICROSOFT "QMoE" 1..NOW 15 experts::quantized_moe;
     MICROSOFT "QuantizeLinear" 1..NOW 3 quantized::quantize_linear;
     MICROSOFT "QuickGelu" 1..NOW 1 activation::quick_gelu;
     MICROSOFT "RotaryEmbedding" 1..NOW 4 rotary::rotary_embedding_contrib;

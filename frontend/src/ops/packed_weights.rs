@@ -141,6 +141,36 @@ fn computed_bytes(
     unpacked(lowering, bytes, dtype.bits())
 }
 
+/// The matrices of all experts, `[e, n, k]`, stored as bytes `[e, n, k · bits / 8]` with a scale per row, or per block of
+/// a row. The middle of the range is 0.
+pub(super) fn packed_matrix(
+    lowering: &mut Lowering<'_>,
+    bytes: &Value,
+    scales: &Value,
+    bits: i64,
+    block: i64,
+) -> Lowered<ValueId> {
+    let dtype = packed_type(bits)?;
+    let shape = lowering.shape(bytes);
+    let sizes: Option<Vec<usize>> = shape.iter().map(Dim::as_size).collect();
+    let Some([experts, rows, stored]) = sizes.as_deref() else {
+        return Err(invalid(format!("weights {} of experts", lowering.ty(bytes))));
+    };
+    let inner = stored.saturating_mul(8 / dtype.bits());
+    let outer = experts.checked_mul(*rows).ok_or_else(|| invalid("more rows than there can be"))?;
+    let block = if block > 0 { block_attribute(block)? } else { inner.max(1) };
+    let blocks = inner.div_ceil(block);
+    let weight = match redeclared(lowering, bytes, dtype, &[outer, inner])? {
+        Some(weight) => lowering.data(&weight)?,
+        None => computed_bytes(lowering, bytes, dtype, [outer, inner])?,
+    };
+    let scales = lowering.reshape_value(scales, &[Dim::from(outer), Dim::from(blocks)])?;
+    let scales = lowering.data(&scales)?;
+    let zeros = zero_points(lowering, None, dtype, [outer, blocks])?;
+    let dense = lowering.add(Op::Dequant { axis: 1, block }, &[weight, scales, zeros])?;
+    lowering.reshape(dense, &[Dim::from(*experts), Dim::from(*rows), Dim::from(inner)])
+}
+
 /// Whether `accuracy_level` 4 makes ONNX Runtime's kernel for the CPU multiply bytes: for 2 bits it only knows some block
 /// sizes, and computes in floating point with the others.
 fn rounds_to_bytes(dtype: DType, block: usize) -> bool {
