@@ -101,7 +101,9 @@ fn gates(l: &mut Lowering<'_>, call: &Call<'_>, normalise: bool) -> Lowered<Valu
     if chosen < 1 || chosen > most {
         return Err(invalid(format!("{chosen} of {most} experts")));
     }
-    let first = l.add(Op::TopK { axis: 1, k: Dim::constant(chosen), largest: true }, &[logits])?;
+    // Of equal ones ONNX Runtime takes the last.
+    let backwards = l.reversed(logits, 1)?;
+    let first = l.add(Op::TopK { axis: 1, k: Dim::constant(chosen), largest: true }, &[backwards])?;
     let first = l.reshape(first, &[tokens.clone(), Dim::constant(chosen), Dim::constant(1)])?;
     let all = l.positions(&count, 2, 3)?;
     let all = l.cast(all, l.graph.ty(first).dtype)?;
@@ -109,6 +111,7 @@ fn gates(l: &mut Lowering<'_>, call: &Call<'_>, normalise: bool) -> Lowered<Valu
     let is = l.cast(is, DType::F32)?;
     let is = l.reduce(Monoid::Max, is, &[1])?;
     let is = l.reshape(is, &[tokens, count])?;
+    let is = l.reversed(is, 1)?;
     if !normalise {
         let shares = l.add(Op::Softmax { axis: 1 }, &[logits])?;
         return l.map(Scalar::Mul, &[shares, is]);

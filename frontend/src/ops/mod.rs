@@ -58,6 +58,8 @@ const ONNX: &str = "";
 const MICROSOFT: &str = "com.microsoft";
 /// No later version changes the operator.
 const NOW: i64 = i64::MAX;
+/// The opset from which on every operator there is can be looked up; of those before, what has not changed since is.
+const FIRST: i64 = 6;
 /// As many inputs as given.
 const ANY: usize = usize::MAX;
 
@@ -297,6 +299,12 @@ pub(crate) fn find(domain: &str, op_type: &str, opset: i64) -> Result<&'static R
         ));
     };
     rows.iter().copied().find(|row| (row.from..=row.to).contains(&opset)).ok_or_else(|| {
+        if domain == ONNX && opset < FIRST {
+            return Fault::unsupported(
+                format!("the operator {} of opset {opset} is not supported", quote(op_type)),
+                "convert the model with `onnx.version_converter.convert_version(model, 17)`, or export it again",
+            );
+        }
         Fault::invalid(
             format!("the operator {} does not exist in this version of its domain", quote(op_type)),
             "the model's opset import is wrong; export it again",
@@ -332,5 +340,6 @@ mod tests {
             Some(ErrorKind::Unsupported)
         );
         assert!(find("", "MatMul", 13).is_ok());
+        assert_eq!(find("", "Add", 1).err().map(|fault| fault.kind), Some(ErrorKind::Unsupported));
     }
 }
