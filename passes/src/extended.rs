@@ -84,3 +84,31 @@ impl Extended {
         self.graph.values().map(|(id, _)| id).filter(|id| live[id.index()]).collect()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tpshard_ir::{DType, Op};
+
+    #[test]
+    fn an_input_stays_for_its_size_alone_if_no_other_has_it() {
+        let ty = |symbol: &str| Type::new(DType::F32, vec![Dim::symbol(symbol)]);
+        let sized = |other: &str| {
+            let mut graph = Graph::new("sizes");
+            let kept = graph.input("kept", ty(other));
+            let unread = graph.input("unread", ty("n"));
+            let size = graph.add(Op::Size(Dim::symbol("n")), &[]).unwrap();
+            for (name, value) in [("kept", kept), ("size", size)] {
+                graph.outputs.push(Output { name: name.into(), value });
+            }
+            (unread, Extended::new(graph))
+        };
+        let (unread, extended) = sized("m");
+        assert_eq!(extended.hidden(), 1);
+        assert_eq!(extended.outputs[0].value, unread);
+        assert!(extended.live().contains(&unread));
+        let (unread, extended) = sized("n");
+        assert_eq!(extended.hidden(), 0);
+        assert!(!extended.live().contains(&unread));
+    }
+}

@@ -192,6 +192,7 @@ mod tests {
             data: Vec::new(),
             rtol: 0.0,
             atol: 0.0,
+            share: None,
             operator: Operator { name: "Add".into(), opset: 14, expanded: false },
         }
     }
