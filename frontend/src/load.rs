@@ -17,7 +17,7 @@ use std::ops::RangeInclusive;
 use std::path::Path;
 
 /// Versions of the default operator set that are understood.
-pub const OPSETS: RangeInclusive<i64> = 6..=26;
+pub const OPSETS: RangeInclusive<i64> = 1..=26;
 
 /// Versions of the file format that are understood. Version 3 introduced the opset import.
 pub const IR_VERSIONS: RangeInclusive<i64> = 3..=14;

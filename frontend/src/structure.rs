@@ -111,6 +111,7 @@ fn declares(declared: &TensorType, tensor: &TensorRef) -> bool {
 
 /// Checks and sorts one graph; returns the names it takes from the graphs around it.
 fn check_graph(graph: &mut Graph, around: Option<&Around<'_>>, faults: &mut Faults) -> BTreeSet<String> {
+    keep_last_constants(graph);
     let makers = makers(graph, faults);
     let mut captured = BTreeSet::new();
     let mut needs = Vec::with_capacity(graph.nodes.len());
@@ -133,6 +134,22 @@ fn check_graph(graph: &mut Graph, around: Option<&Around<'_>>, faults: &mut Faul
         Err(cycle) => faults.push(cycle_fault(graph, &cycle)),
     }
     captured
+}
+
+/// Of constants that share a name the last one stands, as in ONNX Runtime: tools that append constants to models leave
+/// earlier ones of the same name in.
+fn keep_last_constants(graph: &mut Graph) {
+    let name = |node: &Node| match node.outputs.as_slice() {
+        [name] if node.op_type == "Constant" && node.domain.is_empty() && !name.is_empty() => {
+            Some(name.clone())
+        }
+        _ => None,
+    };
+    let mut seen = BTreeSet::new();
+    let last: Vec<bool> =
+        graph.nodes.iter().rev().map(|node| name(node).is_none_or(|name| seen.insert(name))).collect();
+    let mut last = last.into_iter().rev();
+    graph.nodes.retain(|_| last.next().unwrap_or(true));
 }
 
 /// Every name the graph defines, with its maker. Reports names that are empty or defined twice.

@@ -87,15 +87,15 @@ macro_rules! fixtures {
 }
 
 fixtures! {
-    attention_causal attention_mask attention_packed_past
-    cdist_euclidean
-    group_query_decode group_query_prompt group_query_softcap group_query_window
-    layer_norm
-    matmul_2_bits_small_block_level_4 matmul_2_bits_zeros
-    matmul_4_bits_float_zeros_level_4 matmul_4_bits_padded matmul_4_bits_padded_level_4
-    matmul_4_bits_zeros_level_4
-    matmul_8_bits_level_4 matmul_8_bits_zeros
-    rotary_halves rotary_microsoft_interleaved rotary_microsoft_partial
+    attention_causal attention_mask attention_packed_past cdist_euclidean dynamic_quantize_matmul
+    experts_4_bits experts_8_bits_gated experts_gated experts_gelu group_query_decode
+    group_query_prompt group_query_softcap group_query_window layer_norm
+    matmul_2_bits_small_block_level_4 matmul_2_bits_zeros matmul_4_bits_float_zeros_level_4
+    matmul_4_bits_padded matmul_4_bits_padded_level_4 matmul_4_bits_zeros_level_4
+    matmul_8_bits_level_4 matmul_8_bits_zeros matmul_integer_to_float quantised_add
+    quantised_average_pool quantised_concat quantised_gemm quantised_global_average_pool
+    quantised_leaky_relu quantised_mul quantised_sigmoid rotary_halves rotary_microsoft_interleaved
+    rotary_microsoft_partial
     skip_simplified
 }
 

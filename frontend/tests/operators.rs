@@ -667,3 +667,75 @@ fn dropout_keeps_everything_and_its_mask_is_that_of_the_opset() {
         assert_eq!(y[1].data(), &Data::Bool(vec![kept; 2]), "opset {opset}");
     }
 }
+
+#[test]
+fn declared_dims_of_outputs_are_not_believed() {
+    // `n` and `m` stay two sizes, although the output says the transposed has the shape of its operand.
+    let mut declared = builder(17).input("x", DType::F32, "n m").node("Transpose", "x", "y", &[]);
+    declared.graph.outputs.push(info("y", DType::F32, Some("n m")));
+    let y = declared.run(&[("x", counting(&[2, 3]))]);
+    close(&y[0], &[3, 2], &[0.0, 3.0, 1.0, 4.0, 2.0, 5.0]);
+
+    let mut stale = builder(17).input("x", DType::F32, "2 3").node("Relu", "x", "y", &[]);
+    stale.graph.outputs.push(info("y", DType::F32, Some("2 7 3")));
+    let imported = stale.import().unwrap();
+    assert!(imported.report.notes[0].contains("declared as f32[2, 7, 3]"), "{:?}", imported.report.notes);
+
+    let mut wrong = builder(17).input("x", DType::F32, "2").node("Relu", "x", "y", &[]);
+    wrong.graph.outputs.push(info("y", DType::I64, Some("2")));
+    assert!(first_fault(&wrong.import().unwrap_err()).contains("computed as f32[2]"));
+}
+
+#[test]
+fn early_opsets_and_forms_only_onnx_runtime_takes() {
+    let x = counting(&[2, 1, 3]);
+    let reshaped = builder(1)
+        .input("x", DType::F32, "2 1 3")
+        .node("Reshape", "x", "y", &[("shape", ints(&[3, -1]))])
+        .output("y", DType::F32)
+        .run(&[("x", x.clone())]);
+    assert_eq!(reshaped[0].shape(), [3, 2]);
+    let error = builder(1)
+        .input("x", DType::F32, "2")
+        .node("Add", "x x", "y", &[])
+        .output("y", DType::F32)
+        .import()
+        .unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Unsupported);
+
+    let squeezed = builder(13)
+        .input("x", DType::F32, "2 1 3")
+        .weight("none", &i64s(&[]))
+        .node("Squeeze", "x none", "y", &[])
+        .output("y", DType::F32)
+        .run(&[("x", x)]);
+    assert_eq!(squeezed[0].shape(), [2, 3]);
+
+    let scaled = builder(8)
+        .input("x", DType::F32, "1 2 1 1")
+        .node(
+            "ImageScaler",
+            "x",
+            "y",
+            &[("scale", AttributeValue::Float(0.5)), ("bias", AttributeValue::Floats(vec![1.0, 2.0]))],
+        )
+        .output("y", DType::F32)
+        .run(&[("x", counting(&[1, 2, 1, 1]))]);
+    close(&scaled[0], &[1, 2, 1, 1], &[1.0, 2.5]);
+}
+
+#[test]
+fn sequences_without_steps_leave_zeros() {
+    let outputs = builder(14)
+        .input("x", DType::F32, "1 2 1")
+        .input("lengths", DType::I32, "2")
+        .weight("w", &f32s(&[1, 1, 1], &[1.0]))
+        .weight("start", &f32s(&[1, 2, 1], &[9.0, 0.0]))
+        .node("RNN", "x w w _ lengths start", "_ last", &[("hidden_size", int(1))])
+        .output("last", DType::F32)
+        .run(&[
+            ("x", f32s(&[1, 2, 1], &[1.0, 1.0])),
+            ("lengths", Tensor::from_vec(vec![2], vec![0i32, 1]).unwrap()),
+        ]);
+    close(&outputs[0], &[1, 2, 1], &[0.0, 1f32.tanh()]);
+}

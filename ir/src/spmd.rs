@@ -204,13 +204,13 @@ fn localise(program: &Spmd, node: &Node, step: &Step, own: &[Run], rank: usize) 
             let kv_of_head = local_heads(kv_of_head, run_of(own, 1)?, &operand_run(1, 1)?)?;
             Op::Attention { scale: *scale, softcap: *softcap, kv_of_head, empty_rows_zero: *empty_rows_zero }
         }
+        Op::Conv { groups: 1, .. } => node.op.clone(),
         Op::Conv { window, groups } => {
             let global = extent(program, node, 1, 0)?.as_size().ok_or("symbolic channels")?;
             let (_, channels) = constant_run(run_of(own, 1)?)?;
             // Whole groups are dealt out, so the share of channels is the share of groups; or parts of one group.
             let share = groups.checked_mul(channels).ok_or("too many channels")?;
-            let groups = if *groups == 1 { 1 } else { share / global.max(1) };
-            Op::Conv { window: window.clone(), groups: groups.max(1) }
+            Op::Conv { window: window.clone(), groups: (share / global.max(1)).max(1) }
         }
         op => op.clone(),
     })

@@ -4,10 +4,11 @@
 //! A rewrite of one value needs one equation; its users are rebuilt over the new value without any, because equal
 //! operands give equal results (the checker closes the equations under congruence).
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use tpshard_ir::graph::Output;
 use tpshard_ir::spmd::Equation;
-use tpshard_ir::{Graph, ValueId};
+use tpshard_ir::{Dim, Graph, Type, ValueId};
 
 /// An imported graph with the values and equations that rewriting has added.
 #[derive(Clone, Debug, PartialEq)]
@@ -30,7 +31,31 @@ impl Extended {
         let outputs =
             graph.definers().into_iter().map(defines).chain(graph.outputs.iter().cloned()).collect();
         let imported = graph.len();
-        Extended { graph, imported, equations: Vec::new(), outputs }
+        let mut extended = Extended { graph, imported, equations: Vec::new(), outputs };
+        let sizes: Vec<Output> = extended.inputs_for_sizes().into_iter().map(defines).collect();
+        extended.outputs.splice(0..0, sizes);
+        extended
+    }
+
+    /// Inputs of which nothing but their sizes is needed, and no other input has those.
+    fn inputs_for_sizes(&self) -> Vec<ValueId> {
+        let sizes = |ty: &Type| ty.shape.iter().filter_map(Dim::as_symbol).cloned().collect::<BTreeSet<_>>();
+        let live: BTreeSet<ValueId> = self.live().into_iter().collect();
+        let mut used: BTreeSet<Arc<str>> =
+            live.iter().flat_map(|&value| self.graph.node(value).symbols()).collect();
+        used.extend(live.iter().flat_map(|&value| self.graph.ty(value).shape.iter().flat_map(Dim::symbols)));
+        for (_, _, ty) in self.graph.inputs().filter(|(value, ..)| live.contains(value)) {
+            used.retain(|symbol| !sizes(ty).contains(symbol));
+        }
+        let mut found = Vec::new();
+        for (value, _, ty) in self.graph.inputs().filter(|(value, ..)| !live.contains(value)) {
+            let own = sizes(ty);
+            if own.iter().any(|symbol| used.contains(symbol)) {
+                used.retain(|symbol| !own.contains(symbol));
+                found.push(value);
+            }
+        }
+        found
     }
 
     /// How many of `outputs` only define sizes; they are the first.
@@ -57,5 +82,33 @@ impl Extended {
             }
         }
         self.graph.values().map(|(id, _)| id).filter(|id| live[id.index()]).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tpshard_ir::{DType, Op};
+
+    #[test]
+    fn an_input_stays_for_its_size_alone_if_no_other_has_it() {
+        let ty = |symbol: &str| Type::new(DType::F32, vec![Dim::symbol(symbol)]);
+        let sized = |other: &str| {
+            let mut graph = Graph::new("sizes");
+            let kept = graph.input("kept", ty(other));
+            let unread = graph.input("unread", ty("n"));
+            let size = graph.add(Op::Size(Dim::symbol("n")), &[]).unwrap();
+            for (name, value) in [("kept", kept), ("size", size)] {
+                graph.outputs.push(Output { name: name.into(), value });
+            }
+            (unread, Extended::new(graph))
+        };
+        let (unread, extended) = sized("m");
+        assert_eq!(extended.hidden(), 1);
+        assert_eq!(extended.outputs[0].value, unread);
+        assert!(extended.live().contains(&unread));
+        let (unread, extended) = sized("n");
+        assert_eq!(extended.hidden(), 0);
+        assert!(!extended.live().contains(&unread));
     }
 }

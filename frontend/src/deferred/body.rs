@@ -11,7 +11,7 @@ use crate::lower::Imported;
 use crate::model::{Dim, Graph, ValueInfo};
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
-use tpshard_ir::interp::{OpError, run_tensors_with};
+use tpshard_ir::interp::{Array, Domain, Num, OpError, Real, run_arrays_with};
 use tpshard_ir::{DType, Tensor};
 
 /// Most lowered bodies that are kept.
@@ -24,6 +24,9 @@ const KNOWN_LIMIT: usize = crate::lower::KNOWN_LIMIT;
 /// A graph with types of its inputs, and constants.
 type BodyKey = (Vec<u8>, Vec<(DType, Vec<usize>)>, Vec<(String, Vec<u8>)>);
 
+/// Values of the interpreter by name.
+type Arrays = BTreeMap<Arc<str>, Array<Num>>;
+
 /// Bodies that were lowered.
 #[derive(Default)]
 pub(super) struct Bodies(Mutex<BTreeMap<BodyKey, Arc<Imported>>>);
@@ -34,6 +37,8 @@ pub(super) struct Body<'a> {
     /// The graph as bytes, for the cache.
     identity: Vec<u8>,
     outer: BTreeMap<&'a str, &'a Tensor>,
+    /// The outer values as the interpreter has them: they may be large, and are the same in every round.
+    arrays: Arrays,
     constants: BTreeMap<String, Tensor>,
 }
 
@@ -50,7 +55,8 @@ impl<'a> Body<'a> {
         let small = |tensor: &Tensor| !tensor.dtype().is_float() && tensor.len() <= CONSTANT_LIMIT;
         let constants = constant_bindings(&outer, small);
         let identity = super::code::graph_bytes(graph).map_err(|fault| fault.to_string())?;
-        Ok(Body { graph, identity, outer, constants })
+        let arrays = outer.iter().map(|(&name, tensor)| (name.into(), Real.import(tensor))).collect();
+        Ok(Body { graph, identity, outer, arrays, constants })
     }
 
     /// How many outputs the body has.
@@ -108,9 +114,10 @@ impl OnnxEvaluator {
         limit: usize,
     ) -> Evaluated<Vec<Tensor>> {
         let imported = self.prepared(body, inputs)?;
-        let mut operands = body.outer.clone();
-        operands.extend(body.graph.inputs.iter().map(|info| info.name.as_str()).zip(inputs));
-        run_imported(&imported, &operands, limit, self)
+        let mut arrays = body.arrays.clone();
+        let own = body.graph.inputs.iter().zip(inputs);
+        arrays.extend(own.map(|(info, tensor)| (info.name.as_str().into(), Real.import(tensor))));
+        run_on_arrays(&imported, &arrays, limit, self)
     }
 }
 
@@ -137,14 +144,23 @@ pub(super) fn run_imported(
     limit: usize,
     evaluator: &OnnxEvaluator,
 ) -> Evaluated<Vec<Tensor>> {
-    let find = |name: &Arc<str>| operands.get(&**name).map(|tensor| (name.clone(), (*tensor).clone()));
-    let inputs = imported.graph.inputs().filter_map(|(_, name, _)| find(name)).collect();
+    let find = |name: &Arc<str>| operands.get(&**name).map(|tensor| (name.clone(), Real.import(tensor)));
+    let arrays = imported.graph.inputs().filter_map(|(_, name, _)| find(name)).collect();
+    run_on_arrays(imported, &arrays, limit, evaluator)
+}
+
+fn run_on_arrays(
+    imported: &Imported,
+    arrays: &Arrays,
+    limit: usize,
+    evaluator: &OnnxEvaluator,
+) -> Evaluated<Vec<Tensor>> {
     let initializer = |name: &str| -> Result<Tensor, OpError> {
         let tensor =
             imported.tensors.get(name).ok_or_else(|| OpError::Other(format!("no tensor `{name}`")))?;
         imported.model.storage.to_tensor(tensor).map_err(|fault| OpError::Other(fault.to_string()))
     };
-    let outputs = run_tensors_with(&imported.graph, &inputs, &initializer, limit, Some(evaluator));
+    let outputs = run_arrays_with(&imported.graph, arrays, &initializer, limit, Some(evaluator));
     Ok(outputs.map_err(|error| error.to_string())?.into_iter().map(|(_, tensor)| tensor).collect())
 }
 

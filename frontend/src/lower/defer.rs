@@ -122,10 +122,13 @@ impl Lowering<'_> {
         let declared = self.declared(name);
         let Some(mut ranked) = ranked else {
             let declared = declared?;
-            let extents = declared.shape.as_ref()?.iter().map(declared_extent).collect();
+            let believed = !self.only_leaves(name);
+            let extent = |dim| if believed { declared_extent(dim) } else { Extent::Open(None) };
+            let extents = declared.shape.as_ref()?.iter().map(extent).collect();
             return Some(Ranked { dtype: declared.dtype, extents });
         };
-        let shape = declared.and_then(|ty| ty.shape.as_ref()).filter(|s| s.len() == ranked.extents.len());
+        let believed = declared.filter(|_| !self.only_leaves(name));
+        let shape = believed.and_then(|ty| ty.shape.as_ref()).filter(|s| s.len() == ranked.extents.len());
         for (extent, dim) in ranked.extents.iter_mut().zip(shape.into_iter().flatten()) {
             if matches!(extent, Extent::Open(_))
                 && let Extent::Is(size) = declared_extent(dim)
@@ -134,6 +137,14 @@ impl Lowering<'_> {
             }
         }
         Some(ranked)
+    }
+
+    /// True for outputs of the model that no node reads. Nothing is computed from their declared dims, which tools that
+    /// edit models leave behind.
+    fn only_leaves(&self, name: &str) -> bool {
+        let graph = &self.model.graph;
+        let read = |node: &Node| operand_names(node).iter().any(|operand| operand == name);
+        graph.outputs.iter().any(|output| output.name == name) && !graph.nodes.iter().any(read)
     }
 
     fn declared(&self, name: &str) -> Option<&model::TensorType> {

@@ -61,9 +61,32 @@ impl Lowering<'_> {
             "Scan" => self.scanned(node, inputs).unwrap_or_default(),
             "Unique" => self.unique_extents(node, inputs).unwrap_or_default(),
             "TopK" => self.top_k_extents(node, inputs).unwrap_or_default(),
+            "RNN" | "GRU" | "LSTM" => self.recurrent_extents(node, inputs).unwrap_or_default(),
             "Split" => self.split_extents(node, inputs).unwrap_or_default(),
             _ => vec![self.single_extents(node, inputs)],
         }
+    }
+
+    /// `Y` of all steps, then the last states; both with a dim for the directions.
+    fn recurrent_extents(&self, node: &Node, inputs: &[Option<Value>]) -> Option<Vec<Option<Ranked>>> {
+        let ty = |index: usize| inputs.get(index).and_then(Option::as_ref).map(|value| self.ty(value));
+        let (x, weights) = (ty(0)?, ty(2)?);
+        let batch_first = node.attributes().int("layout", 0).ok()? != 0;
+        let [first, second, _] = x.shape.as_slice() else { return None };
+        let [directions, _, hidden] = weights.shape.as_slice() else { return None };
+        let (steps, batch) = if batch_first { (second, first) } else { (first, second) };
+        let (all, last) = if batch_first {
+            ([batch, steps, directions, hidden], [batch, directions, hidden])
+        } else {
+            ([steps, directions, batch, hidden], [directions, batch, hidden])
+        };
+        let ranked = |dims: &[&Dim]| {
+            Some(Ranked {
+                dtype: x.dtype,
+                extents: dims.iter().map(|&dim| Extent::Is(dim.clone())).collect(),
+            })
+        };
+        Some(vec![ranked(&all), ranked(&last), ranked(&last)])
     }
 
     /// Operators of one result.
@@ -80,6 +103,42 @@ impl Lowering<'_> {
             "Tile" | "Resize" | "Upsample" | "CenterCropPad" => {
                 let x = ty(0)?;
                 opened(&x, 0..x.rank())
+            }
+            "Conv" => {
+                let (x, weights) = (ty(0)?, ty(1)?);
+                let mut ranked = opened(&x, 2..x.rank());
+                *ranked.extents.get_mut(1)? = Extent::Is(weights.shape.first()?.clone());
+                ranked
+            }
+            "ConvTranspose" => {
+                let x = ty(0)?;
+                opened(&x, 1..x.rank())
+            }
+            "MaxPool" | "AveragePool" | "LpPool" if node.outputs.len() < 2 => {
+                let x = ty(0)?;
+                opened(&x, 2..x.rank())
+            }
+            "GridSample" => {
+                let (x, grid) = (ty(0)?, ty(1)?);
+                let mut extents = is(x.shape.get(..2)?);
+                extents.extend(is(grid.shape.get(1..grid.rank().checked_sub(1)?)?));
+                Ranked { dtype: x.dtype, extents }
+            }
+            "RoiAlign" => {
+                let (x, boxes) = (ty(0)?, ty(1)?);
+                let size = |name| int(name, 1).map(|size| Extent::Is(Dim::constant(size)));
+                let (rows, channels) = (boxes.shape.first()?.clone(), x.shape.get(1)?.clone());
+                let extents = vec![
+                    Extent::Is(rows),
+                    Extent::Is(channels),
+                    size("output_height")?,
+                    size("output_width")?,
+                ];
+                Ranked { dtype: x.dtype, extents }
+            }
+            "DFT" | "STFT" => {
+                let rank = if node.op_type == "STFT" { 4 } else { ty(0)?.rank() };
+                open(ty(0)?.dtype, rank)
             }
             "Slice" => self.along(&ty(0)?, value(3)),
             "Pad" => self.along(&ty(0)?, value(3)),

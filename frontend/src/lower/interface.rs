@@ -139,7 +139,9 @@ impl Lowering<'_> {
         graph
     }
 
-    /// Makes sure that `ty` is a type a declared one allows, unifying sizes that inputs declare too.
+    /// Makes sure that the declared element type is that of `value`, unifying sizes that inputs declare too. Declared
+    /// dims that contradict what is computed are noted and not believed: nothing is computed from them, tools that edit
+    /// models leave old ones behind, and ONNX Runtime does the same.
     pub(super) fn check_declared(
         &mut self,
         name: &str,
@@ -149,21 +151,23 @@ impl Lowering<'_> {
         let declared = self.model.graph.outputs.iter().find(|output| output.name == name);
         let Some(declared) = declared.and_then(ValueInfo::tensor_type).cloned() else { return Ok(()) };
         let found = self.graph.ty(value).clone();
+        let constant = matches!(self.graph.node(value).op, Op::Literal(_) | Op::Weight(_));
+        if declared.dtype != found.dtype && constant {
+            // ONNX Runtime goes by the constant.
+            let name = crate::error::quote(name);
+            report.notes.push(format!("output {name} is declared as {declared} and is {found}"));
+            return Ok(());
+        }
         if declared.dtype != found.dtype {
             let message = format!("the output is declared as {declared} and computed as {found}");
             return Err(invalid(message).at_value(name));
         }
         let Some(shape) = declared.shape.as_ref() else { return Ok(()) };
-        let deferred = matches!(self.graph.node(value).op, Op::Deferred { .. });
-        if shape.len() != found.rank() && (shape.is_empty() || deferred) {
+        if shape.len() != found.rank() {
             // Exporters write no dims where they know none, and seldom know those of control flow.
             let name = crate::error::quote(name);
             report.notes.push(format!("output {name} is declared as {declared} and is {found}"));
             return Ok(());
-        }
-        if shape.len() != found.rank() {
-            let message = format!("the output is declared as {declared} and computed as {found}");
-            return Err(invalid(message).at_value(name));
         }
         let of_inputs = self.symbols.names();
         for (axis, dim) in shape.iter().enumerate() {
@@ -172,9 +176,10 @@ impl Lowering<'_> {
                 model::Dim::Known(size) => {
                     let size = Dim::constant(i64::try_from(*size).unwrap_or(i64::MAX));
                     if found.as_const().is_some() && found != size {
-                        let message =
-                            format!("dim {axis} of the output is declared as {size} and computed as {found}");
-                        return Err(invalid(message).at_value(name));
+                        report.notes.push(format!(
+                            "dim {axis} of output {} is declared as {size} and is {found}",
+                            crate::error::quote(name)
+                        ));
                     }
                 }
                 model::Dim::Symbol(symbol) if of_inputs.iter().any(|known| **known == **symbol) => {
@@ -183,7 +188,13 @@ impl Lowering<'_> {
                     if declared == found {
                         continue;
                     }
-                    if !solvable || found.as_const().is_some() || self.symbols.depends_on_data(&found) {
+                    // A name on an output is no reason to take two dims of inputs for one.
+                    let other = found.as_symbol().is_some();
+                    if !solvable
+                        || other
+                        || found.as_const().is_some()
+                        || self.symbols.depends_on_data(&found)
+                    {
                         report.notes.push(format!(
                             "dim {axis} of output {} is declared as {declared} and is {found}",
                             crate::error::quote(name)

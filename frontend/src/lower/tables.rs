@@ -56,7 +56,7 @@ impl Lowering<'_> {
         let fixed: Option<Vec<usize>> = shape.iter().map(Dim::as_size).collect();
         fixed.ok_or_else(|| {
             let message = format!("{what} of dynamic size ({})", self.graph.ty(value));
-            super::context::unsupported(message)
+            super::context::undecided(message)
         })
     }
 

@@ -152,7 +152,7 @@ pub(super) fn hard_swish(l: &mut Lowering<'_>, call: &Call<'_>) -> Lowered<Vec<V
 }
 
 /// `x * sigmoid(alpha x)`.
-fn swish_of(l: &mut Lowering<'_>, x: ValueId, alpha: f64) -> Lowered<ValueId> {
+pub(super) fn swish_of(l: &mut Lowering<'_>, x: ValueId, alpha: f64) -> Lowered<ValueId> {
     let scaled = if alpha == 1.0 { x } else { l.map_number(Scalar::Mul, x, alpha)? };
     let gate = l.map(Scalar::Sigmoid, &[scaled])?;
     l.map(Scalar::Mul, &[x, gate])
@@ -178,7 +178,7 @@ fn gelu_erf(l: &mut Lowering<'_>, x: ValueId) -> Lowered<ValueId> {
 }
 
 /// `x/2 (1 + tanh(√(2/π) (x + 0.044715 x³)))`.
-fn gelu_tanh(l: &mut Lowering<'_>, x: ValueId) -> Lowered<ValueId> {
+pub(super) fn gelu_tanh(l: &mut Lowering<'_>, x: ValueId) -> Lowered<ValueId> {
     let square = l.map(Scalar::Mul, &[x, x])?;
     let cube = l.map(Scalar::Mul, &[square, x])?;
     let small = l.map_number(Scalar::Mul, cube, 0.044_715)?;

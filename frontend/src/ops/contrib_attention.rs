@@ -118,7 +118,7 @@ fn masked_attention(
     let dtype = lowering.type_of(q).dtype;
     let mut bias = None;
     if let Some(mask) = mask {
-        let allowed = mask_condition(lowering, mask, q, k)?;
+        let allowed = mask_condition(lowering, mask, q, k, &past)?;
         bias = Some(lowering.bias_of(allowed, dtype, attributes.filter)?);
     }
     let past = lowering.current(&past);
@@ -142,8 +142,14 @@ fn masked_attention(
 }
 
 /// Which keys a query may look at, from an integer mask: `[b]` lengths, `[2b]` ends and starts, `[b, t]` or `[b, s, t]`
-/// with 0 for masked keys.
-fn mask_condition(lowering: &mut Lowering<'_>, mask: &Value, q: ValueId, k: ValueId) -> Lowered<ValueId> {
+/// with 0 for masked keys, or `[b, 1, m, m]` for all positions there may be, of which those in use are cut.
+fn mask_condition(
+    lowering: &mut Lowering<'_>,
+    mask: &Value,
+    q: ValueId,
+    k: ValueId,
+    past: &Dim,
+) -> Lowered<ValueId> {
     let ty = lowering.ty(mask);
     let [batch, _, sequence, _] = dims_of(&lowering.type_of(q), "the query")?;
     let total = lowering.type_of(k).shape[2].clone();
@@ -152,7 +158,20 @@ fn mask_condition(lowering: &mut Lowering<'_>, mask: &Value, q: ValueId, k: Valu
         [entries] => return lengths_condition(lowering, mask, entries, &batch, &total),
         [_, _] => [batch, one.clone(), one, total],
         [_, _, _] => [batch, one, sequence, total],
-        _ => return Err(unsupported(format!("a mask of type {ty}; lengths, [b, t] or [b, s, t] are"))),
+        [_, one, rows, columns] if one.is_one() => {
+            lowering.assume_at_most(&total, rows)?;
+            lowering.assume_at_most(&total, columns)?;
+            let mask = lowering.data(mask)?;
+            let past = lowering.current(past);
+            let mask = lowering.slice(mask, 2, past, sequence.clone(), 1)?;
+            let mask = lowering.slice(mask, 3, Dim::constant(0), total.clone(), 1)?;
+            lowering.unify_broadcast(mask, &[batch, one.clone(), sequence, total], "the mask")?;
+            return lowering.cast(mask, DType::Bool);
+        }
+        _ => {
+            let message = format!("a mask of type {ty}; lengths, [b, t], [b, s, t] or [b, 1, m, m] are");
+            return Err(unsupported(message));
+        }
     };
     let mask = lowering.data(mask)?;
     let mut aligned = ty.shape.clone();

@@ -3,7 +3,7 @@
 //! `auto_pad` is resolved here: SAME needs constant spatial dims, or a stride of 1.
 
 use super::pooling::max_pool_indices;
-use crate::lower::{Call, Lowered, Lowering, Value, invalid, unsupported};
+use crate::lower::{Call, Lowered, Lowering, Value, invalid, undecided};
 use tpshard_ir::op::{PoolKind, Window};
 use tpshard_ir::{Dim, Monoid, Op, Scalar, ValueId};
 
@@ -61,7 +61,7 @@ fn same_pad(extent: &Dim, reach: usize, stride: usize) -> Lowered<usize> {
             Ok((windows.saturating_sub(1).saturating_mul(stride) + reach).saturating_sub(extent))
         }
         None if stride == 1 => Ok(reach - 1),
-        None => Err(unsupported("auto_pad SAME with a stride over a dynamic dim")),
+        None => Err(undecided("auto_pad SAME with a stride over a dynamic dim")),
     }
 }
 
@@ -91,7 +91,7 @@ pub(super) fn per_channel(
 pub(super) fn convolve(l: &mut Lowering<'_>, call: &Call<'_>, x: ValueId, w: ValueId) -> Lowered<ValueId> {
     let weight = l.graph.ty(w).clone();
     let kernel: Option<Vec<usize>> = weight.shape.get(2..).unwrap_or(&[]).iter().map(Dim::as_size).collect();
-    let kernel = kernel.ok_or_else(|| unsupported("a kernel of dynamic size"))?;
+    let kernel = kernel.ok_or_else(|| undecided("a kernel of dynamic size"))?;
     if let Some(declared) = call.attributes.optional_ints("kernel_shape")? {
         let declared = lengths(Some(declared), kernel.len(), 1, "kernel_shape")?;
         if declared != kernel {
@@ -110,12 +110,17 @@ pub(super) fn convolve(l: &mut Lowering<'_>, call: &Call<'_>, x: ValueId, w: Val
 /// The operand, what is pooled from it, and by which window.
 fn pooled(l: &mut Lowering<'_>, call: &Call<'_>, kind: PoolKind) -> Lowered<(ValueId, ValueId, Window)> {
     let x = l.data(call.input(0)?)?;
+    let (pooled, window) = pool(l, call, kind, x)?;
+    Ok((x, pooled, window))
+}
+
+fn pool(l: &mut Lowering<'_>, call: &Call<'_>, kind: PoolKind, x: ValueId) -> Lowered<(ValueId, Window)> {
     let count = l.graph.ty(x).rank().saturating_sub(2);
     let kernel = lengths(Some(call.attributes.required_ints("kernel_shape")?), count, 1, "kernel_shape")?;
     let mut window = window(l, call, x, kernel)?;
     window.ceil = call.attributes.bool("ceil_mode", false)?;
     let pooled = l.add(Op::Pool { kind, window: window.clone() }, &[x])?;
-    Ok((x, pooled, window))
+    Ok((pooled, window))
 }
 
 /// Values, and where they are in the input.
@@ -130,9 +135,19 @@ pub(super) fn max_pool(l: &mut Lowering<'_>, call: &Call<'_>) -> Lowered<Vec<Val
 }
 
 pub(super) fn average_pool(l: &mut Lowering<'_>, call: &Call<'_>) -> Lowered<Vec<Value>> {
+    let x = l.data(call.input(0)?)?;
+    Ok(vec![Value::Data(average_pool_of(l, call, x)?)])
+}
+
+/// The pool that the attributes of an AveragePool describe.
+pub(super) fn average_pool_of(l: &mut Lowering<'_>, call: &Call<'_>, x: ValueId) -> Lowered<ValueId> {
     let count_padding = call.attributes.bool("count_include_pad", false)?;
-    let (_, pooled, _) = pooled(l, call, PoolKind::Average { count_padding })?;
-    Ok(vec![Value::Data(pooled)])
+    Ok(pool(l, call, PoolKind::Average { count_padding }, x)?.0)
+}
+
+pub(super) fn global_average(l: &mut Lowering<'_>, x: ValueId) -> Lowered<ValueId> {
+    let axes: Vec<usize> = (2..l.graph.ty(x).rank()).collect();
+    l.mean(x, &axes)
 }
 
 pub(super) fn global_pool(l: &mut Lowering<'_>, call: &Call<'_>) -> Lowered<Vec<Value>> {

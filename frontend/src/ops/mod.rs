@@ -12,6 +12,7 @@ mod contrib_attention;
 mod convolution;
 mod determinant;
 mod elementwise;
+mod experts;
 mod flex_attention;
 mod grouped_query;
 mod heads;
@@ -23,6 +24,7 @@ mod normalization;
 mod packed_weights;
 mod pooling;
 mod quantized;
+mod quantized_contrib;
 mod quantized_conv;
 mod recurrent;
 mod reduction;
@@ -58,6 +60,8 @@ const PREVIEW: &str = "ai.onnx.preview";
 const MICROSOFT: &str = "com.microsoft";
 /// No later version changes the operator.
 const NOW: i64 = i64::MAX;
+/// The opset from which on every operator there is can be looked up; of those before, what has not changed since is.
+const FIRST: i64 = 6;
 /// As many inputs as given.
 const ANY: usize = usize::MAX;
 
@@ -146,6 +150,7 @@ table! {
     ONNX "HardSwish" 14..NOW 1 activation::hard_swish;
     ONNX "Hardmax" 1..NOW 1 reduction::hardmax;
     ONNX "Identity" 1..NOW 1 shape::identity;
+    ONNX "ImageScaler" 1..NOW 1 quantized_contrib::image_scaler;
     ONNX "InstanceNormalization" 6..NOW 3 normalization::instance_normalization;
     ONNX "IsInf" 10..NOW 1 elementwise::is_inf;
     ONNX "IsNaN" 9..NOW 1 elementwise::unary;
@@ -197,7 +202,7 @@ table! {
     ONNX "ReduceSum" 1..NOW 2 reduction::reduce;
     ONNX "ReduceSumSquare" 1..NOW 2 reduction::reduce;
     ONNX "Relu" 6..NOW 1 activation::relu;
-    ONNX "Reshape" 5..NOW 2 shape::reshape;
+    ONNX "Reshape" 1..NOW 2 shape::reshape;
     ONNX "Resize" 10..NOW 4 resize::resize;
     ONNX "ReverseSequence" 10..NOW 2 movement_data::reverse_sequence;
     ONNX "RoiAlign" 10..NOW 3 sampling::roi_align;
@@ -251,14 +256,28 @@ table! {
     MICROSOFT "BiasGelu" 1..NOW 2 activation::bias_gelu;
     MICROSOFT "CDist" 1..NOW 2 reduction::pairwise_distance;
     MICROSOFT "DequantizeLinear" 1..NOW 3 quantized::dequantize_linear;
+    MICROSOFT "DynamicQuantizeMatMul" 1..NOW 5 quantized_contrib::dynamic_quantize_matmul;
     MICROSOFT "EmbedLayerNormalization" 1..NOW 9 normalization::embed_layer_normalization;
     MICROSOFT "FastGelu" 1..NOW 2 activation::fast_gelu;
     MICROSOFT "FusedMatMul" 1..NOW 2 contraction::fused_matmul;
     MICROSOFT "GatherBlockQuantized" 1..NOW 4 packed_weights::gather_block_quantized;
     MICROSOFT "Gelu" 1..NOW 1 activation::erf_gelu;
     MICROSOFT "GroupQueryAttention" 1..NOW 16 grouped_query::group_query_attention;
+    MICROSOFT "MatMulIntegerToFloat" 1..NOW 7 quantized_contrib::matmul_integer_to_float;
     MICROSOFT "MatMulNBits" 1..NOW 6 packed_weights::matmul_n_bits;
+    MICROSOFT "MoE" 1..NOW 8 experts::moe;
     MICROSOFT "MultiHeadAttention" 1..NOW 10 contrib_attention::multi_head_attention;
+    MICROSOFT "QGemm" 1..NOW 9 quantized_contrib::q_gemm;
+    MICROSOFT "QLinearAdd" 1..NOW 8 quantized_contrib::qlinear_binary;
+    MICROSOFT "QLinearAveragePool" 1..NOW 5 quantized_contrib::qlinear_unary;
+    MICROSOFT "QLinearConcat" 1..NOW ANY quantized_contrib::qlinear_concat;
+    MICROSOFT "QLinearGlobalAveragePool" 1..NOW 5 quantized_contrib::qlinear_unary;
+    MICROSOFT "QLinearLeakyRelu" 1..NOW 5 quantized_contrib::qlinear_unary;
+    MICROSOFT "QLinearMul" 1..NOW 8 quantized_contrib::qlinear_binary;
+    MICROSOFT "QLinearSigmoid" 1..NOW 5 quantized_contrib::qlinear_unary;
+    MICROSOFT "QLinearSoftmax" 1..NOW 5 quantized_contrib::qlinear_unary;
+    MICROSOFT "QLinearWhere" 1..NOW 9 quantized_contrib::qlinear_where;
+    MICROSOFT "QMoE" 1..NOW 15 experts::quantized_moe;
     MICROSOFT "QuantizeLinear" 1..NOW 3 quantized::quantize_linear;
     MICROSOFT "QuickGelu" 1..NOW 1 activation::quick_gelu;
     MICROSOFT "RotaryEmbedding" 1..NOW 4 rotary::rotary_embedding_contrib;
@@ -285,6 +304,12 @@ pub(crate) fn find(domain: &str, op_type: &str, opset: i64) -> Result<&'static R
         ));
     };
     rows.iter().copied().find(|row| (row.from..=row.to).contains(&opset)).ok_or_else(|| {
+        if domain == ONNX && opset < FIRST {
+            return Fault::unsupported(
+                format!("the operator {} of opset {opset} is not supported", quote(op_type)),
+                "convert the model with `onnx.version_converter.convert_version(model, 17)`, or export it again",
+            );
+        }
         Fault::invalid(
             format!("the operator {} does not exist in this version of its domain", quote(op_type)),
             "the model's opset import is wrong; export it again",
@@ -320,5 +345,6 @@ mod tests {
             Some(ErrorKind::Unsupported)
         );
         assert!(find("", "MatMul", 13).is_ok());
+        assert_eq!(find("", "Add", 1).err().map(|fault| fault.kind), Some(ErrorKind::Unsupported));
     }
 }

@@ -1,7 +1,7 @@
 //! Moving and cutting tensors: Transpose, Concat, Split, Slice, Pad, Tile, DepthToSpace, SpaceToDepth,
 //! <https://onnx.ai/onnx/operators/>. Slice and Pad take attributes before opset 10 and 11, inputs since; Split before 13.
 
-use crate::lower::{Call, Lowered, Lowering, Value, axis_of, invalid, unsupported};
+use crate::lower::{Call, Lowered, Lowering, Value, axis_of, invalid, undecided};
 use tpshard_ir::op::{PadMode, Real};
 use tpshard_ir::{Dim, Op};
 
@@ -168,7 +168,7 @@ fn cut(
     }
     // Downwards: positions are clamped to -1 ..= extent - 1.
     let (Some(start), Some(end)) = (start.as_const(), end.as_const()) else {
-        return Err(unsupported("a Slice with negative step and dynamic bounds"));
+        return Err(undecided("a Slice with negative step and dynamic bounds"));
     };
     let last = &extent - &Dim::constant(1);
     let start = if start >= i64::from(i32::MAX) || start == -1 {
@@ -177,7 +177,7 @@ fn cut(
         let from = if start < 0 { start.saturating_add(extent) } else { start };
         Dim::constant(from.clamp(-1, extent - 1))
     } else {
-        return Err(unsupported("a Slice with negative step of a dynamic dim"));
+        return Err(undecided("a Slice with negative step of a dynamic dim"));
     };
     let end = if end <= -i64::from(i32::MAX) {
         Dim::constant(-1)
@@ -187,7 +187,7 @@ fn cut(
     } else if end >= 0 {
         Dim::constant(end)
     } else {
-        return Err(unsupported("a Slice with negative step of a dynamic dim"));
+        return Err(undecided("a Slice with negative step of a dynamic dim"));
     };
     let distance = &start - &end;
     let distance = if distance.is_nonnegative() { distance } else { distance.maximum(&zero) };

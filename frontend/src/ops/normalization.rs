@@ -58,11 +58,11 @@ fn over_trailing(
     Ok(outputs)
 }
 
-/// The statistics are computed in 32 bits or more; only types that ask for less than that are refused.
+/// The statistics are computed in 32 bits or more, also where none (0) or fewer bits are asked for, as ONNX Runtime does.
 fn check_stash_type(call: &Call<'_>) -> Lowered<()> {
     match call.attributes.int("stash_type", 1)? {
-        // float, float16, double, bfloat16
-        1 | 10 | 11 | 16 => Ok(()),
+        // undefined, float, float16, double, bfloat16
+        0 | 1 | 10 | 11 | 16 => Ok(()),
         other => Err(invalid(format!("stash_type {other} is not a floating-point type"))),
     }
 }

@@ -94,7 +94,10 @@ pub(crate) fn matmul_n_bits(lowering: &mut Lowering<'_>, call: &Call<'_>) -> Low
     let dtype = packed_type(bits)?;
     let blocks = inner.div_ceil(block);
     let padded = redeclared(lowering, call.input(1)?, dtype, &[outer, blocks * block])?;
-    let padded = padded.ok_or_else(|| unsupported("weights that are no initializer"))?;
+    let padded = match padded {
+        Some(padded) => padded,
+        None => Value::Data(computed_bytes(lowering, call.input(1)?, dtype, [outer, blocks * block])?),
+    };
     let weight = lowering.slice_value(&padded, 1, &Dim::constant(0), &Dim::from(inner), 1)?;
     let scales = lowering.reshape_value(call.input(2)?, &[Dim::from(outer), Dim::from(blocks)])?;
     let zeros = zero_points(lowering, call.optional(3), dtype, [outer, blocks])?;
@@ -120,6 +123,52 @@ pub(crate) fn matmul_n_bits(lowering: &mut Lowering<'_>, call: &Call<'_>) -> Low
         y = lowering.map(Scalar::Add, &[y, bias])?;
     }
     Ok(vec![Value::Data(lowering.cast(y, ty.dtype)?)])
+}
+
+/// Weights that are computed, one number per byte.
+fn computed_bytes(
+    lowering: &mut Lowering<'_>,
+    value: &Value,
+    dtype: DType,
+    [outer, padded]: [usize; 2],
+) -> Lowered<ValueId> {
+    if lowering.dtype(value) != DType::U8 {
+        return Err(unsupported(format!("weights of {} that are no initializer", lowering.dtype(value))));
+    }
+    let bytes = padded * dtype.bits() / 8;
+    let bytes = lowering.reshape_value(value, &[Dim::from(outer), Dim::from(bytes)])?;
+    let bytes = lowering.data(&bytes)?;
+    unpacked(lowering, bytes, dtype.bits())
+}
+
+/// The matrices of all experts, `[e, n, k]`, stored as bytes `[e, n, k · bits / 8]` with a scale per row, or per block of
+/// a row. The middle of the range is 0.
+pub(super) fn packed_matrix(
+    lowering: &mut Lowering<'_>,
+    bytes: &Value,
+    scales: &Value,
+    bits: i64,
+    block: i64,
+) -> Lowered<ValueId> {
+    let dtype = packed_type(bits)?;
+    let shape = lowering.shape(bytes);
+    let sizes: Option<Vec<usize>> = shape.iter().map(Dim::as_size).collect();
+    let Some([experts, rows, stored]) = sizes.as_deref() else {
+        return Err(invalid(format!("weights {} of experts", lowering.ty(bytes))));
+    };
+    let inner = stored.saturating_mul(8 / dtype.bits());
+    let outer = experts.checked_mul(*rows).ok_or_else(|| invalid("more rows than there can be"))?;
+    let block = if block > 0 { block_attribute(block)? } else { inner.max(1) };
+    let blocks = inner.div_ceil(block);
+    let weight = match redeclared(lowering, bytes, dtype, &[outer, inner])? {
+        Some(weight) => lowering.data(&weight)?,
+        None => computed_bytes(lowering, bytes, dtype, [outer, inner])?,
+    };
+    let scales = lowering.reshape_value(scales, &[Dim::from(outer), Dim::from(blocks)])?;
+    let scales = lowering.data(&scales)?;
+    let zeros = zero_points(lowering, None, dtype, [outer, blocks])?;
+    let dense = lowering.add(Op::Dequant { axis: 1, block }, &[weight, scales, zeros])?;
+    lowering.reshape(dense, &[Dim::from(*experts), Dim::from(*rows), Dim::from(inner)])
 }
 
 /// Whether `accuracy_level` 4 makes ONNX Runtime's kernel for the CPU multiply bytes: for 2 bits it only knows some block

@@ -257,6 +257,11 @@ pub(super) fn saturate(
 /// DynamicQuantizeLinear: quantises to `u8` by the range of the data; `(y, y_scale, y_zero_point)`.
 pub(crate) fn dynamic_quantize_linear(lowering: &mut Lowering<'_>, call: &Call<'_>) -> Lowered<Vec<Value>> {
     let x = lowering.data(call.input(0)?)?;
+    Ok(dynamically(lowering, x)?.map(Value::Data).to_vec())
+}
+
+/// `x` as `u8` by its range, and the scale and the zero point.
+pub(super) fn dynamically(lowering: &mut Lowering<'_>, x: ValueId) -> Lowered<[ValueId; 3]> {
     let axes: Vec<usize> = (0..lowering.type_of(x).rank()).collect();
     let mut ends = Vec::with_capacity(2);
     for (monoid, scalar) in [(Monoid::Min, Scalar::Min), (Monoid::Max, Scalar::Max)] {
@@ -277,11 +282,16 @@ pub(crate) fn dynamic_quantize_linear(lowering: &mut Lowering<'_>, call: &Call<'
     let shift = lowering.cast(zero_point, lowering.graph.ty(x).dtype)?;
     let ratio = lowering.map(Scalar::Div, &[x, scale])?;
     let y = saturate(lowering, ratio, Some(shift), (0.0, 255.0), DType::U8)?;
-    Ok(vec![Value::Data(y), Value::Data(scale), Value::Data(zero_point)])
+    Ok([y, scale, zero_point])
 }
 
 /// `x - zero` as `i32`; a zero point of rank 1 belongs to rows (`rows`) or columns.
-fn centred(lowering: &mut Lowering<'_>, x: &Value, zero: Option<&Value>, rows: bool) -> Lowered<ValueId> {
+pub(super) fn centred(
+    lowering: &mut Lowering<'_>,
+    x: &Value,
+    zero: Option<&Value>,
+    rows: bool,
+) -> Lowered<ValueId> {
     let x = lowering.data(x)?;
     let x = lowering.cast(x, DType::I32)?;
     let Some(zero) = zero else { return Ok(x) };
@@ -292,7 +302,7 @@ fn centred(lowering: &mut Lowering<'_>, x: &Value, zero: Option<&Value>, rows: b
 }
 
 /// A parameter per row as a column; single entries as scalars.
-fn by_row(lowering: &mut Lowering<'_>, parameter: ValueId, rows: bool) -> Lowered<ValueId> {
+pub(super) fn by_row(lowering: &mut Lowering<'_>, parameter: ValueId, rows: bool) -> Lowered<ValueId> {
     let mut shape = lowering.type_of(parameter).shape;
     match shape.as_slice() {
         [one] if one.is_one() => lowering.reshape(parameter, &[]),

@@ -6,7 +6,7 @@
 //! computed for all steps at once.
 
 use super::activation::named_activation;
-use crate::lower::{Call, Lowered, Lowering, Value, invalid, unsupported};
+use crate::lower::{Call, Lowered, Lowering, Value, invalid, undecided, unsupported};
 use tpshard_ir::op::EinsumSpec;
 use tpshard_ir::{DType, Dim, Op, Scalar, ValueId};
 
@@ -70,7 +70,7 @@ fn layer(l: &mut Lowering<'_>, call: &Call<'_>, cell: Cell) -> Lowered<Vec<Value
     let ty = l.graph.ty(x).clone();
     let [steps, batch, _] = ty.shape.as_slice() else { return Err(invalid(format!("steps {ty}"))) };
     let count =
-        steps.as_size().ok_or_else(|| unsupported("a recurrent layer over a dynamic number of steps"))?;
+        steps.as_size().ok_or_else(|| undecided("a recurrent layer over a dynamic number of steps"))?;
     if count == 0 || count > STEPS {
         return Err(unsupported(format!("a recurrent layer of {count} steps; 1 to {STEPS} are")));
     }
@@ -296,6 +296,17 @@ fn unroll(
             }
         }
         all.push(along_directions(l, shown, 0)?);
+    }
+    if let Some(lengths) = lengths {
+        // What an empty sequence leaves is zeros in ONNX Runtime, not its initial state; the specification is silent.
+        let shape = l.graph.ty(lengths).shape[1..].to_vec();
+        let lengths = l.reshape(lengths, &shape)?;
+        let some = l.map_number(Scalar::Greater, lengths, 0.0)?;
+        let zero = l.scalar(l.graph.ty(hidden).dtype, 0.0)?;
+        hidden = l.map(Scalar::Select, &[some, hidden, zero])?;
+        if let Some(last) = cell {
+            cell = Some(l.map(Scalar::Select, &[some, last, zero])?);
+        }
     }
     Ok((all, hidden, cell))
 }

@@ -7,7 +7,9 @@
 //! alone. Dims that are not numbers can be repeated a whole number of times.
 
 use crate::error::{Fault, quote};
-use crate::lower::{Call, Element, Lowered, Lowering, Value, axis_of, data_dependent, invalid, unsupported};
+use crate::lower::{
+    Call, Element, Lowered, Lowering, Value, axis_of, data_dependent, invalid, undecided, unsupported,
+};
 use tpshard_ir::{DType, Dim, Monoid, Scalar, ValueId};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -153,7 +155,7 @@ fn by_sizes(sizes: &[Dim], from: &[Dim], policy: &str) -> Lowered<Vec<(Dim, f64)
             (Some(to), Some(from)) if from > 0 => Ok(to as f64 / from as f64),
             _ => match to.exact_div(from).and_then(|whole| whole.as_const()) {
                 Some(whole) => Ok(whole as f64),
-                None => Err(unsupported(format!("{from} resized to {to}"))),
+                None => Err(undecided(format!("{from} resized to {to}"))),
             },
         }
     };
@@ -165,7 +167,7 @@ fn by_sizes(sizes: &[Dim], from: &[Dim], policy: &str) -> Lowered<Vec<(Dim, f64)
         other => return Err(invalid(format!("the policy {}", quote(other)))),
     };
     let sized = |from: &Dim| {
-        let extent = from.as_const().ok_or_else(|| unsupported("an aspect ratio of dynamic sizes"))?;
+        let extent = from.as_const().ok_or_else(|| undecided("an aspect ratio of dynamic sizes"))?;
         Ok((Dim::constant((extent as f64 * kept + 0.5).floor() as i64), kept))
     };
     from.iter().map(sized).collect()

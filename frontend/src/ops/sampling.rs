@@ -7,7 +7,7 @@
 //! from the image as `[channel, batch · space]`, weighted and summed.
 
 use crate::error::quote;
-use crate::lower::{Call, Lowered, Lowering, Value, data_dependent, invalid, unsupported};
+use crate::lower::{Call, Lowered, Lowering, Value, data_dependent, invalid, undecided, unsupported};
 use tpshard_ir::op::EinsumSpec;
 use tpshard_ir::{DType, Dim, Monoid, Op, Scalar, ValueId};
 
@@ -230,7 +230,7 @@ pub(super) fn grid_sample(l: &mut Lowering<'_>, call: &Call<'_>) -> Lowered<Vec<
     let mut taps = Vec::with_capacity(spatial);
     for dim in 0..spatial {
         let extent = image.shape[dim + 2].as_size();
-        let extent = extent.ok_or_else(|| unsupported("GridSample of an image of dynamic size"))?;
+        let extent = extent.ok_or_else(|| undecided("GridSample of an image of dynamic size"))?;
         let own = l.cut(grid, places.rank() - 1, spatial - 1 - dim, 1)?;
         let own = l.reshape(own, &shape)?;
         let shifted = l.map_number(Scalar::Add, own, 1.0)?;
@@ -296,7 +296,7 @@ pub(super) fn roi_align(l: &mut Lowering<'_>, call: &Call<'_>) -> Lowered<Vec<Va
     let [_, _, height, width] = image.shape.as_slice() else {
         return Err(invalid(format!("RoiAlign of {image}")));
     };
-    let size = |dim: &Dim| dim.as_size().ok_or_else(|| unsupported("RoiAlign of an image of dynamic size"));
+    let size = |dim: &Dim| dim.as_size().ok_or_else(|| undecided("RoiAlign of an image of dynamic size"));
     let extents = [size(height)?, size(width)?];
     let count = regions.shape.first().cloned().ok_or_else(|| invalid("regions of rank 0"))?;
     let rois = l.cast(rois, wide(regions.dtype))?;

@@ -63,7 +63,13 @@ pub(super) fn size(l: &mut Lowering<'_>, call: &Call<'_>) -> Lowered<Vec<Value>>
 /// 0 copies a dim (unless `allowzero`), -1 takes what is left.
 pub(super) fn reshape(l: &mut Lowering<'_>, call: &Call<'_>) -> Lowered<Vec<Value>> {
     let allow_zero = call.attributes.bool("allowzero", false)?;
-    let target = l.dims(call.input(1)?, "the shape of a Reshape")?;
+    let target = if call.opset() < 5 {
+        call.attributes.ignore("consumed_inputs");
+        let target = call.attributes.optional_ints("shape")?.unwrap_or(&[]);
+        target.iter().copied().map(Dim::constant).collect()
+    } else {
+        l.dims(call.input(1)?, "the shape of a Reshape")?
+    };
     let value = call.input(0)?;
     let from = l.shape(value);
     let mut shape = Vec::with_capacity(target.len());
@@ -141,7 +147,8 @@ fn axes(l: &Lowering<'_>, call: &Call<'_>) -> Lowered<Option<Vec<i64>>> {
 }
 
 pub(super) fn squeeze(l: &mut Lowering<'_>, call: &Call<'_>) -> Lowered<Vec<Value>> {
-    let axes = axes(l, call)?;
+    // ONNX Runtime reads an empty list as none.
+    let axes = axes(l, call)?.filter(|axes| !axes.is_empty());
     let value = call.input(0)?;
     let shape = l.shape(value);
     let dropped = match axes {

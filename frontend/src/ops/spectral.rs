@@ -5,7 +5,9 @@
 //! A transform is one contraction with a constant matrix of cosines and sines, `[time, part, frequency, part]`, where the
 //! parts are the real and the imaginary one.
 
-use crate::lower::{Call, Element, Lowered, Lowering, Value, axis_of, data_dependent, invalid, unsupported};
+use crate::lower::{
+    Call, Element, Lowered, Lowering, Value, axis_of, data_dependent, invalid, undecided, unsupported,
+};
 use crate::tensor_data::dtype_from_onnx;
 use std::f64::consts::PI;
 use tpshard_ir::op::EinsumSpec;
@@ -103,7 +105,7 @@ pub(super) fn dft(l: &mut Lowering<'_>, call: &Call<'_>) -> Lowered<Vec<Value>> 
     }
     let complex = is_complex(l, x)?;
     let extent = l.graph.ty(x).shape[axis].as_size();
-    let extent = extent.ok_or_else(|| unsupported("DFT over a dynamic dim"))?;
+    let extent = extent.ok_or_else(|| undecided("DFT over a dynamic dim"))?;
     let default = if inverse && onesided { 2 * extent.saturating_sub(1) } else { extent };
     let length = match call.optional(1) {
         None => default,
@@ -140,7 +142,7 @@ pub(super) fn stft(l: &mut Lowering<'_>, call: &Call<'_>) -> Lowered<Vec<Value>>
         return Err(invalid(format!("a signal {}", l.graph.ty(x))));
     };
     let complex = is_complex(l, x)?;
-    let time = time.as_size().ok_or_else(|| unsupported("STFT of a signal of dynamic length"))?;
+    let time = time.as_size().ok_or_else(|| undecided("STFT of a signal of dynamic length"))?;
     let step = count(l, call.input(1)?, "the step of a STFT")?;
     let window = call.optional(2).map(|window| l.data(window)).transpose()?;
     let length = match (call.optional(3), window) {
@@ -195,7 +197,7 @@ pub(super) fn mel_weight_matrix(l: &mut Lowering<'_>, call: &Call<'_>) -> Lowere
         let known =
             l.known(call.input(index)?).ok_or_else(|| data_dependent("the shape of a MelWeightMatrix"))?;
         let single = known.single().and_then(Element::number);
-        *number = single.ok_or_else(|| unsupported("a MelWeightMatrix of dynamic size"))?;
+        *number = single.ok_or_else(|| undecided("a MelWeightMatrix of dynamic size"))?;
     }
     let [bins, length, rate, lower, upper] = numbers;
     if !(bins >= 1.0 && length >= 1.0 && rate > 0.0 && bins < 1e6 && length < 1e9) {

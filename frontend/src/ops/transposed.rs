@@ -6,7 +6,7 @@
 //! the kernel with its taps reversed and its channels exchanged.
 
 use super::convolution::{lengths, per_channel};
-use crate::lower::{Call, Lowered, Lowering, Value, invalid, unsupported};
+use crate::lower::{Call, Lowered, Lowering, Value, invalid, undecided};
 use tpshard_ir::op::{PadMode, Real, Window};
 use tpshard_ir::{Dim, Monoid, Op, Scalar, ValueId};
 
@@ -55,7 +55,7 @@ fn reach(l: &Lowering<'_>, call: &Call<'_>, x: ValueId, w: ValueId) -> Lowered<R
     let count = spatial.len();
     let read = &call.attributes;
     let kernel: Option<Vec<usize>> = l.graph.ty(w).shape[2..].iter().map(Dim::as_size).collect();
-    let kernel = kernel.ok_or_else(|| unsupported("a kernel of dynamic size"))?;
+    let kernel = kernel.ok_or_else(|| undecided("a kernel of dynamic size"))?;
     if let Some(declared) = read.optional_ints("kernel_shape")?
         && lengths(Some(declared), count, 1, "kernel_shape")? != kernel
     {
@@ -83,8 +83,7 @@ fn reach(l: &Lowering<'_>, call: &Call<'_>, x: ValueId, w: ValueId) -> Lowered<R
     // The shape is given, or follows from the mode; the pads are what is left over.
     let wanted = wanted.map(|shape| &shape[shape.len().saturating_sub(count)..]);
     for axis in 0..count {
-        let extent =
-            spatial[axis].as_size().ok_or_else(|| unsupported("an output shape of dynamic sizes"))?;
+        let extent = spatial[axis].as_size().ok_or_else(|| undecided("an output shape of dynamic sizes"))?;
         let (extent, stride) = (signed(extent), signed(strides[axis]));
         let span = (signed(kernel[axis]) - 1).saturating_mul(signed(dilations[axis])) + 1;
         let full = (extent - 1).saturating_mul(stride) + signed(extra[axis]) + span;

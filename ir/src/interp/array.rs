@@ -3,24 +3,25 @@
 use super::OpError;
 use crate::dtype::DType;
 use crate::tensor::element_count;
+use std::sync::Arc;
 
-/// A dense row-major array.
+/// A dense row-major array. Copies share their elements until one is changed.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Array<E> {
     pub dtype: DType,
     shape: Vec<usize>,
-    data: Vec<E>,
+    data: Arc<Vec<E>>,
 }
 
 impl<E: Clone> Array<E> {
     /// An array from its parts; `None` if `data` does not fill `shape`.
     pub fn new(dtype: DType, shape: Vec<usize>, data: Vec<E>) -> Option<Array<E>> {
-        (element_count(&shape) == Some(data.len())).then_some(Array { dtype, shape, data })
+        (element_count(&shape) == Some(data.len())).then(|| Array { dtype, shape, data: Arc::new(data) })
     }
 
     /// A rank-0 array.
     pub fn scalar(dtype: DType, value: E) -> Array<E> {
-        Array { dtype, shape: vec![], data: vec![value] }
+        Array { dtype, shape: vec![], data: Arc::new(vec![value]) }
     }
 
     /// Every element from its index.
@@ -36,7 +37,7 @@ impl<E: Clone> Array<E> {
             data.push(element(&index)?);
             advance(&mut index, shape);
         }
-        Ok(Array { dtype, shape: shape.to_vec(), data })
+        Ok(Array { dtype, shape: shape.to_vec(), data: Arc::new(data) })
     }
 
     /// One element everywhere.
@@ -58,7 +59,7 @@ impl<E: Clone> Array<E> {
     }
 
     pub(crate) fn elements_mut(&mut self) -> &mut [E] {
-        &mut self.data
+        Arc::make_mut(&mut self.data).as_mut_slice()
     }
 
     pub fn is_empty(&self) -> bool {
@@ -92,7 +93,7 @@ impl<E: Clone> Array<E> {
     }
 
     pub(crate) fn map<F>(&self, dtype: DType, f: impl Fn(&E) -> F) -> Array<F> {
-        Array { dtype, shape: self.shape.clone(), data: self.data.iter().map(f).collect() }
+        Array { dtype, shape: self.shape.clone(), data: Arc::new(self.data.iter().map(f).collect()) }
     }
 
     /// `length` entries of `axis` from `start`, which must lie within.

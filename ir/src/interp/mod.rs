@@ -31,7 +31,7 @@ pub use real::{Num, Real};
 pub(crate) use run::solve_linear;
 pub use run::{
     DeferredSource, Inputs, InterpError, Interpreter, Outputs, RankInputs, bind_symbols, check_guards,
-    run_tensors, run_tensors_with,
+    run_arrays_with, run_tensors, run_tensors_with,
 };
 pub use weights::{InitializerSource, eval_weight, eval_weight_in, random_weight};
 

@@ -578,6 +578,21 @@ pub fn run_tensors_with(
     element_limit: usize,
     evaluator: Option<&dyn Evaluator>,
 ) -> Result<Vec<(Arc<str>, Tensor)>, InterpError> {
+    let arrays = inputs.iter().map(|(name, tensor)| (name.clone(), Real.import(tensor))).collect();
+    run_arrays_with(graph, &arrays, initializer, element_limit, evaluator)
+}
+
+/// As [`run_tensors_with`], for inputs that are used more than once.
+///
+/// # Errors
+/// As [`run_tensors_with`].
+pub fn run_arrays_with(
+    graph: &Graph,
+    arrays: &BTreeMap<Arc<str>, Array<super::Num>>,
+    initializer: &dyn Fn(&str) -> Result<Tensor, OpError>,
+    element_limit: usize,
+    evaluator: Option<&dyn Evaluator>,
+) -> Result<Vec<(Arc<str>, Tensor)>, InterpError> {
     let weights = |expr: &WeightExpr| Ok(Real.import(&eval_weight(expr, initializer, element_limit)?));
     let deferred = |call: &DeferredCall, operands: &[&Array<super::Num>], limit: usize| {
         let evaluator = evaluator.ok_or_else(|| OpError::Other(no_evaluator(call)))?;
@@ -588,8 +603,7 @@ pub fn run_tensors_with(
     };
     let interpreter =
         Interpreter { domain: &Real, weights: &weights, element_limit, deferred: Some(&deferred) };
-    let arrays = inputs.iter().map(|(name, tensor)| (name.clone(), Real.import(tensor))).collect();
-    let outputs = interpreter.run(graph, &arrays)?;
+    let outputs = interpreter.run(graph, arrays)?;
     let export = |(name, array): (Arc<str>, Array<_>)| match Real.export(&array) {
         Ok(tensor) => Ok((name, tensor)),
         Err(error) => Err(InterpError::Decode { name: name.to_string(), error }),

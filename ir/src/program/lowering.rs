@@ -194,7 +194,9 @@ fn constants(graph: &Graph) -> Vec<bool> {
             Op::Deferred { .. } => false,
             _ => {
                 let operands: usize = node.args.iter().map(|&a| size(a)).fold(0, usize::saturating_add);
+                // A product of sizes may be 0 whatever some of them are.
                 node.args.iter().all(|a| constant[a.index()])
+                    && node.symbols().is_empty()
                     && node.ty.elements().as_size().is_some_and(|n| n <= operands.max(64))
             }
         };

@@ -238,6 +238,7 @@ mod tests {
             data: Vec::new(),
             rtol: 0.0,
             atol: 0.0,
+            share: None,
             operator: Operator { name: "Add".into(), opset: 14, expanded: false },
             opset: 14,
             tier: Tier::Tensor,

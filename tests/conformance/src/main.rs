@@ -4,8 +4,10 @@
 //! stands and with constants in place of inputs, [`document`] writes down what passes. What is written must be what is
 //! found; `--write` writes it anew.
 //!
-//! `cargo xtask conformance` fetches the wheels.
+//! `cargo xtask conformance` fetches the wheels. `conformance --corpus DIR` runs a folder of real models instead, see
+//! [`corpus`].
 
+mod corpus;
 mod data;
 mod document;
 mod outcome;
@@ -23,6 +25,7 @@ use std::time::Instant;
 use suite::Test;
 
 const USAGE: &str = "usage: conformance [--write] [--only TEXT] [--workers N] DOCUMENT VERSION=WHEEL…\n\
+                            conformance --corpus DIR [--only TEXT] [--workers N]\n\
                      \n\
                      --write      write the document instead of comparing it\n\
                      --only TEXT  run the tests whose name holds TEXT, print every run, compare no document";
@@ -34,6 +37,7 @@ struct Arguments {
     serve: bool,
     only: Option<String>,
     workers: Option<usize>,
+    corpus: Option<PathBuf>,
     document: PathBuf,
     wheels: Vec<(String, PathBuf)>,
 }
@@ -63,6 +67,7 @@ impl Arguments {
             match word.as_str() {
                 "--write" => found.write = true,
                 "--serve" => found.serve = true,
+                "--corpus" => found.corpus = Some(words.next()?.into()),
                 "--only" => found.only = Some(words.next()?.clone()),
                 "--workers" => found.workers = Some(words.next()?.parse().ok().filter(|n| *n > 0)?),
                 word if word.starts_with("--") => return None,
@@ -73,6 +78,9 @@ impl Arguments {
                 }
             }
         }
+        if found.corpus.is_some() {
+            return (document.is_none() && !found.write).then_some(found);
+        }
         found.document = document?.into();
         (!found.wheels.is_empty()).then_some(found)
     }
@@ -82,6 +90,9 @@ impl Arguments {
 fn conformance(arguments: &Arguments, words: &[String]) -> Result<bool> {
     let mut tests = Vec::new();
     let mut seen = BTreeSet::new();
+    if let Some(folder) = &arguments.corpus {
+        tests = corpus::tests(folder)?;
+    }
     for (version, wheel) in &arguments.wheels {
         tests.extend(suite::tests(version, &suite::unpack(wheel)?, &mut seen)?);
     }
@@ -103,6 +114,10 @@ fn conformance(arguments: &Arguments, words: &[String]) -> Result<bool> {
         tests.iter().zip(&outcomes).map(|(test, outcomes)| (test, outcomes.as_slice())).collect();
     summary(&ran);
     println!("conformance: {} tests in {:.0} s", tests.len(), start.elapsed().as_secs_f64());
+    if arguments.corpus.is_some() {
+        print!("{}", corpus::report(&ran));
+        return Ok(corpus::sound(&ran));
+    }
     if arguments.only.is_some() {
         each(&ran);
         return Ok(true);

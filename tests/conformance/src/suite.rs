@@ -44,6 +44,8 @@ pub(crate) struct Test {
     pub(crate) data: Vec<PathBuf>,
     pub(crate) rtol: f64,
     pub(crate) atol: f64,
+    /// The share of an output's largest finite element that counts as absolute tolerance.
+    pub(crate) share: Option<f64>,
     pub(crate) operator: Operator,
     /// The version of `ai.onnx` the model imports, 0 if none.
     pub(crate) opset: i64,
@@ -141,7 +143,13 @@ pub(crate) fn tests(suite: &str, folder: &Path, seen: &mut BTreeSet<Identity>) -
     Ok(fresh)
 }
 
-fn test(suite: &str, kind: &str, name: String, model: PathBuf, data: Vec<PathBuf>) -> Result<Option<Test>> {
+pub(crate) fn test(
+    suite: &str,
+    kind: &str,
+    name: String,
+    model: PathBuf,
+    data: Vec<PathBuf>,
+) -> Result<Option<Test>> {
     let bytes = fs::read(&model).with_context(|| model.display().to_string())?;
     let proto = ModelProto::decode(bytes.as_slice()).with_context(|| model.display().to_string())?;
     // A pointer to a file that is not in the wheel.
@@ -164,7 +172,7 @@ fn test(suite: &str, kind: &str, name: String, model: PathBuf, data: Vec<PathBuf
     let atol = NOISY.iter().find(|(part, _)| name.contains(part)).map_or(ATOL, |(_, atol)| *atol);
     let (suite, kind) = (suite.to_owned(), kind.to_owned());
     let (opset, tier) = (opset(""), Tier::of(&graph));
-    Ok(Some(Test { suite, kind, name, model, data, rtol, atol, operator, opset, tier }))
+    Ok(Some(Test { suite, kind, name, model, data, rtol, atol, share: None, operator, opset, tier }))
 }
 
 /// `test_x_expanded` is `test_x` with the function body of its operator in place of the operator.

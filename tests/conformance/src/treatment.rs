@@ -12,7 +12,7 @@ use tpshard_frontend::deferred::OnnxEvaluator;
 use tpshard_frontend::error::ErrorKind;
 use tpshard_frontend::{ImportError, ImportOptions, Imported, import};
 use tpshard_ir::deferred::SharedEvaluator;
-use tpshard_ir::interp::{OpError, eval_weight};
+use tpshard_ir::interp::{Domain, OpError, Real, eval_weight};
 use tpshard_ir::program::{Determinism, RankProgram};
 use tpshard_ir::{Spmd, StepKind, Tensor};
 use tpshard_passes::cost::Profile;
@@ -20,7 +20,7 @@ use tpshard_passes::extended::Extended;
 use tpshard_passes::{Plan, PlanOptions, canonical, plan};
 use tpshard_runtime::comm::{CommOptions, Communicator, threads};
 use tpshard_runtime::cpu::MemoryWeights;
-use tpshard_runtime::io::{NamedTensors, Tolerances, compare};
+use tpshard_runtime::io::{NamedTensors, Tolerance, Tolerances, compare};
 use tpshard_runtime::session::{Results, Session, SessionOptions};
 
 /// The machine that is planned for; with everything split it does not matter.
@@ -97,7 +97,12 @@ fn compared(imported: &Imported, plan: &Plan, test: &Test, pair: &Pair) -> Resul
     let ranks = plan.programs.first().map_or(1, |(_, program)| program.mesh.ranks());
     let programs = (0..ranks).map(|rank| rank_program(plan, rank)).collect::<Result<Vec<_>, _>>()?;
     let mut inputs = BTreeMap::new();
-    for (declared, tensor) in imported.model.graph.inputs.iter().zip(&pair.inputs) {
+    let graph = &imported.model.graph;
+    // Data may be given for the inputs that have no default.
+    let given =
+        |name: &str| pair.inputs.len() == graph.inputs.len() || !graph.initializers.contains_key(name);
+    let declared = graph.inputs.iter().filter(|declared| given(&declared.name));
+    for (declared, tensor) in declared.zip(&pair.inputs) {
         let used = |program: &RankProgram| {
             program.entries.iter().any(|e| e.inputs.iter().any(|p| *p.name == *declared.name))
         };
@@ -109,12 +114,25 @@ fn compared(imported: &Imported, plan: &Plan, test: &Test, pair: &Pair) -> Resul
     let got: NamedTensors = results.outputs.into_iter().map(|(name, output)| (name, output.tensor)).collect();
     let names = imported.model.graph.outputs.iter().map(|o| o.name.clone());
     let expected: NamedTensors = names.zip(pair.outputs.iter().cloned()).collect();
-    let compared = compare(&got, &expected, &Tolerances::new(test.atol, test.rtol));
+    let compared = compare(&got, &expected, &tolerances(test, &expected));
     match compared.outputs.iter().find(|output| !output.passed()) {
         None if compared.passed() => Ok(()),
         None => Err(Obstacle(Verdict::Failed, "no outputs to compare".into())),
         Some(output) => Err(Obstacle(Verdict::Wrong, output.to_string())),
     }
+}
+
+/// The test's tolerances, with absolute ones by the size of what is expected where the test asks for them.
+fn tolerances(test: &Test, expected: &NamedTensors) -> Tolerances {
+    let mut tolerances = Tolerances::new(test.atol, test.rtol);
+    for (name, tensor) in expected.iter().filter(|(_, tensor)| tensor.dtype().is_float()) {
+        let Some(share) = test.share else { break };
+        let numbers = Real.import(tensor);
+        let sizes = numbers.elements().iter().map(|n| n.float().abs()).filter(|size| size.is_finite());
+        let value = test.atol.max(share * sizes.fold(0.0, f64::max));
+        tolerances.set_atol(Tolerance { output: Some(name.clone()), value });
+    }
+    tolerances
 }
 
 fn rank_program(plan: &Plan, rank: usize) -> Result<RankProgram, Obstacle> {
@@ -180,11 +198,10 @@ fn rank(
         let tensor = eval_weight(&weight.expr, &initializer, ELEMENT_LIMIT).map_err(failed)?;
         weights.tensors.insert(weight.name.clone(), tensor);
     }
-    let evaluator = SharedEvaluator(Some(Arc::new(OnnxEvaluator::default())));
     let options = SessionOptions {
         threads: Some(1),
         memory_limit: Some(MEMORY_LIMIT),
-        evaluator,
+        evaluator: SharedEvaluator(Some(Arc::new(OnnxEvaluator::default()))),
         ..SessionOptions::default()
     };
     let mut session = Session::open(program, &mut weights, end, &options).map_err(failed)?;
