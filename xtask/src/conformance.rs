@@ -13,7 +13,7 @@ const DOCUMENT: &str = "docs/onnx-support.md";
 
 /// The wheels, fetched if they are not there.
 pub(crate) fn wheels(root: &Path) -> Result<Vec<(&'static str, PathBuf)>, String> {
-    let folder = root.join("target").join("oracles").join("onnx");
+    let folder = crate::target(root).join("oracles").join("onnx");
     std::fs::create_dir_all(&folder).map_err(|e| format!("{}: {e}", folder.display()))?;
     VERSIONS.into_iter().map(|version| Ok((version, wheel(&folder, version)?))).collect()
 }

@@ -62,6 +62,11 @@ fn root() -> Result<PathBuf> {
     here.parent().map(Path::to_path_buf).context("the xtask crate has no parent folder")
 }
 
+/// Where cargo builds, and where oracles are kept.
+fn target(root: &Path) -> PathBuf {
+    std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root.join("target"), |folder| root.join(folder))
+}
+
 fn cargo(root: &Path, arguments: &[&str]) -> Result<()> {
     let cargo = std::env::var("CARGO").unwrap_or_else(|_| "cargo".into());
     println!("xtask: cargo {}", arguments.join(" "));

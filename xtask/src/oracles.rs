@@ -31,9 +31,9 @@ impl fmt::Display for Outcome {
 /// Runs every check whose tool is here or can be fetched.
 pub(crate) fn run(root: &Path) -> Result<Outcome> {
     let mut outcome = Outcome::default();
-    let work = root.join("target").join("oracles");
+    let work = crate::target(root).join("oracles");
     std::fs::create_dir_all(&work).with_context(|| format!("cannot make {}", work.display()))?;
-    let tpshard = root.join("target").join("release").join("tpshard");
+    let tpshard = crate::target(root).join("release").join("tpshard");
     match python(&work) {
         Ok(python) => outcome.record("onnxruntime", onnxruntime(root, &work, &tpshard, &python)),
         Err(why) => outcome.skip("onnxruntime", &why),
