@@ -91,13 +91,25 @@ impl Job {
     }
 }
 
+/// Names that are tried for it.
+const MOST_ATTEMPTS: usize = 100;
+
 /// A folder for what ranks write down, which goes with the command.
 pub(crate) struct Results(pub(crate) PathBuf);
 
 impl Results {
     pub(crate) fn new() -> Outcome<Results> {
-        let path = std::env::temp_dir().join(format!("tpshard-{}", std::process::id()));
-        let made = std::fs::create_dir(&path);
+        let base = format!("tpshard-{}", std::process::id());
+        let mut path = std::env::temp_dir().join(&base);
+        // A process of the same number may have been killed before it could clean up.
+        let mut made = std::fs::create_dir(&path);
+        for attempt in 1..MOST_ATTEMPTS {
+            if made.is_ok() || path.metadata().is_err() {
+                break;
+            }
+            path = std::env::temp_dir().join(format!("{base}-{attempt}"));
+            made = std::fs::create_dir(&path);
+        }
         made.map_err(|e| Failure::new(Kind::Resource, format!("{}: {e}", path.display())))?;
         Ok(Results(path))
     }
