@@ -16,8 +16,8 @@
 # fewer cores than ranks they take turns. A model that lacks the dims behind @ is planned at its defaults.
 #
 # TPSHARD names the executable (default: tpshard). PROFILE=FILE keeps the profile, or takes it if it is there already.
-# BEFORE and AFTER are commands around what has to run undisturbed. No test runs this: times are no verdicts on a
-# machine that does other work as well.
+# MEASURED=FILE keeps the raw samples. BEFORE and AFTER are commands around what has to run undisturbed. No test runs
+# this: times are no verdicts on a machine that does other work as well.
 set -eu
 
 tpshard=${TPSHARD:-tpshard}
@@ -119,6 +119,7 @@ measure() {
     done < "$scratch/models.txt"
 }
 undisturbed measure
+[ -z "${MEASURED:-}" ] || cp "$scratch/measured.txt" "$MEASURED"
 grep -E '^(collective|all|reduce|shm)' "$scratch/last.txt"
 echo
 
@@ -174,7 +175,7 @@ awk '
             gap = t > 1 ? t - 1 : 1 - t
             tie = !same && gap <= spread[models[i], counts[j]] + spread[models[i], 1]
             verdicts++; right += same; tied += tie
-            printf "%-28s%6d%9.2f %8s%9.2f %8s%s\n", models[i], counts[j], p, p >= 1 ? "no" : "shard", t, t >= 1 ? "no" : "shard", same ? "" : tie ? "  tie" : "  *"
+            printf "%-28s%6d%9.2f %8s%9.2f %8s%s\n", models[i], counts[j], p, (p >= 1 ? "no" : "shard"), t, (t >= 1 ? "no" : "shard"), same ? "" : tie ? "  tie" : "  *"
         }
         printf "verdicts: %d of %d right, %d more are ties within the noise of both\n", right, verdicts, tied
         printf "\n%-28s%18s%18s%12s\n", "best number of ranks", "predicted", "measured", "loss"
