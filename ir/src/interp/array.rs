@@ -100,11 +100,13 @@ impl<E: Clone> Array<E> {
     pub(crate) fn run(&self, axis: usize, start: usize, length: usize) -> Result<Array<E>, OpError> {
         let mut shape = self.shape.clone();
         shape[axis] = length;
-        Array::from_fn(self.dtype, &shape, |index| {
-            let mut from = index.to_vec();
-            from[axis] += start;
-            Ok(self.at(&from).clone())
-        })
+        let count = element_count(&shape).ok_or(OpError::TooLarge)?;
+        let inner: usize = shape[axis + 1..].iter().product();
+        let mut data = Vec::with_capacity(count);
+        for row in self.data.chunks((self.shape[axis] * inner).max(1)) {
+            data.extend_from_slice(&row[start * inner..(start + length) * inner]);
+        }
+        Ok(Array { dtype: self.dtype, shape, data: Arc::new(data) })
     }
 
     /// `parts` one after another along `axis`; they must agree elsewhere.
@@ -121,16 +123,16 @@ impl<E: Clone> Array<E> {
             return Err(OpError::other(format!("parts of shapes {shapes:?} do not join along axis {axis}")));
         }
         shape[axis] = parts.iter().map(|p| p.shape[axis]).sum();
-        Array::from_fn(first.dtype, &shape, |index| {
-            let mut from = index.to_vec();
+        let count = element_count(&shape).ok_or(OpError::TooLarge)?;
+        let outer: usize = shape[..axis].iter().product();
+        let mut data = Vec::with_capacity(count);
+        for row in 0..outer {
             for part in parts {
-                if from[axis] < part.shape[axis] {
-                    return Ok(part.at(&from).clone());
-                }
-                from[axis] -= part.shape[axis];
+                let length: usize = part.shape[axis..].iter().product();
+                data.extend_from_slice(&part.data[row * length..(row + 1) * length]);
             }
-            Err(OpError::TooLarge)
-        })
+        }
+        Ok(Array { dtype: first.dtype, shape, data: Arc::new(data) })
     }
 }
 

@@ -21,8 +21,12 @@ pub const MODULUS: u64 = (1 << 61) - 1;
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Field;
 
+/// `value` modulo [`MODULUS`]: as 2^61 is 1, its digits of 61 bits add up.
 fn reduce(value: u128) -> u64 {
-    (value % u128::from(MODULUS)) as u64
+    const MASK: u128 = MODULUS as u128;
+    let once = (value & MASK) + (value >> 61);
+    let twice = ((once & MASK) + (once >> 61)) as u64;
+    if twice >= MODULUS { twice - MODULUS } else { twice }
 }
 
 fn add(a: u64, b: u64) -> u64 {

@@ -30,14 +30,19 @@ pub(super) fn einsum<D: Domain>(
     });
     let offset =
         |steps: &[usize], index: &[usize]| steps.iter().zip(index).map(|(s, i)| s * i).sum::<usize>();
+    // The last of the summed dims is walked in a loop of its own.
+    let (&last, outer) = summed_shape.split_last().unwrap_or((&1, &[]));
+    let step = [0, 1].map(|i| if summed.is_empty() { 0 } else { steps[i][letters.len() - 1] });
     Array::from_fn(a.dtype, shape, |index| {
         let base = [0, 1].map(|i| offset(&steps[i], index));
         let inner = [0, 1].map(|i| &steps[i][index.len()..]);
         let mut sum = domain.integer(0, a.dtype);
-        each_index(&summed_shape, |k| {
-            let x = a.elements()[base[0] + offset(inner[0], k)];
-            let y = b.elements()[base[1] + offset(inner[1], k)];
-            sum = domain.multiply_add(sum, x, y);
+        each_index(outer, |k| {
+            let [mut x, mut y] = [0, 1].map(|i| base[i] + offset(inner[i], k));
+            for _ in 0..last {
+                sum = domain.multiply_add(sum, a.elements()[x], b.elements()[y]);
+                (x, y) = (x + step[0], y + step[1]);
+            }
             Ok(())
         })?;
         Ok(domain.round(sum, a.dtype))
