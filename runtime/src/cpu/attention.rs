@@ -1,12 +1,14 @@
 //! Attention, one block of query rows at a time: the scores of a block against all keys, softmax, and the product with
 //! the values. Scores never leave a small buffer per task, and queries, keys and values are read where they lie.
+//!
+//! A score is summed along the depth in lanes, a result along the keys in one chain, so both have the same bits whatever
+//! other queries and heads are computed with them.
 
-use super::gemm::{matrix, multiply};
+use super::gemm::{Matrix, Right, multiply};
 use super::rows::softmax_row;
 use super::value::Value;
+use super::vector::{dots, functions, vectorised};
 use rayon::prelude::*;
-use rten_gemm::{GemmExecutor, GemmInputB};
-use rten_simd::SimdUnaryOp;
 
 /// Scores kept per task, about.
 const SCORES: usize = 64 * 1024;
@@ -20,12 +22,7 @@ pub(crate) struct Attention<'a> {
 }
 
 impl Attention<'_> {
-    pub(crate) fn run(
-        &self,
-        gemm: &GemmExecutor,
-        operands: &[Value],
-        spare: Vec<f32>,
-    ) -> Result<Value, String> {
+    pub(crate) fn run(&self, operands: &[Value], spare: Vec<f32>) -> Result<Value, String> {
         let [q, k, v, bias @ ..] = operands else { return Err("attention takes three operands".into()) };
         let (q, k, v) = (walkable(q)?, walkable(k)?, walkable(v)?);
         let (&[batch, heads, queries, depth], &[_, kv_heads, keys, _], &[.., width]) =
@@ -69,19 +66,18 @@ impl Attention<'_> {
                     + first as isize * value.strides()[2]
             };
             scores.resize(count * keys, 0.0);
-            if depth == 0 {
-                scores.fill(0.0);
-            } else {
-                let left = sub_matrix(&q, part(&q, h, first), [count, depth], [2, 3])?;
-                let right = sub_matrix(&k, part(&k, kv, 0), [depth, keys], [3, 2])?;
-                multiply(gemm, scores, left, GemmInputB::Unpacked(right))?;
-            }
+            let left = Rows::new(&q, part(&q, h, first), [count, depth])?;
+            let right = Rows::new(&k, part(&k, kv, 0), [keys, depth])?;
+            vectorised(
+                #[inline(always)]
+                |_| products(&left, &right, scores),
+            );
             for (i, row) in scores.chunks_mut(keys).enumerate() {
                 self.finish_row(row, bias.as_ref().map(|bias| (bias, part(bias, h, first + i))))?;
             }
-            let left = matrix(scores, [count, keys], [keys, 1])?;
+            let left = Matrix::new(scores, [count, keys], [keys, 1])?;
             let right = sub_matrix(&v, part(&v, kv, 0), [keys, width], [2, 3])?;
-            multiply(gemm, out, left, GemmInputB::Unpacked(right))
+            multiply(out, left, Right::Matrix(right))
         })?;
         Value::from_vec(&[batch, heads, queries, width], out)
     }
@@ -91,7 +87,10 @@ impl Attention<'_> {
         row.iter_mut().for_each(|x| *x *= self.scale);
         if let Some(cap) = self.softcap {
             row.iter_mut().for_each(|x| *x /= cap);
-            rten_vecmath::Tanh {}.map_mut(row);
+            vectorised(
+                #[inline(always)]
+                |_| row.iter_mut().for_each(|x| *x = functions::tanh(*x)),
+            );
             row.iter_mut().for_each(|x| *x *= cap);
         }
         if let Some((bias, offset)) = bias {
@@ -114,10 +113,80 @@ impl Attention<'_> {
     }
 }
 
-/// As `f32`, with strides a matrix product can walk.
+/// As `f32`, with rows whose elements lie next to each other.
 fn walkable(x: &Value) -> Result<Value, String> {
     let x = x.as_f32()?;
-    if x.strides().iter().all(|&s| s >= 0) { Ok(x) } else { Ok(Value::new(x.into_tensor()?)) }
+    let rows = x.strides().iter().all(|&s| s >= 0)
+        && (x.strides().last() == Some(&1) || x.shape().last() == Some(&1));
+    if rows { Ok(x) } else { Ok(Value::new(x.into_tensor()?)) }
+}
+
+/// Rows of one length, one stride apart.
+struct Rows<'a> {
+    elements: &'a [f32],
+    count: usize,
+    length: usize,
+    stride: usize,
+}
+
+impl<'a> Rows<'a> {
+    fn new(value: &'a Value, offset: isize, [count, length]: [usize; 2]) -> Result<Rows<'a>, String> {
+        let elements = value.elements::<f32>()?.get(offset as usize..).ok_or("a head leaves its tensor")?;
+        let stride = value.strides()[2].unsigned_abs();
+        let end = count.saturating_sub(1).saturating_mul(stride).saturating_add(length);
+        if count > 0 && end > elements.len() {
+            return Err("a head leaves its tensor".into());
+        }
+        Ok(Rows { elements, count, length, stride })
+    }
+
+    #[inline(always)]
+    fn row(&self, index: usize) -> &'a [f32] {
+        &self.elements[index * self.stride..][..self.length]
+    }
+
+    /// `N` rows from `first` on.
+    #[inline(always)]
+    fn several<const N: usize>(&self, first: usize) -> [&'a [f32]; N] {
+        std::array::from_fn(
+            #[inline(always)]
+            |i| self.row(first + i),
+        )
+    }
+}
+
+/// The product of every left row with every right one, row-major.
+#[inline(always)]
+fn products(left: &Rows<'_>, right: &Rows<'_>, out: &mut [f32]) {
+    let mut first = 0;
+    while first < left.count {
+        if first + 4 <= left.count {
+            products_of::<4>(left, right, first, out);
+            first += 4;
+        } else {
+            products_of::<1>(left, right, first, out);
+            first += 1;
+        }
+    }
+}
+
+/// The products of `N` left rows from `first` on.
+#[inline(always)]
+fn products_of<const N: usize>(left: &Rows<'_>, right: &Rows<'_>, first: usize, out: &mut [f32]) {
+    let mut at = 0;
+    while at < right.count {
+        if at + 4 <= right.count {
+            for (i, row) in dots(left.several::<N>(first), right.several::<4>(at)).iter().enumerate() {
+                out[(first + i) * right.count + at..][..4].copy_from_slice(row);
+            }
+            at += 4;
+        } else {
+            for (i, row) in dots(left.several::<N>(first), right.several::<1>(at)).iter().enumerate() {
+                out[(first + i) * right.count + at] = row[0];
+            }
+            at += 1;
+        }
+    }
 }
 
 fn sub_matrix(
@@ -125,7 +194,7 @@ fn sub_matrix(
     offset: isize,
     shape: [usize; 2],
     dims: [usize; 2],
-) -> Result<rten_tensor::NdTensorView<'_, f32, 2>, String> {
+) -> Result<Matrix<'_>, String> {
     let elements = value.elements::<f32>()?.get(offset as usize..).ok_or("a head leaves its tensor")?;
-    matrix(elements, shape, dims.map(|d| value.strides()[d].unsigned_abs()))
+    Matrix::new(elements, shape, dims.map(|d| value.strides()[d].unsigned_abs()))
 }

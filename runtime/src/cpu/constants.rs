@@ -4,12 +4,12 @@
 //! made in turn, packed for the matrix products that take it as their columns, and dropped again unless some step
 //! reads it as it is.
 
+use super::contraction::Contraction;
 use super::convert::StepError;
-use super::gemm::Contraction;
+use super::gemm::Packed;
 use super::kernels::{Context, run_kernel};
 use super::value::Value;
 use super::weights::WeightSource;
-use rten_gemm::{GemmExecutor, PackedBMatrix};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use tpshard_ir::dim::Bindings;
@@ -34,7 +34,7 @@ pub(crate) struct Constants {
     ids: BTreeMap<(Op, Vec<usize>), usize>,
     interned: Vec<Interned>,
     values: Vec<Option<Value>>,
-    packed: BTreeMap<PackKey, Arc<PackedBMatrix<f32>>>,
+    packed: BTreeMap<PackKey, Arc<Packed>>,
 }
 
 impl Constants {
@@ -42,14 +42,13 @@ impl Constants {
     pub(crate) fn load(
         program: &RankProgram,
         source: &mut dyn WeightSource,
-        gemm: &GemmExecutor,
         progress: &dyn Fn(),
     ) -> Result<Constants, String> {
         let mut constants = Constants::default();
         for entry in &program.entries {
             constants.intern(&entry.graph, &entry.lowering)?;
         }
-        constants.evaluate(program, source, gemm, progress)?;
+        constants.evaluate(program, source, progress)?;
         Ok(constants)
     }
 
@@ -72,7 +71,7 @@ impl Constants {
         self.values.get(id).and_then(Option::as_ref)
     }
 
-    pub(crate) fn packed(&self, id: usize, contraction: &Contraction) -> Option<Arc<PackedBMatrix<f32>>> {
+    pub(crate) fn packed(&self, id: usize, contraction: &Contraction) -> Option<Arc<Packed>> {
         let (depth, columns) = contraction.column_dims()?;
         self.packed.get(&(id, depth, columns)).cloned()
     }
@@ -121,7 +120,6 @@ impl Constants {
         &mut self,
         program: &RankProgram,
         source: &mut dyn WeightSource,
-        gemm: &GemmExecutor,
         progress: &dyn Fn(),
     ) -> Result<(), String> {
         let mut last: Vec<usize> = (0..self.interned.len()).collect();
@@ -156,11 +154,11 @@ impl Constants {
                     let args: Option<Vec<Value>> =
                         constant.args.iter().map(|&a| self.values[a].clone()).collect();
                     let args = args.ok_or("a constant's operand was dropped too early")?;
-                    compute(op, &constant.ty, &args, gemm)?
+                    compute(op, &constant.ty, &args)?
                 }
             };
             for (key, contraction) in &constant.packs {
-                if let Some(packed) = contraction.pack(gemm, &value)? {
+                if let Some(packed) = contraction.pack(&value)? {
                     self.packed.insert(key.clone(), Arc::new(packed));
                 }
             }
@@ -191,7 +189,7 @@ pub(crate) fn einsum_of(
 }
 
 /// One node on its own, with constant operands.
-fn compute(op: &Op, ty: &Type, args: &[Value], gemm: &GemmExecutor) -> Result<Value, String> {
+fn compute(op: &Op, ty: &Type, args: &[Value]) -> Result<Value, String> {
     let mut graph = Graph::new("constant");
     let mut operands = Vec::new();
     for (i, arg) in args.iter().enumerate() {
@@ -203,7 +201,7 @@ fn compute(op: &Op, ty: &Type, args: &[Value], gemm: &GemmExecutor) -> Result<Va
     let lowering = lower(&graph);
     let region = lowering.regions.last().ok_or("a constant without region")?;
     let bindings = Bindings::new();
-    let context = Context { gemm, bindings: &bindings, graph: &graph };
+    let context = Context { bindings: &bindings, graph: &graph };
     run_kernel(&context, region, args, Vec::new(), None, None).map_err(|error| match error {
         StepError::Local(what) => what,
         StepError::Index { index, extent } => format!("index {index} is outside of a table of {extent}"),

@@ -1,9 +1,8 @@
 //! Convolution as a matrix product over gathered windows, and pooling by direct windows.
 
-use super::gemm::{matrix, multiply};
+use super::gemm::{Matrix, Right, multiply};
 use super::value::Value;
 use rayon::prelude::*;
-use rten_gemm::{GemmExecutor, GemmInputB};
 use tpshard_ir::op::{PoolKind, Window};
 
 /// Gathered elements per task, about.
@@ -55,7 +54,6 @@ impl Plane<'_> {
 
 /// Convolution of `x[N, C, …]` with `w[M, C/groups, …]`; `shape` is the result's.
 pub(crate) fn conv(
-    gemm: &GemmExecutor,
     window: &Window,
     groups: usize,
     [x, w]: [&Value; 2],
@@ -96,8 +94,9 @@ pub(crate) fn conv(
                 columns.resize(depth * count, 0.0);
                 gather_columns(&plane, source, start, count, columns);
                 product.resize(group_out * count, 0.0);
-                let right = GemmInputB::Unpacked(matrix(columns, [depth, count], [count, 1])?);
-                multiply(gemm, product, matrix(weights, [group_out, depth], [depth, 1])?, right)?;
+                let left = Matrix::new(weights, [group_out, depth], [depth, 1])?;
+                let right = Right::Matrix(Matrix::new(columns, [depth, count], [count, 1])?);
+                multiply(product, left, right)?;
                 for (row, product) in out.chunks_mut(out_size).zip(product.chunks(count)) {
                     row[start..start + count].copy_from_slice(product);
                 }

@@ -5,16 +5,16 @@
 //! collective. Its result is replaced by zeros, the error is kept, and the caller tells all ranks at the end.
 
 use super::constants::{Constants, einsum_of};
+use super::contraction::Contraction;
 use super::convert::{Place, StepError, convert, held, identity};
 use super::deferred::Deferred;
-use super::gemm::Contraction;
+use super::gemm::Packed;
 use super::kernels::{Context, run_kernel};
 use super::movement;
 use super::pointwise::Program;
 use super::value::Value;
 use crate::comm::{CommError, Communicator, Tag};
 use crate::session::now;
-use rten_gemm::{GemmExecutor, PackedBMatrix};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use tpshard_ir::dim::Bindings;
@@ -36,7 +36,7 @@ struct PreparedRegion {
     /// The values its kernel takes.
     args: Vec<ValueId>,
     program: Option<Program>,
-    contraction: Option<(Contraction, Option<Arc<PackedBMatrix<f32>>>)>,
+    contraction: Option<(Contraction, Option<Arc<Packed>>)>,
     /// Values that nothing needs after this region, views before what they show.
     dropped: Vec<ValueId>,
 }
@@ -46,7 +46,6 @@ pub(crate) struct Run<'a> {
     pub(crate) entry: &'a Entry,
     pub(crate) prepared: &'a Prepared,
     pub(crate) constants: &'a Constants,
-    pub(crate) gemm: &'a GemmExecutor,
     pub(crate) mesh: &'a Mesh,
     pub(crate) rank: usize,
     /// The sizes of the inputs, and those that data has decided so far.
@@ -268,7 +267,7 @@ impl<'a> Run<'a> {
     /// Zeros in place of a value that could not be computed; nothing if even that is impossible.
     fn zeros(&self, value: ValueId) -> Value {
         let ty = self.graph().ty(value);
-        let context = Context { gemm: self.gemm, bindings: &self.bindings, graph: self.graph() };
+        let context = Context { bindings: &self.bindings, graph: self.graph() };
         let shape = context.shape(ty).unwrap_or_else(|_| vec![0; ty.rank()]);
         let empty = || Value::from_vec::<f32>(&[0], Vec::new());
         match Tensor::zeros(ty.dtype, shape).map(Value::new) {
@@ -306,7 +305,7 @@ impl<'a> Run<'a> {
     ) -> Result<Value, StepError> {
         let result = region.result();
         let node = self.graph().node(result);
-        let context = Context { gemm: self.gemm, bindings: &self.bindings, graph: self.graph() };
+        let context = Context { bindings: &self.bindings, graph: self.graph() };
         let prepared = &self.prepared.regions[index];
         let get = |values: &[Option<Value>], id: ValueId| -> Result<Value, String> {
             values[id.index()].clone().ok_or_else(|| format!("{id} is not there"))
@@ -383,7 +382,7 @@ impl<'a> Run<'a> {
 
     /// A value of the right shape and no elements of its own.
     fn shape_only(&self, value: ValueId) -> Result<Value, String> {
-        let context = Context { gemm: self.gemm, bindings: &self.bindings, graph: self.graph() };
+        let context = Context { bindings: &self.bindings, graph: self.graph() };
         let shape = context.shape(self.graph().ty(value))?;
         Value::from_vec(&[1], vec![0f32])?.reshaped(&[])?.stretched(&shape)
     }

@@ -1,13 +1,13 @@
 //! From a region to its kernel: everything but leaves, appends and conversions.
 
 use super::attention::Attention;
+use super::contraction::Contraction;
 use super::convert::StepError;
-use super::gemm::Contraction;
+use super::gemm::Packed;
 use super::pointwise::Program;
 use super::value::Value;
 use super::{conv, dequant, movement, reference, rows};
 use half::{bf16, f16};
-use rten_gemm::{GemmExecutor, PackedBMatrix};
 use tpshard_ir::dim::{Bindings, Dim};
 use tpshard_ir::op::PadMode;
 use tpshard_ir::program::{Kernel, Region};
@@ -16,7 +16,6 @@ use tpshard_ir::{DType, Graph, Op, Tensor, Type};
 
 /// What kernels may look up.
 pub(crate) struct Context<'a> {
-    pub(crate) gemm: &'a GemmExecutor,
     pub(crate) bindings: &'a Bindings,
     pub(crate) graph: &'a Graph,
 }
@@ -45,7 +44,7 @@ pub(crate) fn run_kernel(
     args: &[Value],
     spare: Vec<f32>,
     program: Option<&Program>,
-    contraction: Option<(&Contraction, Option<&PackedBMatrix<f32>>)>,
+    contraction: Option<(&Contraction, Option<&Packed>)>,
 ) -> Result<Value, StepError> {
     let node = context.graph.node(region.result());
     let shape = context.shape(&node.ty)?;
@@ -62,8 +61,8 @@ pub(crate) fn run_kernel(
         (Kernel::Einsum, Op::Einsum(spec)) => {
             let [a, b] = args else { return Err("a contraction of other than two operands".into()) };
             match contraction {
-                Some((contraction, packed)) => contraction.run(context.gemm, [a, b], packed, spare)?,
-                None => Contraction::new(spec, [false; 2])?.run(context.gemm, [a, b], None, spare)?,
+                Some((contraction, packed)) => contraction.run([a, b], packed, spare)?,
+                None => Contraction::new(spec, [false; 2])?.run([a, b], None, spare)?,
             }
         }
         (Kernel::Reduce, Op::Reduce { monoid, axes }) => rows::reduce(first(args)?, *monoid, axes)?,
@@ -76,11 +75,11 @@ pub(crate) fn run_kernel(
             kv_of_head,
             empty_rows_zero: *empty_rows_zero,
         }
-        .run(context.gemm, args, spare)?,
+        .run(args, spare)?,
         (Kernel::Move | Kernel::Append, op) => movement(context, op, args)?,
         (Kernel::Conv, Op::Conv { window, groups }) => {
             let [x, w] = args else { return Err("a convolution of other than two operands".into()) };
-            conv::conv(context.gemm, window, *groups, [x, w], &shape, spare)?
+            conv::conv(window, *groups, [x, w], &shape, spare)?
         }
         (Kernel::Pool, Op::Pool { kind, window }) => conv::pool(*kind, window, first(args)?, &shape, spare)?,
         (Kernel::Dequant, Op::Dequant { axis, block }) => dequant::dequant(*axis, *block, args)?,

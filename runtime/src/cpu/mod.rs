@@ -8,6 +8,7 @@
 
 mod attention;
 pub(crate) mod constants;
+mod contraction;
 mod conv;
 pub(crate) mod convert;
 pub(crate) mod deferred;
@@ -21,8 +22,14 @@ mod reference;
 mod rows;
 mod scalar;
 pub(crate) mod value;
+mod vector;
 mod weights;
 
 pub use weights::{FileWeights, MemoryWeights, WeightSource, check_weight};
 
 pub(crate) use movement::write_into as write_row;
+
+/// Whether the instructions that kernels are to use (`TPSHARD_ISA`) are there.
+pub(crate) fn check_instructions() -> Result<(), String> {
+    vector::Isa::chosen().map(drop)
+}

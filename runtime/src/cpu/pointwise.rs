@@ -7,6 +7,7 @@
 
 use super::scalar::{self, FloatOp};
 use super::value::{Value, wrap};
+use super::vector::vectorised;
 use half::{bf16, f16};
 use rayon::prelude::*;
 use tpshard_ir::program::Region;
@@ -144,22 +145,38 @@ impl Program {
         out.par_chunks_mut(CHUNK).enumerate().try_for_each_init(
             || Blocks::new(self.counts),
             |blocks, (chunk, out)| {
-                let mut done = 0;
-                while done < out.len() {
-                    let at = chunk * CHUNK + done;
-                    let run = BLOCK.min(out.len() - done).min(walk.inner - at % walk.inner);
-                    for ((i, operand), (_, register)) in operands.iter().enumerate().zip(&self.operands) {
-                        blocks.load(operand, walk.offset(i, at), walk.step(i), *register, run)?;
-                    }
-                    for instruction in &self.instructions {
-                        blocks.execute(instruction, run)?;
-                    }
-                    T::store(blocks, self.result, &mut out[done..done + run])?;
-                    done += run;
-                }
-                Ok(())
+                vectorised(
+                    #[inline(always)]
+                    |_| self.chunk(operands, &walk, blocks, chunk * CHUNK, out),
+                )
             },
         )
+    }
+
+    /// Computes the elements from `first` on.
+    #[inline(always)]
+    fn chunk<T: Stored>(
+        &self,
+        operands: &[Value],
+        walk: &Walk,
+        blocks: &mut Blocks,
+        first: usize,
+        out: &mut [T],
+    ) -> Result<(), String> {
+        let mut done = 0;
+        while done < out.len() {
+            let at = first + done;
+            let run = BLOCK.min(out.len() - done).min(walk.inner - at % walk.inner);
+            for ((i, operand), (_, register)) in operands.iter().enumerate().zip(&self.operands) {
+                blocks.load(operand, walk.offset(i, at), walk.step(i), *register, run)?;
+            }
+            for instruction in &self.instructions {
+                blocks.execute(instruction, run)?;
+            }
+            T::store(blocks, self.result, &mut out[done..done + run])?;
+            done += run;
+        }
+        Ok(())
     }
 }
 
@@ -263,6 +280,7 @@ impl Blocks {
         Ok(())
     }
 
+    #[inline(always)]
     fn execute(&mut self, i: &Instruction, run: usize) -> Result<(), String> {
         match i.to.bank {
             Bank::Float => {
@@ -290,6 +308,7 @@ impl Blocks {
         }
     }
 
+    #[inline(always)]
     fn execute_float(&self, i: &Instruction, to: &mut [f32]) -> Result<(), String> {
         let run = to.len();
         match (i.scalar, i.from.as_slice()) {
@@ -315,6 +334,7 @@ impl Blocks {
         Ok(())
     }
 
+    #[inline(always)]
     fn execute_int(&self, i: &Instruction, to: &mut [i64]) -> Result<(), String> {
         let run = to.len();
         match (i.scalar, i.from.as_slice()) {
@@ -335,6 +355,7 @@ impl Blocks {
         Ok(())
     }
 
+    #[inline(always)]
     fn execute_bool(&self, i: &Instruction, to: &mut [bool]) -> Result<(), String> {
         let run = to.len();
         let bools = |r: &Register| &self.bools[r.index][..run];
@@ -364,6 +385,7 @@ impl Blocks {
     }
 }
 
+#[inline(always)]
 fn read<T: Copy, U>(from: &[T], offset: usize, step: isize, to: &mut [U], convert: impl Fn(T) -> U)
 where
     U: Copy,
@@ -379,12 +401,14 @@ where
     }
 }
 
+#[inline(always)]
 fn select<T: Copy>(condition: &[bool], a: &[T], b: &[T], to: &mut [T]) {
     for (((t, &c), &a), &b) in to.iter_mut().zip(condition).zip(a).zip(b) {
         *t = if c { a } else { b };
     }
 }
 
+#[inline(always)]
 fn compare<T: PartialOrd + Copy>(scalar: Scalar, a: &[T], b: &[T], to: &mut [bool]) -> Result<(), String> {
     let zipped = to.iter_mut().zip(a).zip(b);
     match scalar {
@@ -398,6 +422,7 @@ fn compare<T: PartialOrd + Copy>(scalar: Scalar, a: &[T], b: &[T], to: &mut [boo
     Ok(())
 }
 
+#[inline(always)]
 fn round_to(dtype: DType, values: &mut [f32]) {
     match dtype {
         DType::F16 => values.iter_mut().for_each(|x| *x = f16::from_f32(*x).to_f32()),

@@ -5,9 +5,8 @@
 
 use super::scalar::{maximum, minimum};
 use super::value::Value;
+use super::vector::{self, functions, vectorised};
 use rayon::prelude::*;
-use rten_simd::SimdOp;
-use rten_vecmath as simd;
 use tpshard_ir::layout::Monoid;
 use tpshard_ir::op::NormKind;
 
@@ -21,9 +20,14 @@ fn for_each_row(out: &mut [f32], row: usize, kernel: impl Fn(usize, &mut [f32]) 
     }
     let rows = (CHUNK / row).max(1);
     out.par_chunks_mut(rows * row).enumerate().for_each(|(task, chunk)| {
-        for (i, out) in chunk.chunks_mut(row).enumerate() {
-            kernel(task * rows + i, out);
-        }
+        vectorised(
+            #[inline(always)]
+            |_| {
+                for (i, out) in chunk.chunks_mut(row).enumerate() {
+                    kernel(task * rows + i, out);
+                }
+            },
+        );
     });
 }
 
@@ -49,20 +53,36 @@ pub(crate) fn softmax(x: &Value, axis: usize, spare: Vec<f32>) -> Result<Value, 
     let rows = moved.to_f32()?;
     let mut out = spare;
     out.resize(rows.len(), 0.0);
-    for_each_row(&mut out, length.max(1), |i, out| {
-        out.copy_from_slice(row(&rows, i, length));
-        softmax_row(out, false);
-    });
+    for_each_row(
+        &mut out,
+        length.max(1),
+        #[inline(always)]
+        |i, out| {
+            out.copy_from_slice(row(&rows, i, length));
+            normalise(out, false);
+        },
+    );
     Ok(Value::from_vec(moved.shape(), out)?.permuted(&back))
 }
 
 /// Softmax in place. A row of -inf gives NaN, or zeros if `empty_is_zero`.
 pub(crate) fn softmax_row(row: &mut [f32], empty_is_zero: bool) {
-    if row.iter().all(|&x| x == f32::NEG_INFINITY) {
+    vectorised(
+        #[inline(always)]
+        |_| normalise(row, empty_is_zero),
+    );
+}
+
+#[inline(always)]
+fn normalise(row: &mut [f32], empty_is_zero: bool) {
+    let largest = vector::largest(row);
+    if largest == f32::NEG_INFINITY {
         row.fill(if empty_is_zero { 0.0 } else { f32::NAN });
         return;
     }
-    simd::Softmax::new_mut(row).dispatch();
+    row.iter_mut().for_each(|x| *x = functions::exp(*x - largest));
+    let factor = 1.0 / vector::sum(row);
+    row.iter_mut().for_each(|x| *x *= factor);
 }
 
 /// Normalises over the dims from `axis` on.
@@ -83,29 +103,31 @@ pub(crate) fn norm(
     let mut out = spare;
     out.resize(rows.len(), 0.0);
     let n = length as f32;
-    for_each_row(&mut out, length.max(1), |i, out| {
-        let x = row(&rows, i, length);
-        let (mean, square) = match kind {
-            NormKind::Layer => {
-                let mean = simd::Sum::new(x).dispatch() / n;
-                (mean, simd::SumSquareSub::new(x, mean).dispatch())
-            }
-            NormKind::Rms => (0.0, simd::SumSquare::new(x).dispatch()),
-        };
-        let factor = 1.0 / (square / n + epsilon as f32).sqrt();
-        match &bias {
-            Some(bias) => {
-                for (((o, &x), &s), &b) in out.iter_mut().zip(x).zip(scale.iter()).zip(bias.iter()) {
-                    *o = (x - mean) * factor * s + b;
+    for_each_row(
+        &mut out,
+        length.max(1),
+        #[inline(always)]
+        |i, out| {
+            let x = row(&rows, i, length);
+            let mean = match kind {
+                NormKind::Layer => vector::sum(x) / n,
+                NormKind::Rms => 0.0,
+            };
+            let factor = 1.0 / (vector::sum_squares(x, mean) / n + epsilon as f32).sqrt();
+            match &bias {
+                Some(bias) => {
+                    for (((o, &x), &s), &b) in out.iter_mut().zip(x).zip(scale.iter()).zip(bias.iter()) {
+                        *o = (x - mean) * factor * s + b;
+                    }
+                }
+                None => {
+                    for ((o, &x), &s) in out.iter_mut().zip(x).zip(scale.iter()) {
+                        *o = (x - mean) * factor * s;
+                    }
                 }
             }
-            None => {
-                for ((o, &x), &s) in out.iter_mut().zip(x).zip(scale.iter()) {
-                    *o = (x - mean) * factor * s;
-                }
-            }
-        }
-    });
+        },
+    );
     Value::from_vec(x.shape(), out)
 }
 
@@ -121,20 +143,26 @@ pub(crate) fn reduce(x: &Value, monoid: Monoid, axes: &[usize]) -> Result<Value,
     let mut out = vec![0.0f32; shape.iter().product()];
     let per_task = (CHUNK / length.max(1)).max(1);
     out.par_chunks_mut(per_task).enumerate().for_each(|(task, chunk)| {
-        for (i, out) in chunk.iter_mut().enumerate() {
-            *out = fold(monoid, row(&rows, task * per_task + i, length));
-        }
+        vectorised(
+            #[inline(always)]
+            |_| {
+                for (i, out) in chunk.iter_mut().enumerate() {
+                    *out = fold(monoid, row(&rows, task * per_task + i, length));
+                }
+            },
+        );
     });
     Value::from_vec(&shape, out)
 }
 
 /// The combination of all elements; the identity if there are none.
+#[inline(always)]
 fn fold(monoid: Monoid, row: &[f32]) -> f32 {
     match monoid {
-        Monoid::Sum => simd::Sum::new(row).dispatch(),
-        Monoid::Prod => row.iter().product(),
-        Monoid::Max => row.iter().copied().fold(f32::NEG_INFINITY, |a, b| maximum(b, a)),
-        Monoid::Min => row.iter().copied().fold(f32::INFINITY, |a, b| minimum(b, a)),
+        Monoid::Sum => vector::sum(row),
+        Monoid::Prod => vector::fold(row, 1.0, |x| x, |a, b| a * b),
+        Monoid::Max => vector::fold(row, f32::NEG_INFINITY, |x| x, |a, b| maximum(b, a)),
+        Monoid::Min => vector::fold(row, f32::INFINITY, |x| x, |a, b| minimum(b, a)),
     }
 }
 

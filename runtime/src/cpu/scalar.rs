@@ -1,7 +1,6 @@
 //! Scalar functions over blocks of elements.
 
-use rten_simd::SimdUnaryOp;
-use rten_vecmath as simd;
+use super::vector::functions;
 use tpshard_ir::{DType, Scalar};
 
 /// Functions of `f32` blocks.
@@ -9,6 +8,7 @@ pub(crate) struct FloatOp;
 
 impl FloatOp {
     /// `block[i] = scalar(block[i])`.
+    #[inline(always)]
     pub(crate) fn unary(scalar: Scalar, block: &mut [f32]) -> Result<(), String> {
         macro_rules! each {
             ($f:expr) => {
@@ -28,13 +28,13 @@ impl FloatOp {
             Scalar::Reciprocal => each!(|x: f32| 1.0 / x),
             Scalar::Sqrt => each!(f32::sqrt),
             Scalar::Rsqrt => each!(|x: f32| 1.0 / x.sqrt()),
-            Scalar::Exp => simd::Exp {}.map_mut(block),
-            Scalar::Log => each!(f32::ln),
+            Scalar::Exp => each!(functions::exp),
+            Scalar::Log => each!(functions::log),
             Scalar::Sin => each!(f32::sin),
             Scalar::Cos => each!(f32::cos),
-            Scalar::Tanh => simd::Tanh {}.map_mut(block),
-            Scalar::Sigmoid => simd::Sigmoid {}.map_mut(block),
-            Scalar::Erf => simd::Erf {}.map_mut(block),
+            Scalar::Tanh => each!(functions::tanh),
+            Scalar::Sigmoid => each!(functions::sigmoid),
+            Scalar::Erf => each!(functions::erf),
             Scalar::Floor => each!(f32::floor),
             Scalar::Ceil => each!(f32::ceil),
             Scalar::Round => each!(f32::round_ties_even),
@@ -44,6 +44,7 @@ impl FloatOp {
     }
 
     /// `to[i] = scalar(a[i], b[i])`.
+    #[inline(always)]
     pub(crate) fn binary(scalar: Scalar, a: &[f32], b: &[f32], to: &mut [f32]) -> Result<(), String> {
         macro_rules! each {
             ($f:expr) => {
@@ -66,20 +67,27 @@ impl FloatOp {
 
 /// Small whole exponents are products: exact where `powf` rounds, and fast.
 fn power(a: &[f32], b: &[f32], to: &mut [f32]) {
+    let one = |a: f32, b: f32| match b {
+        2.0 => a * a,
+        3.0 => a * a * a,
+        _ => a.powf(b),
+    };
     let uniform = b.first().copied().filter(|e| b.iter().all(|x| x.to_bits() == e.to_bits()));
     match uniform {
         Some(2.0) => to.iter_mut().zip(a).for_each(|(t, a)| *t = a * a),
         Some(3.0) => to.iter_mut().zip(a).for_each(|(t, a)| *t = a * a * a),
-        _ => to.iter_mut().zip(a).zip(b).for_each(|((t, a), b)| *t = a.powf(*b)),
+        _ => to.iter_mut().zip(a).zip(b).for_each(|((t, &a), &b)| *t = one(a, b)),
     }
 }
 
 /// NaN if either is.
+#[inline(always)]
 pub(crate) fn minimum(a: f32, b: f32) -> f32 {
     if a < b || a.is_nan() { a } else { b }
 }
 
 /// NaN if either is.
+#[inline(always)]
 pub(crate) fn maximum(a: f32, b: f32) -> f32 {
     if a > b || a.is_nan() { a } else { b }
 }

@@ -11,7 +11,6 @@ use crate::cpu::deferred::Deferred;
 use crate::cpu::exec::{Failed, Finished, Prepared, Run, Slots};
 use crate::cpu::value::Value;
 use crate::state::{Change, SlotId, StateStore};
-use rten_gemm::GemmExecutor;
 use std::collections::{BTreeMap, BTreeSet};
 use std::str::FromStr;
 use std::sync::Arc;
@@ -47,11 +46,11 @@ impl Worker {
     ) -> Result<Worker, SessionError> {
         let mut sequence = 0;
         same_program(&program, &*communicator, &mut sequence)?;
-        let gemm = GemmExecutor::new();
         let mut load = || -> Result<_, SessionError> {
+            crate::cpu::check_instructions().map_err(|what| SessionError::Usage { what })?;
             check(&program, weights, &*communicator)?;
             check_evaluator(&program, &options.evaluator)?;
-            let constants = Constants::load(&program, weights, &gemm, &|| communicator.progress())
+            let constants = Constants::load(&program, weights, &|| communicator.progress())
                 .map_err(|what| SessionError::Weights { what })?;
             let prepared = program
                 .entries
@@ -168,13 +167,10 @@ impl Worker {
         else {
             return Err(SessionError::Program { what: format!("there is no entry {entry}") });
         };
-        // Cheap, and cannot move between threads.
-        let gemm = GemmExecutor::new();
         let run = Run {
             entry: program_entry,
             prepared,
             constants: &self.constants,
-            gemm: &gemm,
             mesh: &self.program.mesh,
             rank: self.program.rank,
             bindings: bindings.clone(),

@@ -6,10 +6,9 @@
 //! (batch, rows, columns) and handed on as a view in the order of the spec. A constant second operand is packed once,
 //! when the session opens.
 
+use super::gemm::{Matrix, Packed, Right, multiply};
 use super::value::{Value, merged};
 use rayon::prelude::*;
-use rten_gemm::{GemmExecutor, GemmInputA, GemmInputB, GemmOptions, PackedBMatrix};
-use rten_tensor::NdTensorView;
 use tpshard_ir::op::EinsumSpec;
 
 /// The groups of letters of a contraction.
@@ -69,11 +68,7 @@ impl Contraction {
     }
 
     /// Packs the operand that plays the columns, if there is no batch.
-    pub(crate) fn pack(
-        &self,
-        gemm: &GemmExecutor,
-        value: &Value,
-    ) -> Result<Option<PackedBMatrix<f32>>, String> {
+    pub(crate) fn pack(&self, value: &Value) -> Result<Option<Packed>, String> {
         if !self.batch.is_empty() || value.len() == 0 {
             return Ok(None);
         }
@@ -82,15 +77,14 @@ impl Contraction {
             self.letters(self.column_operand()),
             [&[], &self.depth, &self.columns],
         )?;
-        Ok(Some(gemm.prepack_b(operand.matrix(0)?)))
+        Ok(Some(Packed::new(&operand.matrix(0)?)))
     }
 
     /// The contraction of two operands in the order of the spec. `shape` is the result's.
     pub(crate) fn run(
         &self,
-        gemm: &GemmExecutor,
         operands: [&Value; 2],
-        packed: Option<&PackedBMatrix<f32>>,
+        packed: Option<&Packed>,
         spare: Vec<f32>,
     ) -> Result<Value, String> {
         let (r, c) = (1 - self.column_operand(), self.column_operand());
@@ -114,8 +108,7 @@ impl Contraction {
         if depth == 0 {
             out.fill(0.0);
         } else if let Some(packed) = packed {
-            let (a, b) = (left.matrix(0)?, GemmInputB::Packed(packed));
-            multiply(gemm, &mut out, a, b)?;
+            multiply(&mut out, left.matrix(0)?, Right::Packed(packed))?;
         } else if !out.is_empty() {
             let right = Matrices::new(
                 &operands[c].as_f32()?,
@@ -123,9 +116,9 @@ impl Contraction {
                 [&self.batch, &self.depth, &self.columns],
             )?;
             let one = size(&rows) * size(&columns);
-            out.par_chunks_mut(one).enumerate().try_for_each(|(i, out)| {
-                multiply(gemm, out, left.matrix(i)?, GemmInputB::Unpacked(right.matrix(i)?))
-            })?;
+            out.par_chunks_mut(one)
+                .enumerate()
+                .try_for_each(|(i, out)| multiply(out, left.matrix(i)?, Right::Matrix(right.matrix(i)?)))?;
         }
         let result = Value::from_vec(&shape, out)?;
         let order: Vec<u8> = [&self.batch[..], &self.rows, &self.columns].concat();
@@ -133,28 +126,6 @@ impl Contraction {
             self.spec.output.iter().map(|l| order.iter().position(|o| o == l)).collect();
         Ok(result.permuted(&perm.ok_or("a letter of the result is lost")?))
     }
-}
-
-/// `out = a · b`.
-pub(crate) fn multiply(
-    gemm: &GemmExecutor,
-    out: &mut [f32],
-    a: NdTensorView<'_, f32, 2>,
-    b: GemmInputB<'_, f32>,
-) -> Result<(), String> {
-    if out.is_empty() {
-        return Ok(());
-    }
-    gemm.gemm(out, GemmInputA::Unpacked(a), b, GemmOptions::default()).map_err(|e| e.to_string())
-}
-
-/// A matrix over elements that may be strided.
-pub(crate) fn matrix(
-    elements: &[f32],
-    shape: [usize; 2],
-    strides: [usize; 2],
-) -> Result<NdTensorView<'_, f32, 2>, String> {
-    NdTensorView::from_slice_with_strides(shape, elements, strides).map_err(|e| e.to_string())
 }
 
 /// A tensor as a list of matrices: dims grouped into batch, first and second dim of each matrix.
@@ -204,7 +175,7 @@ impl Matrices {
         })
     }
 
-    fn matrix(&self, index: usize) -> Result<NdTensorView<'_, f32, 2>, String> {
+    fn matrix(&self, index: usize) -> Result<Matrix<'_>, String> {
         let (dims, strides) = &self.batch;
         let (mut rest, mut offset) = (index, self.value.offset() as isize);
         for (&extent, &stride) in dims.iter().zip(strides).rev() {
@@ -213,6 +184,6 @@ impl Matrices {
         }
         let elements = self.value.elements::<f32>()?;
         let from = elements.get(offset as usize..).ok_or("a matrix leaves its tensor")?;
-        matrix(from, self.shape, self.strides)
+        Matrix::new(from, self.shape, self.strides)
     }
 }

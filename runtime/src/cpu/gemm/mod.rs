@@ -1,0 +1,260 @@
+//! Matrix products.
+//!
+//! Every element of a product is one chain of fused multiply-adds along the depth, from its first step to its last. So
+//! its bits depend on its row, its column and nothing else: not on the shape of the matrices, the number of threads or
+//! ranks, or the instructions of the machine.
+//!
+//! The second operand is laid out in panels: 48 columns next to each other, one step of the depth after the other.
+//! Weights are packed once; other operands are read in place if their columns lie next to each other, and packed panel by
+//! panel if not. A tile of up to eight rows and one panel is kept in registers.
+
+mod pack;
+mod plane;
+mod tile;
+
+pub(crate) use pack::Packed;
+
+use super::vector::{Isa, LANES, Lanes, vectorised};
+use pack::{PANEL, pack_panel};
+use plane::{Rectangle, rectangles};
+use rayon::prelude::*;
+use tile::{InPanel, InPlace, multiply_rows};
+
+/// Steps of the depth that are done for a whole rectangle before the next: a panel of them stays in a core's cache.
+const DEPTH: usize = 2048;
+/// Multiplications from which on a product is worth a second thread.
+const SHARED_FROM: usize = 32 * 1024;
+
+/// A matrix over elements that may be strided.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Matrix<'a> {
+    elements: &'a [f32],
+    pub(crate) rows: usize,
+    pub(crate) columns: usize,
+    row_stride: usize,
+    column_stride: usize,
+}
+
+impl<'a> Matrix<'a> {
+    /// # Errors
+    /// The matrix does not lie within its elements.
+    pub(crate) fn new(
+        elements: &'a [f32],
+        [rows, columns]: [usize; 2],
+        [row_stride, column_stride]: [usize; 2],
+    ) -> Result<Matrix<'a>, String> {
+        let last = rows.saturating_sub(1).checked_mul(row_stride).and_then(|r| {
+            columns.saturating_sub(1).checked_mul(column_stride).and_then(|c| r.checked_add(c))
+        });
+        if rows > 0 && columns > 0 && last.is_none_or(|last| last >= elements.len()) {
+            return Err("a matrix leaves its tensor".into());
+        }
+        Ok(Matrix { elements, rows, columns, row_stride, column_stride })
+    }
+
+    /// Elements from those of `row` on.
+    #[inline(always)]
+    fn row_and_rest(&self, row: usize) -> &'a [f32] {
+        &self.elements[row * self.row_stride..]
+    }
+
+    /// The elements of a matrix whose rows have to be walked one by one.
+    fn row_major(&self) -> Vec<f32> {
+        let mut copy = Vec::with_capacity(self.rows * self.columns);
+        for row in 0..self.rows {
+            let from = self.row_and_rest(row);
+            copy.extend((0..self.columns).map(|column| from[column * self.column_stride]));
+        }
+        copy
+    }
+}
+
+/// The second operand of a product.
+#[derive(Clone, Copy)]
+pub(crate) enum Right<'a> {
+    Packed(&'a Packed),
+    Matrix(Matrix<'a>),
+}
+
+impl Right<'_> {
+    fn shape(&self) -> [usize; 2] {
+        match self {
+            Right::Packed(packed) => [packed.rows, packed.columns],
+            Right::Matrix(matrix) => [matrix.rows, matrix.columns],
+        }
+    }
+}
+
+/// `out = left · right`, row-major.
+///
+/// # Errors
+/// The shapes do not fit.
+pub(crate) fn multiply(out: &mut [f32], left: Matrix<'_>, right: Right<'_>) -> Result<(), String> {
+    let [depth, columns] = right.shape();
+    let rows = left.rows;
+    if left.columns != depth || out.len() != rows * columns {
+        return Err(format!(
+            "a product of {rows}x{} with {depth}x{columns} into {}",
+            left.columns,
+            out.len()
+        ));
+    }
+    if out.is_empty() {
+        return Ok(());
+    }
+    if depth == 0 {
+        out.fill(0.0);
+        return Ok(());
+    }
+    let copy;
+    let left = if left.column_stride == 1 || depth == 1 {
+        left
+    } else {
+        copy = left.row_major();
+        Matrix::new(&copy, [rows, depth], [depth, 1])?
+    };
+    let threads = if rows * columns * depth < SHARED_FROM { 1 } else { rayon::current_num_threads() };
+    if threads == 1 {
+        rectangles(out, columns, rows, columns).into_iter().for_each(|r| fill(r, left, right));
+        return Ok(());
+    }
+    // Several rectangles per thread, so that a slow one does not hold up the others for long; rows are cut only where
+    // there are few columns, as each cut reads the columns again.
+    let panels = columns.div_ceil(PANEL);
+    let width = panels.div_ceil(4 * threads).max(1) * PANEL;
+    let across = columns.div_ceil(width);
+    let height = if across >= 2 * threads { rows } else { rows.div_ceil(threads).next_multiple_of(8) };
+    rectangles(out, columns, height, width).into_par_iter().for_each(|r| fill(r, left, right));
+    Ok(())
+}
+
+/// Computes a rectangle of a product, which starts at a panel.
+fn fill(mut out: Rectangle<'_>, left: Matrix<'_>, right: Right<'_>) {
+    let depth = left.columns;
+    let mut scratch: Vec<Lanes> = Vec::new();
+    for column in out.columns.clone().step_by(PANEL) {
+        let end = (column + PANEL).min(out.columns.end);
+        let vectors = (end - column).div_ceil(LANES);
+        for start in (0..depth).step_by(DEPTH) {
+            let steps = DEPTH.min(depth - start);
+            match right {
+                Right::Packed(packed) => {
+                    let panel = packed.panel(column / PANEL, start, steps, &mut scratch);
+                    rows(&mut out, left, (start, steps), column..end, InPanel { panel, vectors });
+                }
+                Right::Matrix(matrix)
+                    if matrix.column_stride == 1 && (end - column).is_multiple_of(LANES) =>
+                {
+                    let from = &matrix.elements[start * matrix.row_stride + column..];
+                    let panel = InPlace { from, stride: matrix.row_stride };
+                    rows(&mut out, left, (start, steps), column..end, panel);
+                }
+                Right::Matrix(matrix) => {
+                    pack_panel(&matrix, start..start + steps, column..end, &mut scratch);
+                    rows(&mut out, left, (start, steps), column..end, InPanel { panel: &scratch, vectors });
+                }
+            }
+        }
+    }
+}
+
+/// Adds some steps of the depth to all rows of a panel.
+fn rows<P: tile::Panel>(
+    out: &mut Rectangle<'_>,
+    left: Matrix<'_>,
+    steps: (usize, usize),
+    columns: std::ops::Range<usize>,
+    panel: P,
+) {
+    vectorised(
+        #[inline(always)]
+        |isa| multiply_rows(isa == Isa::Avx512, out, left, steps, columns, panel),
+    );
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::vector::vectorised_for;
+    use super::*;
+
+    fn numbers(count: usize, seed: u32) -> Vec<f32> {
+        let mut state = seed.wrapping_mul(2_654_435_761).wrapping_add(1);
+        let mut next = || {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            (state >> 8) as f32 / (1 << 23) as f32 - 1.0
+        };
+        (0..count).map(|_| next()).collect()
+    }
+
+    /// What every element is by definition.
+    fn chain(a: &[f32], b: &[f32], [rows, depth, columns]: [usize; 3]) -> Vec<f32> {
+        let element = |i: usize| {
+            let (row, column) = (i / columns, i % columns);
+            (0..depth).fold(0f32, |sum, k| a[row * depth + k].mul_add(b[k * columns + column], sum))
+        };
+        (0..rows * columns).map(element).collect()
+    }
+
+    #[test]
+    fn every_element_is_one_chain_whatever_the_shapes_and_strides() {
+        let shapes =
+            [[1, 1, 1], [1, 7, 16], [3, 33, 50], [9, 5, 48], [17, 64, 97], [2, 2100, 49], [40, 3, 200]];
+        for shape @ [rows, depth, columns] in shapes {
+            let (a, b) = (numbers(rows * depth, 1), numbers(depth * columns, 2));
+            let expected = chain(&a, &b, shape);
+            let left = Matrix::new(&a, [rows, depth], [depth, 1]).unwrap();
+            let right = Matrix::new(&b, [depth, columns], [columns, 1]).unwrap();
+            let turned: Vec<f32> = (0..columns * depth).map(|i| b[i % depth * columns + i / depth]).collect();
+            let across = Matrix::new(&turned, [depth, columns], [1, depth]).unwrap();
+            let packed = [Packed::new(&right), Packed::new(&across)];
+            let rights = [Right::Matrix(right), Right::Matrix(across)];
+            for right in rights.into_iter().chain(packed.iter().map(Right::Packed)) {
+                let mut out = vec![f32::NAN; rows * columns];
+                multiply(&mut out, left, right).unwrap();
+                assert_eq!(out, expected, "{shape:?}");
+            }
+            let turned: Vec<f32> = (0..rows * depth).map(|i| a[i % rows * depth + i / rows]).collect();
+            let mut out = vec![f32::NAN; rows * columns];
+            let left = Matrix::new(&turned, [rows, depth], [1, rows]).unwrap();
+            multiply(&mut out, left, Right::Packed(&packed[0])).unwrap();
+            assert_eq!(out, expected, "{shape:?} with the first operand turned");
+        }
+    }
+
+    #[test]
+    fn all_instructions_give_the_same_bits() {
+        let [rows, depth, columns] = [13, 70, 111];
+        let (a, b) = (numbers(rows * depth, 3), numbers(depth * columns, 4));
+        let expected = chain(&a, &b, [rows, depth, columns]);
+        let left = Matrix::new(&a, [rows, depth], [depth, 1]).unwrap();
+        let packed = Packed::new(&Matrix::new(&b, [depth, columns], [columns, 1]).unwrap());
+        for isa in Isa::ALL.into_iter().filter(|isa| isa.is_there()) {
+            let mut out = vec![0.0; rows * columns];
+            let mut whole = rectangles(&mut out, columns, rows, columns).remove(0);
+            for column in (0..columns).step_by(PANEL) {
+                let end = (column + PANEL).min(columns);
+                let mut scratch = Vec::new();
+                let panel = packed.panel(column / PANEL, 0, depth, &mut scratch);
+                let panel = InPanel { panel, vectors: (end - column).div_ceil(LANES) };
+                vectorised_for(
+                    isa,
+                    #[inline(always)]
+                    |isa| multiply_rows(isa == Isa::Avx512, &mut whole, left, (0, depth), column..end, panel),
+                );
+            }
+            assert_eq!(out, expected, "{isa:?}");
+        }
+    }
+
+    #[test]
+    fn shapes_that_do_not_fit_are_errors() {
+        let elements = [1.0; 6];
+        assert!(Matrix::new(&elements, [2, 3], [4, 1]).is_err());
+        let matrix = Matrix::new(&elements, [2, 3], [3, 1]).unwrap();
+        assert!(multiply(&mut [0.0; 4], matrix, Right::Matrix(matrix)).is_err());
+        let empty = Matrix::new(&[], [2, 0], [0, 1]).unwrap();
+        let mut out = [f32::NAN; 4];
+        multiply(&mut out, empty, Right::Matrix(Matrix::new(&[], [0, 2], [2, 1]).unwrap())).unwrap();
+        assert_eq!(out, [0.0; 4]);
+    }
+}

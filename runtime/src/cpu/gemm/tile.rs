@@ -1,0 +1,142 @@
+//! Tiles of a product, kept in registers.
+
+use super::plane::Rectangle;
+use super::{LANES, Lanes, Matrix};
+use std::ops::Range;
+
+/// Some columns of the second operand, over some steps of the depth.
+pub(super) trait Panel: Copy {
+    /// `C` vectors of step `step`, from vector `first` on.
+    fn row<const C: usize>(&self, step: usize, first: usize) -> [Lanes; C];
+}
+
+/// A packed panel.
+#[derive(Clone, Copy)]
+pub(super) struct InPanel<'a> {
+    pub(super) panel: &'a [Lanes],
+    /// Vectors per step.
+    pub(super) vectors: usize,
+}
+
+impl Panel for InPanel<'_> {
+    #[inline(always)]
+    fn row<const C: usize>(&self, step: usize, first: usize) -> [Lanes; C] {
+        let row = &self.panel[step * self.vectors + first..][..C];
+        std::array::from_fn(
+            #[inline(always)]
+            |c| row[c],
+        )
+    }
+}
+
+/// Columns that lie next to each other in a matrix, in whole vectors.
+#[derive(Clone, Copy)]
+pub(super) struct InPlace<'a> {
+    pub(super) from: &'a [f32],
+    pub(super) stride: usize,
+}
+
+impl Panel for InPlace<'_> {
+    #[inline(always)]
+    fn row<const C: usize>(&self, step: usize, first: usize) -> [Lanes; C] {
+        let row = &self.from[step * self.stride + first * LANES..][..C * LANES];
+        std::array::from_fn(
+            #[inline(always)]
+            |c| Lanes::load(&row[c * LANES..]),
+        )
+    }
+}
+
+/// Adds the product of all rows with a panel over some steps of the depth, or begins with it at step 0.
+#[inline(always)]
+pub(super) fn multiply_rows<P: Panel>(
+    wide: bool,
+    out: &mut Rectangle<'_>,
+    left: Matrix<'_>,
+    steps: (usize, usize),
+    columns: Range<usize>,
+    panel: P,
+) {
+    let work = Work { left, steps, columns: columns.clone(), panel };
+    if wide {
+        match columns.len().div_ceil(LANES) {
+            1 => work.blocks::<8, 1>(out, 0),
+            2 => work.blocks::<8, 2>(out, 0),
+            _ => work.blocks::<8, 3>(out, 0),
+        }
+    } else {
+        // Fewer registers: one vector of columns at a time.
+        for first in 0..columns.len().div_ceil(LANES) {
+            work.blocks::<6, 1>(out, first);
+        }
+    }
+}
+
+struct Work<'a, P> {
+    left: Matrix<'a>,
+    /// The first step of the depth and how many.
+    steps: (usize, usize),
+    columns: Range<usize>,
+    panel: P,
+}
+
+impl<P: Panel> Work<'_, P> {
+    /// All rows, `R` at a time, with `C` vectors of columns from `first` on.
+    #[inline(always)]
+    fn blocks<const R: usize, const C: usize>(&self, out: &mut Rectangle<'_>, first: usize) {
+        let Range { mut start, end } = out.rows.clone();
+        while end - start >= R {
+            self.tile::<R, C>(out, start, first);
+            start += R;
+        }
+        while end - start >= 4 {
+            self.tile::<4, C>(out, start, first);
+            start += 4;
+        }
+        while end - start >= 2 {
+            self.tile::<2, C>(out, start, first);
+            start += 2;
+        }
+        if end > start {
+            self.tile::<1, C>(out, start, first);
+        }
+    }
+
+    #[inline(always)]
+    fn tile<const R: usize, const C: usize>(&self, out: &mut Rectangle<'_>, row: usize, first: usize) {
+        let (start, count) = self.steps;
+        let rows: [&[f32]; R] = std::array::from_fn(
+            #[inline(always)]
+            |r| &self.left.row_and_rest(row + r)[start..start + count],
+        );
+        let mut sums = [[Lanes::ZERO; C]; R];
+        if start > 0 {
+            for (r, sums) in sums.iter_mut().enumerate() {
+                for (c, sum) in sums.iter_mut().enumerate() {
+                    *sum = Lanes::load(out.row(row + r, self.vector(first + c)));
+                }
+            }
+        }
+        for step in 0..count {
+            let right = self.panel.row::<C>(step, first);
+            for (sums, row) in sums.iter_mut().zip(rows) {
+                let factor = row[step];
+                for (sum, right) in sums.iter_mut().zip(&right) {
+                    sum.add_scaled(factor, right);
+                }
+            }
+        }
+        for (r, sums) in sums.iter().enumerate() {
+            for (c, sum) in sums.iter().enumerate() {
+                sum.store(out.row(row + r, self.vector(first + c)));
+            }
+        }
+    }
+
+    /// The columns of a vector.
+    #[inline(always)]
+    fn vector(&self, index: usize) -> Range<usize> {
+        let start = self.columns.start + index * LANES;
+        start..(start + LANES).min(self.columns.end)
+    }
+}
