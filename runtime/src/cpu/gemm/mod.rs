@@ -18,6 +18,7 @@ use super::vector::{Isa, LANES, Lanes, vectorised};
 use pack::{PANEL, pack_panel};
 use plane::{Rectangle, rectangles};
 use rayon::prelude::*;
+use std::ops::Range;
 use tile::{InPanel, InPlace, multiply_rows};
 
 /// Steps of the depth that are done for a whole rectangle before the next: a panel of them stays in a core's cache.
@@ -56,6 +57,11 @@ impl<'a> Matrix<'a> {
     #[inline(always)]
     fn row_and_rest(&self, row: usize) -> &'a [f32] {
         &self.elements[row * self.row_stride..]
+    }
+
+    /// Some of the rows.
+    fn rows_within(&self, rows: Range<usize>) -> Matrix<'a> {
+        Matrix { elements: self.row_and_rest(rows.start), rows: rows.len(), ..*self }
     }
 
     /// The elements of a matrix whose rows have to be walked one by one.
@@ -130,45 +136,67 @@ pub(crate) fn multiply(out: &mut [f32], left: Matrix<'_>, right: Right<'_>) -> R
 
 /// Computes a rectangle of a product, which starts at a panel.
 fn fill(mut out: Rectangle<'_>, left: Matrix<'_>, right: Right<'_>) {
-    let depth = left.columns;
+    let left = left.rows_within(out.rows.clone());
     let mut scratch: Vec<Lanes> = Vec::new();
     for column in out.columns.clone().step_by(PANEL) {
         let end = (column + PANEL).min(out.columns.end);
-        let vectors = (end - column).div_ceil(LANES);
-        for start in (0..depth).step_by(DEPTH) {
-            let steps = DEPTH.min(depth - start);
-            match right {
-                Right::Packed(packed) => {
-                    let panel = packed.panel(column / PANEL, start, steps, &mut scratch);
-                    rows(&mut out, left, (start, steps), column..end, InPanel { panel, vectors });
-                }
-                Right::Matrix(matrix)
-                    if matrix.column_stride == 1 && (end - column).is_multiple_of(LANES) =>
-                {
-                    let from = &matrix.elements[start * matrix.row_stride + column..];
-                    let panel = InPlace { from, stride: matrix.row_stride };
-                    rows(&mut out, left, (start, steps), column..end, panel);
-                }
-                Right::Matrix(matrix) => {
-                    pack_panel(&matrix, start..start + steps, column..end, &mut scratch);
-                    rows(&mut out, left, (start, steps), column..end, InPanel { panel: &scratch, vectors });
-                }
+        if (end - column).is_multiple_of(LANES) {
+            fill_panel(&mut out, column, left, (right, column..end), &mut scratch);
+            continue;
+        }
+        // Tiles write whole vectors.
+        let width = (end - column).next_multiple_of(LANES);
+        let mut edge = vec![0.0; left.rows * width];
+        for mut edge in rectangles(&mut edge, width, left.rows, width) {
+            fill_panel(&mut edge, 0, left, (right, column..end), &mut scratch);
+        }
+        for (row, edge) in edge.chunks(width).enumerate() {
+            out.row(row, column..end).copy_from_slice(&edge[..end - column]);
+        }
+    }
+}
+
+/// Computes the columns of a panel, and puts them at `column` of `out`.
+fn fill_panel(
+    out: &mut Rectangle<'_>,
+    column: usize,
+    left: Matrix<'_>,
+    (right, columns): (Right<'_>, Range<usize>),
+    scratch: &mut Vec<Lanes>,
+) {
+    let depth = left.columns;
+    let vectors = columns.len().div_ceil(LANES);
+    for start in (0..depth).step_by(DEPTH) {
+        let steps = (start, DEPTH.min(depth - start));
+        match right {
+            Right::Packed(packed) => {
+                let panel = packed.panel(columns.start / PANEL, steps);
+                add_panel(out, column, left, steps, vectors, InPanel { panel, vectors });
+            }
+            Right::Matrix(matrix) if matrix.column_stride == 1 && columns.len() == vectors * LANES => {
+                let from = &matrix.elements[start * matrix.row_stride + columns.start..];
+                add_panel(out, column, left, steps, vectors, InPlace { from, stride: matrix.row_stride });
+            }
+            Right::Matrix(matrix) => {
+                pack_panel(&matrix, start..start + steps.1, columns.clone(), scratch);
+                add_panel(out, column, left, steps, vectors, InPanel { panel: scratch, vectors });
             }
         }
     }
 }
 
 /// Adds some steps of the depth to all rows of a panel.
-fn rows<P: tile::Panel>(
+fn add_panel<P: tile::Panel>(
     out: &mut Rectangle<'_>,
+    column: usize,
     left: Matrix<'_>,
     steps: (usize, usize),
-    columns: std::ops::Range<usize>,
+    vectors: usize,
     panel: P,
 ) {
     vectorised(
         #[inline(always)]
-        |isa| multiply_rows(isa == Isa::Avx512, out, left, steps, columns, panel),
+        |isa| multiply_rows(isa == Isa::Avx512, out, left, steps, column, vectors, panel),
     );
 }
 
@@ -223,7 +251,7 @@ mod tests {
 
     #[test]
     fn all_instructions_give_the_same_bits() {
-        let [rows, depth, columns] = [13, 70, 111];
+        let [rows, depth, columns] = [13, 70, 112];
         let (a, b) = (numbers(rows * depth, 3), numbers(depth * columns, 4));
         let expected = chain(&a, &b, [rows, depth, columns]);
         let left = Matrix::new(&a, [rows, depth], [depth, 1]).unwrap();
@@ -231,15 +259,23 @@ mod tests {
         for isa in Isa::ALL.into_iter().filter(|isa| isa.is_there()) {
             let mut out = vec![0.0; rows * columns];
             let mut whole = rectangles(&mut out, columns, rows, columns).remove(0);
-            for column in (0..columns).step_by(PANEL) {
-                let end = (column + PANEL).min(columns);
-                let mut scratch = Vec::new();
-                let panel = packed.panel(column / PANEL, 0, depth, &mut scratch);
-                let panel = InPanel { panel, vectors: (end - column).div_ceil(LANES) };
+            for (panel, column) in (0..columns / LANES * LANES).step_by(PANEL).enumerate() {
+                let vectors = ((columns - column) / LANES).min(PANEL / LANES);
+                let panel = InPanel { panel: packed.panel(panel, (0, depth)), vectors };
                 vectorised_for(
                     isa,
                     #[inline(always)]
-                    |isa| multiply_rows(isa == Isa::Avx512, &mut whole, left, (0, depth), column..end, panel),
+                    |isa| {
+                        multiply_rows(
+                            isa == Isa::Avx512,
+                            &mut whole,
+                            left,
+                            (0, depth),
+                            column,
+                            vectors,
+                            panel,
+                        )
+                    },
                 );
             }
             assert_eq!(out, expected, "{isa:?}");

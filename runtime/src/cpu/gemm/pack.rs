@@ -28,14 +28,8 @@ impl Packed {
         Packed { panels, rows, columns }
     }
 
-    /// `steps` steps of the depth from `start` of a panel.
-    pub(super) fn panel<'a>(
-        &'a self,
-        panel: usize,
-        start: usize,
-        steps: usize,
-        _scratch: &'a mut Vec<Lanes>,
-    ) -> &'a [Lanes] {
+    /// Some steps of the depth of a panel: the first, and how many.
+    pub(super) fn panel(&self, panel: usize, (start, steps): (usize, usize)) -> &[Lanes] {
         let vectors = (self.columns - panel * PANEL).min(PANEL).div_ceil(LANES);
         let first = panel * VECTORS * self.rows;
         &self.panels[first + start * vectors..first + (start + steps) * vectors]

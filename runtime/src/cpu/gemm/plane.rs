@@ -18,15 +18,15 @@ pub(super) struct Rectangle<'a> {
 unsafe impl Send for Rectangle<'_> {}
 
 impl Rectangle<'_> {
-    /// Elements `columns` of row `row` of the matrix; both must lie within the rectangle.
+    /// Elements `columns` of the matrix in row `row` of the rectangle; they must lie within it.
     #[inline(always)]
     pub(super) fn row(&mut self, row: usize, columns: Range<usize>) -> &mut [f32] {
-        assert!(self.rows.contains(&row) && columns.start <= columns.end);
+        assert!(row < self.rows.len() && columns.start <= columns.end);
         assert!(self.columns.start <= columns.start && columns.end <= self.columns.end);
         // SAFETY: the elements lie within the matrix, which outlives `self`, and in no other rectangle; `self` is
         // borrowed as long as they are.
         unsafe {
-            let first = self.first.add(row * self.stride + columns.start);
+            let first = self.first.add((self.rows.start + row) * self.stride + columns.start);
             std::slice::from_raw_parts_mut(first, columns.end - columns.start)
         }
     }
@@ -65,7 +65,7 @@ mod tests {
         for (rows, columns, height, width) in [(5, 7, 2, 3), (1, 4, 8, 8), (3, 3, 1, 1), (0, 4, 2, 2)] {
             let mut matrix = vec![0.0; rows * columns];
             for mut rectangle in rectangles(&mut matrix, columns, height, width) {
-                for row in rectangle.rows.clone() {
+                for row in 0..rectangle.rows.len() {
                     let all = rectangle.columns.clone();
                     rectangle.row(row, all).iter_mut().for_each(|x| *x += 1.0);
                 }

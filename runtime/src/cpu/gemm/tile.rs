@@ -47,26 +47,28 @@ impl Panel for InPlace<'_> {
     }
 }
 
-/// Adds the product of all rows with a panel over some steps of the depth, or begins with it at step 0.
+/// Adds the product of all rows with a panel over some steps of the depth, or begins with it at step 0. The result has
+/// room for whole vectors.
 #[inline(always)]
 pub(super) fn multiply_rows<P: Panel>(
     wide: bool,
     out: &mut Rectangle<'_>,
     left: Matrix<'_>,
     steps: (usize, usize),
-    columns: Range<usize>,
+    column: usize,
+    vectors: usize,
     panel: P,
 ) {
-    let work = Work { left, steps, columns: columns.clone(), panel };
+    let work = Work { left, steps, column, panel };
     if wide {
-        match columns.len().div_ceil(LANES) {
+        match vectors {
             1 => work.blocks::<8, 1>(out, 0),
             2 => work.blocks::<8, 2>(out, 0),
             _ => work.blocks::<8, 3>(out, 0),
         }
     } else {
         // Fewer registers: one vector of columns at a time.
-        for first in 0..columns.len().div_ceil(LANES) {
+        for first in 0..vectors {
             work.blocks::<6, 1>(out, first);
         }
     }
@@ -76,7 +78,8 @@ struct Work<'a, P> {
     left: Matrix<'a>,
     /// The first step of the depth and how many.
     steps: (usize, usize),
-    columns: Range<usize>,
+    /// Where the panel starts in the result.
+    column: usize,
     panel: P,
 }
 
@@ -84,7 +87,7 @@ impl<P: Panel> Work<'_, P> {
     /// All rows, `R` at a time, with `C` vectors of columns from `first` on.
     #[inline(always)]
     fn blocks<const R: usize, const C: usize>(&self, out: &mut Rectangle<'_>, first: usize) {
-        let Range { mut start, end } = out.rows.clone();
+        let (mut start, end) = (0, self.left.rows);
         while end - start >= R {
             self.tile::<R, C>(out, start, first);
             start += R;
@@ -111,32 +114,34 @@ impl<P: Panel> Work<'_, P> {
         );
         let mut sums = [[Lanes::ZERO; C]; R];
         if start > 0 {
-            for (r, sums) in sums.iter_mut().enumerate() {
-                for (c, sum) in sums.iter_mut().enumerate() {
-                    *sum = Lanes::load(out.row(row + r, self.vector(first + c)));
+            for r in 0..R {
+                let row = out.row(row + r, self.columns_from::<C>(first));
+                for c in 0..C {
+                    sums[r][c] = Lanes::load(&row[c * LANES..]);
                 }
             }
         }
         for step in 0..count {
             let right = self.panel.row::<C>(step, first);
-            for (sums, row) in sums.iter_mut().zip(rows) {
-                let factor = row[step];
-                for (sum, right) in sums.iter_mut().zip(&right) {
-                    sum.add_scaled(factor, right);
+            for r in 0..R {
+                let factor = rows[r][step];
+                for c in 0..C {
+                    sums[r][c].add_scaled(factor, &right[c]);
                 }
             }
         }
-        for (r, sums) in sums.iter().enumerate() {
-            for (c, sum) in sums.iter().enumerate() {
-                sum.store(out.row(row + r, self.vector(first + c)));
+        for r in 0..R {
+            let row = out.row(row + r, self.columns_from::<C>(first));
+            for c in 0..C {
+                sums[r][c].store(&mut row[c * LANES..]);
             }
         }
     }
 
-    /// The columns of a vector.
+    /// The columns of `C` vectors.
     #[inline(always)]
-    fn vector(&self, index: usize) -> Range<usize> {
-        let start = self.columns.start + index * LANES;
-        start..(start + LANES).min(self.columns.end)
+    fn columns_from<const C: usize>(&self, first: usize) -> Range<usize> {
+        let start = self.column + first * LANES;
+        start..start + C * LANES
     }
 }

@@ -34,16 +34,11 @@ impl Lanes {
         lanes
     }
 
-    /// As many elements as `to` has room for.
+    /// To the first elements of `to`, which has as many. Not more general on purpose: vectors of which a part is stored
+    /// do not stay in registers.
     #[inline(always)]
-    pub(crate) fn store(&self, to: &mut [f32]) {
-        match to.first_chunk_mut::<LANES>() {
-            Some(all) => *all = self.0,
-            None => {
-                let count = to.len();
-                to.copy_from_slice(&self.0[..count]);
-            }
-        }
+    pub(crate) fn store(self, to: &mut [f32]) {
+        to[..LANES].copy_from_slice(&self.0);
     }
 
     /// `self + factor * with`, rounded once.
