@@ -7,7 +7,7 @@
 use super::gemm::{Matrix, Right, multiply};
 use super::rows::softmax_row;
 use super::value::Value;
-use super::vector::{dots, functions, vectorised};
+use super::vector::{LANES, Lanes, dot, dots, functions, turned, vectorised};
 use rayon::prelude::*;
 
 /// Scores kept per task, about.
@@ -144,47 +144,30 @@ impl<'a> Rows<'a> {
     fn row(&self, index: usize) -> &'a [f32] {
         &self.elements[index * self.stride..][..self.length]
     }
-
-    /// `N` rows from `first` on.
-    #[inline(always)]
-    fn several<const N: usize>(&self, first: usize) -> [&'a [f32]; N] {
-        std::array::from_fn(
-            #[inline(always)]
-            |i| self.row(first + i),
-        )
-    }
 }
 
 /// The product of every left row with every right one, row-major.
 #[inline(always)]
 fn products(left: &Rows<'_>, right: &Rows<'_>, out: &mut [f32]) {
-    let mut first = 0;
-    while first < left.count {
-        if first + 4 <= left.count {
-            products_of::<4>(left, right, first, out);
-            first += 4;
-        } else {
-            products_of::<1>(left, right, first, out);
-            first += 1;
+    if left.count < 4 {
+        for (i, out) in out.iter_mut().enumerate() {
+            *out = dot(left.row(i / right.count), right.row(i % right.count));
         }
+        return;
     }
-}
-
-/// The products of `N` left rows from `first` on.
-#[inline(always)]
-fn products_of<const N: usize>(left: &Rows<'_>, right: &Rows<'_>, first: usize, out: &mut [f32]) {
-    let mut at = 0;
-    while at < right.count {
-        if at + 4 <= right.count {
-            for (i, row) in dots(left.several::<N>(first), right.several::<4>(at)).iter().enumerate() {
-                out[(first + i) * right.count + at..][..4].copy_from_slice(row);
-            }
-            at += 4;
-        } else {
-            for (i, row) in dots(left.several::<N>(first), right.several::<1>(at)).iter().enumerate() {
-                out[(first + i) * right.count + at] = row[0];
-            }
-            at += 1;
+    // Sixteen keys turned once serve all queries.
+    let mut keys = vec![Lanes::ZERO; right.length];
+    for first in (0..right.count).step_by(LANES) {
+        let count = LANES.min(right.count - first);
+        turned(
+            count,
+            #[inline(always)]
+            |lane| right.row(first + lane),
+            &mut keys,
+        );
+        for row in 0..left.count {
+            let products = dots(left.row(row), &keys);
+            out[row * right.count + first..][..count].copy_from_slice(&products.0[..count]);
         }
     }
 }

@@ -1,4 +1,5 @@
 //! Tiles of a product, kept in registers.
+#![allow(clippy::needless_range_loop, reason = "loops over constant ranges become straight code")]
 
 use super::plane::Rectangle;
 use super::{LANES, Lanes, Matrix};

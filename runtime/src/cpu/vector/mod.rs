@@ -10,7 +10,6 @@ mod isa;
 #[cfg(test)]
 pub(crate) use isa::vectorised_for;
 pub(crate) use isa::{Isa, vectorised};
-use std::ops::Range;
 
 /// Floats per vector.
 pub(crate) const LANES: usize = 16;
@@ -59,20 +58,36 @@ impl Lanes {
 
     /// The lanes as a balanced tree: halves are combined until one is left.
     #[inline(always)]
-    pub(crate) fn combined(mut self, with: impl Fn(f32, f32) -> f32) -> f32 {
-        let mut width = LANES / 2;
-        while width > 0 {
-            for lane in 0..width {
-                self.0[lane] = with(self.0[lane], self.0[lane + width]);
-            }
-            width /= 2;
-        }
-        self.0[0]
+    pub(crate) fn combined(self, with: impl Fn(f32, f32) -> f32) -> f32 {
+        let eight: [f32; 8] = halved(&self.0, &with);
+        let four: [f32; 4] = halved(&eight, &with);
+        let [a, b]: [f32; 2] = halved(&four, &with);
+        with(a, b)
     }
 
     #[inline(always)]
     fn sum(self) -> f32 {
         self.combined(|a, b| a + b)
+    }
+}
+
+#[inline(always)]
+fn halved<const N: usize>(all: &[f32], with: &impl Fn(f32, f32) -> f32) -> [f32; N] {
+    std::array::from_fn(
+        #[inline(always)]
+        |i| with(all[i], all[i + N]),
+    )
+}
+
+impl std::ops::Add for Lanes {
+    type Output = Lanes;
+
+    #[inline(always)]
+    fn add(mut self, other: Lanes) -> Lanes {
+        for (a, b) in self.0.iter_mut().zip(&other.0) {
+            *a += b;
+        }
+        self
     }
 }
 
@@ -119,45 +134,64 @@ pub(crate) fn sum_squares(row: &[f32], mean: f32) -> f32 {
     lanes.sum()
 }
 
-/// The sums of products of several rows with several others, all of one length. Every sum has the same bits whatever it is
-/// computed next to.
+/// The sum of products of two rows of one length.
 #[inline(always)]
-pub(crate) fn dots<const A: usize, const B: usize>(left: [&[f32]; A], right: [&[f32]; B]) -> [[f32; B]; A] {
-    let mut sums = [[Lanes::ZERO; B]; A];
-    let length = left.first().map_or(0, |row| row.len());
-    let whole = length / LANES * LANES;
-    for at in (0..whole).step_by(LANES) {
-        add_products(&mut sums, left, right, at..at + LANES);
+pub(crate) fn dot(left: &[f32], right: &[f32]) -> f32 {
+    let mut sum = Lanes::ZERO;
+    let (left, left_rest) = left.as_chunks::<LANES>();
+    let (right, right_rest) = right.as_chunks::<LANES>();
+    for (a, b) in left.iter().zip(right) {
+        sum.add_product(&Lanes(*a), &Lanes(*b));
     }
-    if whole < length {
-        add_products(&mut sums, left, right, whole..length);
+    if !left_rest.is_empty() {
+        sum.add_product(&Lanes::load(left_rest), &Lanes::load(right_rest));
     }
-    let mut results = [[0.0; B]; A];
-    for (results, sums) in results.iter_mut().zip(sums) {
-        for (result, sum) in results.iter_mut().zip(sums) {
-            *result = sum.sum();
-        }
-    }
-    results
+    sum.sum()
 }
 
-/// At most sixteen elements of each row.
+/// Repeats a statement for every lane. Written out, as a loop over lanes inside of one over elements is turned around by
+/// the compiler, into scattered stores.
+macro_rules! for_lanes {
+    ($lane:ident => $body:expr) => {
+        for_lanes!(@ $lane $body, 0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15)
+    };
+    (@ $lane:ident $body:expr, $($number:literal)*) => {
+        $({
+            const $lane: usize = $number;
+            $body;
+        })*
+    };
+}
+
+/// [`dot`] of a row with sixteen others, of which step `i` holds element `i` of each; the bits are the same.
 #[inline(always)]
-fn add_products<const A: usize, const B: usize>(
-    sums: &mut [[Lanes; B]; A],
-    left: [&[f32]; A],
-    right: [&[f32]; B],
-    range: Range<usize>,
-) {
-    let right: [Lanes; B] = std::array::from_fn(
-        #[inline(always)]
-        |b| Lanes::load(&right[b][range.clone()]),
-    );
-    for (sums, row) in sums.iter_mut().zip(left) {
-        let left = Lanes::load(&row[range.clone()]);
-        for (sum, right) in sums.iter_mut().zip(&right) {
-            sum.add_product(&left, right);
-        }
+pub(crate) fn dots(left: &[f32], right: &[Lanes]) -> Lanes {
+    // One sum per lane that `dot` would have, for all sixteen rows.
+    let mut sums = [Lanes::ZERO; LANES];
+    let (left, left_rest) = left.as_chunks::<LANES>();
+    let (right, right_rest) = right.as_chunks::<LANES>();
+    for (left, right) in left.iter().zip(right) {
+        for_lanes!(LANE => sums[LANE].add_scaled(left[LANE], &right[LANE]));
+    }
+    for_lanes!(LANE => if let (Some(&left), Some(right)) = (left_rest.get(LANE), right_rest.get(LANE)) {
+        sums[LANE].add_scaled(left, right);
+    });
+    let [s0, s1, s2, s3, s4, s5, s6, s7, s8, s9, s10, s11, s12, s13, s14, s15] = sums;
+    let eight = [s0 + s8, s1 + s9, s2 + s10, s3 + s11, s4 + s12, s5 + s13, s6 + s14, s7 + s15];
+    let [s0, s1, s2, s3, s4, s5, s6, s7] = eight;
+    let [s0, s1, s2, s3] = [s0 + s4, s1 + s5, s2 + s6, s3 + s7];
+    (s0 + s2) + (s1 + s3)
+}
+
+/// Sixteen rows of one length at most, turned: step `i` holds element `i` of each; zeros where there are fewer.
+#[inline(always)]
+pub(crate) fn turned<'a>(count: usize, row: impl Fn(usize) -> &'a [f32], to: &mut [Lanes]) {
+    let mut chunks: [&[f32]; LANES] = [&[]; LANES];
+    for (lane, chunk) in chunks.iter_mut().enumerate().take(count) {
+        *chunk = row(lane);
+    }
+    for (step, to) in to.iter_mut().enumerate() {
+        for_lanes!(LANE => to.0[LANE] = chunks[LANE].get(step).copied().unwrap_or(0.0));
     }
 }
 
@@ -182,8 +216,8 @@ mod tests {
                 isa,
                 #[inline(always)]
                 |_| {
-                    let pair = dots([&a, &b], [&c, &a]);
-                    [sum(&a), sum_squares(&a, 3.5), largest(&b), pair[0][0], pair[1][1]]
+                    let turned: Vec<Lanes> = (0..c.len()).map(|i| Lanes([c[i]; LANES])).collect();
+                    [sum(&a), sum_squares(&a, 3.5), largest(&b), dot(&a, &c), dots(&a, &turned).0[7]]
                 },
             )
         };
@@ -191,7 +225,7 @@ mod tests {
         for isa in Isa::ALL.into_iter().filter(|isa| isa.is_there()) {
             assert_eq!(all(isa).map(f32::to_bits), expected.map(f32::to_bits), "{isa:?}");
         }
-        assert_eq!(dots([&a[..]], [&c[..]])[0][0], expected[3]);
+        assert_eq!(expected[4], expected[3]);
         let exact: f64 = a.iter().zip(&c).map(|(&x, &y)| f64::from(x) * f64::from(y)).sum();
         assert!((f64::from(expected[3]) - exact).abs() < 1e-6 * exact);
         assert_eq!(largest(&[]), f32::NEG_INFINITY);
