@@ -8,6 +8,7 @@ use std::ffi::OsString;
 use std::io::IsTerminal;
 use std::path::PathBuf;
 use tpshard_frontend::Limits;
+use tpshard_ir::program::Determinism;
 
 /// Shards an ONNX model over N ranks and runs it.
 #[derive(Debug, Parser)]
@@ -126,6 +127,10 @@ pub(crate) struct PricingArguments {
     /// Split every tensor that a rule can split, whatever time it takes: for tests of the rules.
     #[arg(long)]
     pub(crate) split_all: bool,
+    /// How equal results are: `fast` (within a tolerance), `run` (bit for bit, for one plan) or `tp` (bit for bit, for
+    /// every number of ranks: no sum of floats is split).
+    #[arg(long, value_name = "LEVEL", default_value_t = Determinism::Fast)]
+    pub(crate) determinism: Determinism,
     /// Layouts that are not to be decided: a text file with lines such as `tensor model.layers.*.weight = S(1)`. May
     /// be repeated. See docs/pins.md.
     #[arg(long, value_name = "FILE")]

@@ -51,6 +51,8 @@ pub struct Build<'a> {
     /// The programs, by entry name; all have the same mesh.
     pub entries: &'a [(String, Spmd)],
     pub plan_text: &'a str,
+    /// What the plan promises about equal results.
+    pub determinism: Determinism,
     /// The page about the plan.
     pub report_html: &'a str,
     /// The executable to copy for every rank.
@@ -253,7 +255,7 @@ fn rank_program(
     Ok(RankProgram {
         rank,
         mesh: build.entries.first().ok_or(BuildError::Empty)?.1.mesh.clone(),
-        determinism: Determinism::Fast,
+        determinism: build.determinism,
         states: entries.first().map(Entry::states).unwrap_or_default(),
         entries,
         weights: weights.iter().map(PlannedWeight::tensor).collect(),

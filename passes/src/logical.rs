@@ -22,6 +22,11 @@ pub struct Alternatives {
     rules: Vec<(&'static str, ValueId, ValueId)>,
 }
 
+/// No alternatives: every value is computed as the graph says.
+pub fn no_alternatives(extended: Extended) -> Alternatives {
+    Alternatives { base: extended.graph.len(), extended, equal: Vec::new(), rules: Vec::new() }
+}
+
 /// The alternatives to the operations of `extended`, found once per distinct segment.
 ///
 /// # Errors

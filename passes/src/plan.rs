@@ -6,11 +6,12 @@ use crate::emit::{EmitError, Source, emit};
 use crate::extended::Extended;
 use crate::extract::{Budget, ExtractError, Extraction, Joint, Limits, extract_entries};
 use crate::layout_graph::{BuildError, Classes, LayoutGraph, Model, Pin, PinError, apply_pins, build};
-use crate::logical::{Alternatives, alternatives};
+use crate::logical::{Alternatives, alternatives, no_alternatives};
 use crate::report::{OnMesh, PlanReport, Summary, program_cost, report};
 use crate::sharding::{Units, candidate_units};
 use crate::unplanned::least_cost;
 use std::collections::BTreeSet;
+use tpshard_ir::program::Determinism;
 use tpshard_ir::{Graph, Mesh, Op, Spmd, SpmdOutput, Step, ValueId};
 
 /// Most ranks a program may have.
@@ -48,6 +49,9 @@ pub struct PlanOptions {
     pub pins: Vec<Pin>,
     /// Split every value that a rule can split, whatever time it takes: for tests of the rules.
     pub split_all: bool,
+    /// At `Tp` no sum of floats is split over ranks, and every value is computed by the operations of the canonical graph:
+    /// nothing that rounds depends on the number of ranks.
+    pub determinism: Determinism,
 }
 
 impl PlanOptions {
@@ -62,6 +66,7 @@ impl PlanOptions {
             limits: Limits::default(),
             pins: Vec::new(),
             split_all: false,
+            determinism: Determinism::default(),
         }
     }
 }
@@ -149,7 +154,10 @@ pub fn plan(extended: Extended, options: &PlanOptions) -> Result<Plan, PlanError
         return Err(PlanError::NotLogical { value, op: node.op.name().into() });
     }
     check_ranges(&extended.graph, &options.entries)?;
-    let found = alternatives(extended)?;
+    let found = match options.determinism {
+        Determinism::Fast | Determinism::Run => alternatives(extended)?,
+        Determinism::Tp => no_alternatives(extended),
+    };
     let profile = options.profile.shared_between(options.ranks);
     let pricer = Pricer::new(&profile, &found.extended.graph, &options.entries).splitting(options.split_all);
     let live: Vec<ValueId> = found.live();
@@ -288,7 +296,9 @@ impl Planner<'_> {
         let graph = &found.extended.graph;
         let outputs: Vec<ValueId> = found.extended.outputs.iter().map(|o| o.value).collect();
         let classes = Classes::new(graph, &outputs, &found.equal, pricer, mesh);
-        let model = Model { graph, outputs: &found.extended.outputs, classes: &classes, units, pricer, mesh };
+        let all = &found.extended.outputs;
+        let one_order = options.determinism == Determinism::Tp;
+        let model = Model { graph, outputs: all, classes: &classes, units, pricer, mesh, one_order };
         let focused: Vec<Pricer<'_>> = (0..options.entries.len()).map(|e| pricer.focused(e)).collect();
         let built = |pricer| {
             let mut built = build(&Model { pricer, ..model })?;

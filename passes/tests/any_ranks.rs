@@ -152,7 +152,8 @@ fn ways(graph: &Graph, mesh: &Mesh) -> BTreeMap<Layout, Cost> {
     let classes = Classes::new(graph, &outputs, &found.equal, &pricer, mesh);
     let units = candidate_units(graph, &found.live());
     let outputs = &found.extended.outputs;
-    let model = Model { graph, outputs, classes: &classes, units: &units, pricer: &pricer, mesh };
+    let model =
+        Model { graph, outputs, classes: &classes, units: &units, pricer: &pricer, mesh, one_order: false };
     let layouts = build(&model).unwrap();
     let is_attention = |value: ValueId| matches!(graph.node(value).op, Op::Attention { .. });
     let mut ways = BTreeMap::new();

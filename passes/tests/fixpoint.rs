@@ -29,6 +29,7 @@ fn check(graph: &Graph, entries: &[Entry], ranks: usize) {
         units: &units,
         pricer: &pricer,
         mesh: &mesh,
+        one_order: false,
     };
     let start = std::time::Instant::now();
     let layouts = build(&model).unwrap();

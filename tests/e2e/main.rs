@@ -8,6 +8,7 @@ mod check;
 mod check_files;
 mod crash;
 mod deferred;
+mod determinism;
 mod draft;
 mod entries;
 mod errors;

@@ -168,6 +168,7 @@ impl Planning {
         let mut options = PlanOptions::new(1, profile(&arguments.profile)?);
         options.memory = memory(&arguments.memory)?;
         options.split_all = arguments.split_all;
+        options.determinism = arguments.determinism;
         options.entries = entries(imported, &arguments.dim)?;
         let mut extended = Extended::new(imported.graph.clone());
         tpshard_passes::canonical::canonicalise(&mut extended);

@@ -13,7 +13,7 @@ use rustc_hash::FxHashMap;
 use std::collections::BTreeSet;
 use std::rc::Rc;
 use std::sync::Arc;
-use tpshard_ir::{AxisLayout, Dim, Graph, Layout, Mesh, Op, Output, Type, ValueId};
+use tpshard_ir::{AxisLayout, DType, Dim, Graph, Layout, Mesh, Monoid, Op, Output, Type, ValueId};
 
 /// What a layout graph is made from.
 pub struct Model<'a> {
@@ -23,6 +23,8 @@ pub struct Model<'a> {
     pub units: &'a Units,
     pub pricer: &'a Pricer<'a>,
     pub mesh: &'a Mesh,
+    /// Sums of floats are made on one rank, each in one order.
+    pub one_order: bool,
 }
 
 /// The graph has no layout graph.
@@ -126,6 +128,12 @@ fn packed_at_run_time(graph: &Graph, value: ValueId) -> bool {
     let node = graph.node(value);
     node.ty.dtype.is_packed()
         && (matches!(node.op, Op::Map(_)) || node.args.iter().any(|&a| packed_at_run_time(graph, a)))
+}
+
+/// True if ranks hold parts whose combination rounds, so that the result depends on how many parts there are.
+fn is_rounded_apart(layout: &Layout, dtype: DType) -> bool {
+    let rounds = |part: &AxisLayout| matches!(part, AxisLayout::Partial(Monoid::Sum | Monoid::Prod));
+    dtype.is_float() && layout.0.iter().any(rounds)
 }
 
 impl Builder<'_> {
@@ -302,7 +310,10 @@ impl Builder<'_> {
             return known.clone();
         }
         let args: Vec<&Type> = node.args.iter().map(|&a| graph.ty(a)).collect();
-        let squares = squares_on_mesh(&node.op, &args, &node.ty, mesh, &units.deals(graph, value));
+        let mut squares = squares_on_mesh(&node.op, &args, &node.ty, mesh, &units.deals(graph, value));
+        if self.model.one_order {
+            squares.retain(|square| !is_rounded_apart(&square.result, node.ty.dtype));
+        }
         let price = |square: MeshSquare| {
             let layouts: Vec<&Layout> = square.operands.iter().collect();
             let cost = pricer.compute(value, &layouts, &square.result, mesh);

@@ -111,7 +111,13 @@ pub(crate) enum Failed {
 }
 
 impl Prepared {
-    pub(crate) fn new(entry: &Entry, lowering: Lowering, constants: &Constants) -> Result<Prepared, String> {
+    /// `round_each`: see [`Program`].
+    pub(crate) fn new(
+        entry: &Entry,
+        lowering: Lowering,
+        constants: &Constants,
+        round_each: bool,
+    ) -> Result<Prepared, String> {
         let graph = &entry.graph;
         let last_use = lowering.last_uses(graph);
         let mut last_read = vec![0; graph.len()];
@@ -120,7 +126,7 @@ impl Prepared {
         let mut regions = Vec::with_capacity(lowering.regions.len());
         for (index, region) in lowering.regions.iter().enumerate() {
             let program = match (region.kernel, region.stage) {
-                (Kernel::Pointwise, Stage::Step) => Some(Program::compile(graph, region)?),
+                (Kernel::Pointwise, Stage::Step) => Some(Program::compile(graph, region, round_each)?),
                 _ => None,
             };
             let args: Vec<ValueId> = match &program {

@@ -55,7 +55,7 @@ pub(crate) fn run_kernel(
     let value = match (region.kernel, &node.op) {
         (Kernel::Pointwise, _) => match program {
             Some(program) => program.run(args, &shape, spare)?,
-            None => Program::compile(context.graph, region)?.run(args, &shape, spare)?,
+            None => Program::compile(context.graph, region, true)?.run(args, &shape, spare)?,
         },
         (Kernel::View, op) => view(context, op, args, &shape)?,
         (Kernel::Einsum, Op::Einsum(spec)) => {

@@ -62,11 +62,14 @@ pub(crate) struct Program {
     dtype: DType,
     /// Registers per bank: float, int, bool.
     counts: [usize; 3],
+    /// 16-bit results are rounded after every instruction, not only where they are stored: what is fused with what then
+    /// makes no difference.
+    round_each: bool,
 }
 
 impl Program {
     /// Compiles a region of `Map` nodes.
-    pub(crate) fn compile(graph: &Graph, region: &Region) -> Result<Program, String> {
+    pub(crate) fn compile(graph: &Graph, region: &Region, round_each: bool) -> Result<Program, String> {
         let mut counts = [0usize; 3];
         let mut new = |dtype: DType| -> Result<Register, String> {
             let bank = bank(dtype).ok_or_else(|| format!("elementwise work on {dtype}"))?;
@@ -96,7 +99,7 @@ impl Program {
         }
         let result = made.last().map(|(_, r)| *r).ok_or("an empty region")?;
         let dtype = graph.ty(region.result()).dtype;
-        Ok(Program { operands, instructions, result, dtype, counts })
+        Ok(Program { operands, instructions, result, dtype, counts, round_each })
     }
 
     /// The operands, in the order [`Program::run`] wants them.
@@ -171,7 +174,7 @@ impl Program {
                 blocks.load(operand, walk.offset(i, at), walk.step(i), *register, run)?;
             }
             for instruction in &self.instructions {
-                blocks.execute(instruction, run)?;
+                blocks.execute(instruction, run, self.round_each)?;
             }
             T::store(blocks, self.result, &mut out[done..done + run])?;
             done += run;
@@ -281,12 +284,13 @@ impl Blocks {
     }
 
     #[inline(always)]
-    fn execute(&mut self, i: &Instruction, run: usize) -> Result<(), String> {
+    fn execute(&mut self, i: &Instruction, run: usize, round_each: bool) -> Result<(), String> {
         match i.to.bank {
             Bank::Float => {
                 let mut to = std::mem::take(&mut self.floats[i.to.index]);
                 let done = self.execute_float(i, &mut to[..run]);
-                if matches!(i.dtype, DType::F16 | DType::BF16) && matches!(i.scalar, Scalar::Cast(_)) {
+                let rounds = round_each || matches!(i.scalar, Scalar::Cast(_));
+                if matches!(i.dtype, DType::F16 | DType::BF16) && rounds {
                     round_to(i.dtype, &mut to[..run]);
                 }
                 self.floats[i.to.index] = to;

@@ -30,8 +30,8 @@ impl FloatOp {
             Scalar::Rsqrt => each!(|x: f32| 1.0 / x.sqrt()),
             Scalar::Exp => each!(functions::exp),
             Scalar::Log => each!(functions::log),
-            Scalar::Sin => each!(f32::sin),
-            Scalar::Cos => each!(f32::cos),
+            Scalar::Sin => each!(libm::sinf),
+            Scalar::Cos => each!(libm::cosf),
             Scalar::Tanh => each!(functions::tanh),
             Scalar::Sigmoid => each!(functions::sigmoid),
             Scalar::Erf => each!(functions::erf),
@@ -70,7 +70,7 @@ fn power(a: &[f32], b: &[f32], to: &mut [f32]) {
     let one = |a: f32, b: f32| match b {
         2.0 => a * a,
         3.0 => a * a * a,
-        _ => a.powf(b),
+        _ => libm::powf(a, b),
     };
     let uniform = b.first().copied().filter(|e| b.iter().all(|x| x.to_bits() == e.to_bits()));
     match uniform {

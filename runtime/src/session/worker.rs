@@ -16,6 +16,7 @@ use std::str::FromStr;
 use std::sync::Arc;
 use tpshard_ir::deferred::{SharedEvaluator, no_evaluator};
 use tpshard_ir::dim::{Bindings, Dim};
+use tpshard_ir::layout::Monoid;
 use tpshard_ir::program::{Determinism, Entry, Family, MemoryPlan, Port, RankProgram, lower_keeping};
 use tpshard_ir::tensor::element_count;
 use tpshard_ir::{AxisLayout, Conversion, DType, Op, StepId, Tensor, ValueId};
@@ -52,10 +53,11 @@ impl Worker {
             check_evaluator(&program, &options.evaluator)?;
             let constants = Constants::load(&program, weights, &|| communicator.progress())
                 .map_err(|what| SessionError::Weights { what })?;
+            let round_each = round_each(&program);
             let prepared = program
                 .entries
                 .iter()
-                .map(|entry| Prepared::new(entry, entry.lowering.clone(), &constants))
+                .map(|entry| Prepared::new(entry, entry.lowering.clone(), &constants, round_each))
                 .collect::<Result<Vec<_>, String>>()
                 .map_err(|what| SessionError::Program { what })?;
             let share = || available_memory().map_or(u64::MAX, |bytes| bytes / local_ranks as u64);
@@ -238,7 +240,10 @@ impl Worker {
         } else {
             let keep: BTreeSet<ValueId> = taps.iter().map(|&t| ValueId(t)).collect();
             let lowering = lower_keeping(&entry.graph, &keep);
-            Some(Prepared::new(entry, lowering, &self.constants).map_err(program)?)
+            Some(
+                Prepared::new(entry, lowering, &self.constants, round_each(&self.program))
+                    .map_err(program)?,
+            )
         };
         let lowering = &tapped.as_ref().unwrap_or(prepared).lowering;
         // What data decides is counted when it is known.
@@ -394,13 +399,6 @@ fn check(
             ),
         });
     }
-    if program.determinism == Determinism::Tp {
-        return Err(SessionError::Usage {
-            what: "the program asks for results that are bit-equal for every number of ranks, which these kernels do \
-                   not give yet\n  help: build it with `--determinism run`"
-                .into(),
-        });
-    }
     for entry in &program.entries {
         let graph = &entry.graph;
         if let Some((value, _)) = graph.values().find(|(v, n)| n.args.iter().any(|a| a >= v)) {
@@ -420,10 +418,30 @@ fn check(
                 return fail(format!("entry `{}`: the layout of {value} does not fit", entry.name));
             }
         }
+        if program.determinism == Determinism::Tp
+            && let Some((step, _)) = entry.families.iter().enumerate().find(|(_, f)| is_rounded_apart(f))
+        {
+            return fail(format!(
+                "entry `{}`: %{step} is summed over ranks, which rounds, but the program is to give the same bits for \
+                 every number of ranks",
+                entry.name
+            ));
+        }
         let checked = entry.lowering.check(graph);
         checked.map_err(|error| SessionError::Lowering { entry: entry.name.clone(), error })?;
     }
     Ok(())
+}
+
+/// What is fused with what depends on the number of ranks.
+fn round_each(program: &RankProgram) -> bool {
+    program.determinism == Determinism::Tp
+}
+
+/// True if ranks hold parts whose combination rounds.
+fn is_rounded_apart(family: &Family) -> bool {
+    let rounds = |part: &AxisLayout| matches!(part, AxisLayout::Partial(Monoid::Sum | Monoid::Prod));
+    family.ty.dtype.is_float() && family.layout.0.iter().any(rounds)
 }
 
 /// Brings every output to all ranks, except those that stay sharded. The outer error is a failed collective, the inner
