@@ -5,6 +5,7 @@
 //! agree a symbol is replaced. Weights stay unread: what moves them becomes part of their expression. Nodes that cannot
 //! be lowered are collected, so that one run names them all.
 
+mod bodies;
 mod context;
 mod defer;
 mod elementwise;
@@ -13,6 +14,7 @@ mod interface;
 mod movement;
 mod outputs;
 mod state;
+mod stretch;
 mod symbols;
 mod tables;
 mod value;

@@ -20,6 +20,8 @@ pub(crate) struct Symbols {
     order: BTreeMap<Arc<str>, usize>,
     /// Those that data decides while the model runs.
     data: BTreeSet<Arc<str>>,
+    /// Those of them that say how many there are of something, not what shape was asked for.
+    counts: BTreeSet<Arc<str>>,
 }
 
 impl Symbols {
@@ -30,19 +32,30 @@ impl Symbols {
         dim
     }
 
-    /// A new symbol, for a size that data decides.
-    pub(crate) fn defined_by_data(&mut self, wanted: &str) -> Dim {
+    /// A new symbol, for a size that data decides: a count, or a shape that was asked for.
+    pub(crate) fn defined_by_data(&mut self, wanted: &str, count: bool) -> Dim {
         let mut name = wanted.to_owned();
         while self.order.contains_key(name.as_str()) {
             name.push('_');
         }
         self.data.insert(name.as_str().into());
+        if count {
+            self.counts.insert(name.as_str().into());
+        }
         self.symbol(&name)
     }
 
     /// True if data decides `dim`, at least in part.
     pub(crate) fn depends_on_data(&self, dim: &Dim) -> bool {
         dim.symbols().iter().any(|symbol| self.data.contains(symbol))
+    }
+
+    /// True if one of the two is a count that data decides and the other a size of the inputs: that they meet in an
+    /// elementwise function says little about whether they are equal.
+    pub(crate) fn count_meets_input(&self, a: &Dim, b: &Dim) -> bool {
+        let count = |dim: &Dim| dim.as_symbol().is_some_and(|symbol| self.counts.contains(symbol));
+        let given = |dim: &Dim| dim.as_const().is_none() && !self.depends_on_data(dim);
+        (count(a) && given(b)) || (count(b) && given(a))
     }
 
     /// The declared dim `text`: one name, or an expression over names.
