@@ -886,3 +886,27 @@ fn loops_that_do_not_fit_their_bodies_are_invalid() {
         assert!(first_fault(&error).contains(wanted), "{error}");
     }
 }
+
+#[test]
+fn expressions_over_names_that_no_input_has_are_names() {
+    // The mask's dim is written in names of another part of the exporter.
+    let import = |mask: &str| {
+        let mut model = builder(17)
+            .input("x", DType::F32, "past seq")
+            .node("Concat", "x x", "all", &[("axis", int(1))])
+            .node("Add", "all mask", "y", &[])
+            .output("y", DType::F32);
+        let mut info = info("mask", DType::F32, Some(""));
+        if let Some(ValueType::Tensor(ty)) = &mut info.value_type {
+            ty.shape = Some(vec![Extent::Symbol(mask.into())]);
+        }
+        model.graph.inputs.push(info);
+        model.import().unwrap()
+    };
+    for mask in ["past_len + seq_len", "2*seq"] {
+        let imported = import(mask);
+        assert_eq!(imported.graph.inputs().nth(1).unwrap().2.to_string(), "f32[2*seq]");
+        let y = run(&imported, &[("x", counting(&[1, 2])), ("mask", counting(&[4]))]);
+        close(&y[0], &[1, 4], &[0.0, 2.0, 2.0, 4.0]);
+    }
+}

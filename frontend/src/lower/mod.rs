@@ -141,6 +141,7 @@ pub(crate) fn lower_as(
         let mut faults = Faults::default();
         let mut report = ImportReport::default();
         lowering.find_state();
+        lowering.symbols.given_by_inputs(interface::plain_dims(&model));
         faults.keep(lowering.declare_initializers(&model.graph));
         faults.keep(lowering.declare_inputs(options, &mut report));
         if faults.is_empty() {

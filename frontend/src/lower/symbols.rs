@@ -22,6 +22,8 @@ pub(crate) struct Symbols {
     data: BTreeSet<Arc<str>>,
     /// Those of them that say how many there are of something, not what shape was asked for.
     counts: BTreeSet<Arc<str>>,
+    /// The names that are a dim of an input by themselves, if expressions are to be over those.
+    given: Option<BTreeSet<String>>,
 }
 
 impl Symbols {
@@ -58,6 +60,18 @@ impl Symbols {
         (count(a) && given(b)) || (count(b) && given(a))
     }
 
+    /// From now on, expressions over several names are taken as such only if inputs give the names values. ONNX does not
+    /// know expressions: where two exporters' names meet, `past_seq_len + seq_len` may be just another name.
+    pub(crate) fn given_by_inputs(&mut self, names: BTreeSet<String>) {
+        self.given = Some(names);
+    }
+
+    /// True if the inputs give all names of `dim` values, or one name is left that the dim itself gives one.
+    fn can_be_solved(&self, dim: &Dim) -> bool {
+        let Some(given) = &self.given else { return true };
+        dim.symbols().iter().filter(|name| !given.contains(&***name)).count() <= 1
+    }
+
     /// The declared dim `text`: one name, or an expression over names.
     pub(crate) fn declared(&mut self, text: &str, fallback: &str) -> Dim {
         let text = text.trim();
@@ -67,6 +81,7 @@ impl Symbols {
         if !is_plain_symbol(text)
             && let Some(dim) = parse(text)
             && dim.as_const().is_none_or(|value| value >= 0)
+            && self.can_be_solved(&dim)
         {
             self.note(&dim);
             return dim;
@@ -270,6 +285,9 @@ mod tests {
         assert_eq!(symbols.declared("a/0", "x"), s("a/0"));
         assert_eq!(symbols.declared("", "x"), s("x"));
         assert_eq!(symbols.declared("-3", "x"), s("-3"));
+        symbols.given_by_inputs(["past".to_owned()].into());
+        assert_eq!(symbols.declared("past + seq", "x"), s("past") + s("seq"));
+        assert_eq!(symbols.declared("past_len + seq_len", "x"), s("past_len + seq_len"));
     }
 
     #[test]
