@@ -45,7 +45,7 @@ macro_rules! lanes {
 
 lanes! {
     f32, Float as f64, |x| x as f32;
-    f64, Float as f64, |x| x as f64;
+    f64, Float as f64, |x| x;
     i8, Integer as i128, |x| float_to_integer(x, DType::I8) as i8;
     i16, Integer as i128, |x| float_to_integer(x, DType::I16) as i16;
     i32, Integer as i128, |x| float_to_integer(x, DType::I32) as i32;
