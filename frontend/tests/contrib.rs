@@ -94,9 +94,9 @@ fixtures! {
     matmul_4_bits_padded matmul_4_bits_padded_level_4 matmul_4_bits_zeros_level_4
     matmul_8_bits_level_4 matmul_8_bits_zeros matmul_integer_to_float quantised_add
     quantised_average_pool quantised_concat quantised_gemm quantised_global_average_pool
-    quantised_leaky_relu quantised_mul quantised_sigmoid rotary_halves rotary_microsoft_interleaved
-    rotary_microsoft_partial
-    skip_simplified
+    quantised_leaky_relu quantised_mul quantised_sigmoid quantised_softmax
+    quantised_softmax_flattened quantised_softmax_middle quantised_where rotary_halves
+    rotary_microsoft_interleaved rotary_microsoft_partial skip_simplified
 }
 
 fn roundings(imported: &Imported) -> usize {

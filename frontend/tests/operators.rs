@@ -739,3 +739,174 @@ fn sequences_without_steps_leave_zeros() {
         ]);
     close(&outputs[0], &[1, 2, 1], &[0.0, 1f32.tanh()]);
 }
+
+/// The size `s` of the input `x` that a guard refuses, or the result.
+fn with_size(imported: &Imported, shape: &[usize]) -> Result<Vec<f32>, String> {
+    let inputs = [("x".into(), counting(shape))].into_iter().collect();
+    let initializer = |name: &str| Ok(imported.model.storage.to_tensor(&imported.tensors[name]).unwrap());
+    let results = run_tensors(&imported.graph, &inputs, &initializer, 1 << 20).map_err(|e| e.to_string())?;
+    Ok(results[0].1.as_slice::<f32>().unwrap().to_vec())
+}
+
+#[test]
+fn a_named_size_that_meets_a_number_is_that_number_or_one() {
+    let add = builder(17)
+        .input("x", DType::F32, "s")
+        .weight("w", &f32s(&[3], &[10.0, 20.0, 30.0]))
+        .node("Add", "x w", "y", &[])
+        .output("y", DType::F32)
+        .import()
+        .unwrap();
+    assert_eq!(add.graph.ty(add.graph.outputs[0].value).to_string(), "f32[3]");
+    assert_eq!(with_size(&add, &[1]).unwrap(), [10.0, 20.0, 30.0]);
+    assert_eq!(with_size(&add, &[3]).unwrap(), [10.0, 21.0, 32.0]);
+    for wrong in [0, 2, 4, 6, 7] {
+        let error = with_size(&add, &[wrong]).unwrap_err();
+        assert!(error.contains("node_0") && error.contains("s stretches to 3"), "{error}");
+    }
+    let expand = |shape: &[i64]| {
+        builder(17)
+            .input("x", DType::F32, "s 2")
+            .weight("shape", &i64s(shape))
+            .node("Expand", "x shape", "y", &[])
+            .output("y", DType::F32)
+            .import()
+            .unwrap()
+    };
+    assert_eq!(with_size(&expand(&[2, 1]), &[1, 2]).unwrap(), [0.0, 1.0, 0.0, 1.0]);
+    assert_eq!(with_size(&expand(&[2, 1]), &[2, 2]).unwrap(), [0.0, 1.0, 2.0, 3.0]);
+    assert_eq!(with_size(&expand(&[1, 1]), &[3, 2]).unwrap().len(), 6);
+    assert!(with_size(&expand(&[2, 1]), &[3, 2]).is_err());
+}
+
+#[test]
+fn a_number_expanded_to_a_named_size_may_stay() {
+    let imported = builder(17)
+        .input("x", DType::F32, "s")
+        .weight("w", &f32s(&[3], &[1.0, 2.0, 3.0]))
+        .node("Shape", "x", "shape", &[])
+        .node("Expand", "w shape", "y", &[])
+        .output("y", DType::F32)
+        .import()
+        .unwrap();
+    assert_eq!(with_size(&imported, &[1]).unwrap(), [1.0, 2.0, 3.0]);
+    assert_eq!(with_size(&imported, &[3]).unwrap(), [1.0, 2.0, 3.0]);
+    assert!(with_size(&imported, &[2]).is_err());
+}
+
+#[test]
+fn sizes_stay_sizes_on_their_way_through_floats() {
+    // `x[:min(n, 1), :min(s, 9)]` with the ends computed in floating point, as old exporters do.
+    let imported = builder(17)
+        .input("x", DType::F32, "n s")
+        .weight("table", &counting(&[1, 5]))
+        .weight("most", &f32s(&[2], &[1.0, 9.0]))
+        .weight("starts", &i64s(&[0, 0]))
+        .node("Shape", "x", "shape", &[])
+        .node("Cast", "shape", "floats", &[("to", int(1))])
+        .node("Min", "floats most", "least", &[])
+        .node("Cast", "least", "ends", &[("to", int(7))])
+        .node("Slice", "table starts ends", "part", &[])
+        .node("Expand", "part shape", "y", &[])
+        .output("y", DType::F32)
+        .import()
+        .unwrap();
+    assert!(imported.graph.nodes().iter().all(|node| !matches!(node.op, Op::Deferred { .. })));
+    assert_eq!(imported.graph.ty(imported.graph.outputs[0].value).to_string(), "f32[n, s]");
+    assert_eq!(with_size(&imported, &[2, 3]).unwrap(), [0.0, 1.0, 2.0, 0.0, 1.0, 2.0]);
+    assert!(with_size(&imported, &[2, 6]).unwrap_err().contains("s <= 5"));
+}
+
+#[test]
+fn a_count_that_meets_a_size_of_the_inputs_is_left_to_the_run() {
+    let imported = builder(17)
+        .input("limit", DType::F32, "")
+        .input("x", DType::F32, "n")
+        .weight("zero", &f32s(&[], &[0.0]))
+        .weight("one", &f32s(&[], &[1.0]))
+        .node("Range", "zero limit one", "steps", &[])
+        .node("Add", "steps x", "y", &[])
+        .output("y", DType::F32)
+        .import()
+        .unwrap();
+    let deferred = imported.graph.nodes().iter().filter(|node| matches!(node.op, Op::Deferred { .. }));
+    assert_eq!(deferred.count(), 2);
+    // The input keeps its size.
+    assert_eq!(imported.graph.inputs().nth(1).unwrap().2.to_string(), "f32[n]");
+}
+
+#[test]
+fn parameters_of_a_batch_norm_share_the_types_their_opset_says() {
+    let import = |opset: i64, statistics: DType| {
+        let parameters = |builder: Builder, names: [&str; 2], dtype| {
+            names.into_iter().fold(builder, |builder, name| builder.input(name, dtype, "3"))
+        };
+        let start = builder(opset).input("x", DType::F16, "2 3 4");
+        let scaled = parameters(start, ["scale", "bias"], if opset < 15 { DType::F16 } else { DType::F32 });
+        parameters(scaled, ["mean", "variance"], statistics)
+            .node("BatchNormalization", "x scale bias mean variance", "y", &[])
+            .output("y", DType::F16)
+            .import()
+    };
+    assert!(import(13, DType::F16).is_ok());
+    assert!(import(14, DType::F32).is_ok());
+    assert!(import(15, DType::F16).is_ok());
+    let error = import(13, DType::F32).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Invalid);
+    assert!(first_fault(&error).contains("f16, f16, f16, f32, f32"), "{error}");
+}
+
+#[test]
+fn loops_that_do_not_fit_their_bodies_are_invalid() {
+    let scan = |inputs: &[(&str, &str)], second: &str| {
+        let body = Graph {
+            inputs: inputs.iter().map(|(name, shape)| info(name, DType::F32, Some(shape))).collect(),
+            nodes: builder(17).node("Add", "state step", "next", &[]).graph.nodes,
+            outputs: vec![info("next", DType::F32, None)],
+            ..Graph::default()
+        };
+        let body = AttributeValue::Graph(Box::new(body));
+        builder(17)
+            .input("start", DType::F32, "2")
+            .input("a", DType::F32, "3 2")
+            .input("b", DType::F32, second)
+            .node("Scan", "start a b", "y", &[("body", body), ("num_scan_inputs", int(2))])
+            .output("y", DType::F32)
+            .import()
+    };
+    let fitting = [("state", "2"), ("step", "2"), ("other", "2")];
+    assert!(scan(&fitting, "3 2").is_ok());
+    for (inputs, second, wanted) in [
+        (&fitting[..2], "3 2", "takes 2 inputs, the Scan gives it 3"),
+        (&fitting[..], "4 2", "scan input 1 has 4 steps, the first one 3"),
+        (&fitting[..], "3", "input 2 of the body is declared with rank 1, given 0"),
+    ] {
+        let error = scan(inputs, second).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Invalid);
+        assert!(first_fault(&error).contains(wanted), "{error}");
+    }
+}
+
+#[test]
+fn expressions_over_names_that_no_input_has_are_names() {
+    // The mask's dim is written in names of another part of the exporter.
+    let import = |mask: &str| {
+        let mut model = builder(17)
+            .input("x", DType::F32, "past seq")
+            .node("Concat", "x x", "all", &[("axis", int(1))])
+            .node("Add", "all mask", "y", &[])
+            .output("y", DType::F32);
+        let mut info = info("mask", DType::F32, Some(""));
+        if let Some(ValueType::Tensor(ty)) = &mut info.value_type {
+            ty.shape = Some(vec![Extent::Symbol(mask.into())]);
+        }
+        model.graph.inputs.push(info);
+        model.import().unwrap()
+    };
+    for mask in ["past_len + seq_len", "2*seq"] {
+        let imported = import(mask);
+        assert_eq!(imported.graph.inputs().nth(1).unwrap().2.to_string(), "f32[2*seq]");
+        let y = run(&imported, &[("x", counting(&[1, 2])), ("mask", counting(&[4]))]);
+        close(&y[0], &[1, 4], &[0.0, 2.0, 2.0, 4.0]);
+    }
+}

@@ -103,6 +103,17 @@ impl Dim {
         }
     }
 
+    /// The two sides, if the dim is exactly the minimum of two.
+    pub fn as_minimum(&self) -> Option<(&Dim, &Dim)> {
+        match &*self.0 {
+            [Term { atoms, coefficient: 1 }] => match atoms.as_slice() {
+                [Atom::Min(a, b)] => Some((a, b)),
+                _ => None,
+            },
+            _ => None,
+        }
+    }
+
     pub fn is_one(&self) -> bool {
         self.as_const() == Some(1)
     }

@@ -360,3 +360,42 @@ fn what_has_no_rank_is_refused_with_its_node() {
     let bound = words![model, "--tp", "2", "-o", folder, "--bind", "shape=3,8"];
     end(&mut tpshard(bound)).ok();
 }
+
+/// A size that only the inputs say, next to a number: that number or one, and nothing else.
+#[test]
+fn rows_that_stretch_are_as_many_as_the_number_they_meet() {
+    let graph = GraphProto {
+        name: "stretched".into(),
+        input: vec![value("x", FLOAT, &[-1, 8])],
+        output: vec![value("y", FLOAT, &[-1, 64])],
+        node: vec![
+            node("Add", &["x", "offsets"], &["moved"], vec![]),
+            node("MatMul", &["moved", "up"], &["y"], vec![]),
+        ],
+        initializer: vec![
+            weight("offsets", &[3, 8], |i| (i % 4) as f32),
+            weight("up", &[8, 64], |i| (i % 5) as f32 - 2.0),
+        ],
+        ..GraphProto::default()
+    };
+    let scratch = scratch();
+    let model = save(graph, &scratch);
+    for ranks in 1..=2 {
+        let folder = sharded_for(&model, ranks, &scratch);
+        for rows in [1, 3] {
+            let (ended, made) = run(&folder, &[("x", floats(&[rows, 8], |i| i as f32))], &scratch);
+            ended.ok();
+            let element = |i: usize| -> f32 {
+                let (row, column) = (i / 64, i % 64);
+                let x = |k: usize| (row.min(rows - 1) * 8 + k) as f32 + ((row * 8 + k) % 4) as f32;
+                (0..8).map(|k| x(k) * (((k * 64 + column) % 5) as f32 - 2.0)).sum()
+            };
+            let distance = distance(&read(&made)["y"], &floats(&[3, 64], element));
+            assert!(distance < 1e-3, "{ranks} ranks, {rows} rows: {distance}");
+        }
+        let (ended, _) = run(&folder, &[("x", floats(&[2, 8], |i| i as f32))], &scratch);
+        ended.fails(2, &["the_Add", "x_dim0 stretches to 3, so it is 1 or 3"]);
+    }
+    let chosen = words!["plan", model, "--dim", "x_dim0=2"];
+    end(&mut tpshard(chosen)).fails(2, &["x_dim0=2", "is 1 or 3"]);
+}

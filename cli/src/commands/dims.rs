@@ -182,6 +182,13 @@ fn keep_guards(imported: &Imported, chosen: &BTreeSet<Arc<str>>, bound: &mut Bin
         for guard in graph.guards.iter().filter(|guard| guard.relation == Relation::LessEqual) {
             move_default(imported, guard, chosen, bound);
         }
+        for guard in graph.guards.iter().filter(|guard| guard.relation == Relation::Equal) {
+            if let Some(symbol) = guard.left.as_symbol().filter(|symbol| !chosen.contains(*symbol))
+                && let Ok(value) = guard.right.eval(bound)
+            {
+                bound.insert(symbol.clone(), value);
+            }
+        }
     }
     let broken = graph.broken_guards(bound);
     let symbols = |guard: &Guard| {

@@ -1,10 +1,10 @@
 //! Elementwise conversion of little-endian bytes, as ONNX `Cast` does it.
 //!
-//! Floats become integers by cutting off the fraction, saturating where ONNX leaves the result open; integers become
-//! narrower integers by dropping high bits; anything but zero is true. Each conversion rounds once.
+//! Floats become integers by cutting off the fraction, with ONNX Runtime's results where ONNX leaves them open; integers
+//! become narrower integers by dropping high bits; anything but zero is true. Each conversion rounds once.
 
 use half::{bf16, f16};
-use tpshard_ir::DType;
+use tpshard_ir::{DType, float_to_integer};
 
 /// A value on its way between two types; both ways hold every value of the types that use them exactly.
 #[derive(Clone, Copy)]
@@ -21,7 +21,7 @@ trait Lane: Sized {
 }
 
 macro_rules! lanes {
-    ($($ty:ty, $number:ident as $wide:ty;)*) => {$(
+    ($($ty:ty, $number:ident as $wide:ty, $float:expr;)*) => {$(
         impl Lane for $ty {
             const BYTES: usize = size_of::<$ty>();
 
@@ -32,8 +32,9 @@ macro_rules! lanes {
             }
 
             fn write(number: Number, bytes: &mut [u8]) {
+                let float: fn(f64) -> $ty = $float;
                 let value = match number {
-                    Number::Float(x) => x as $ty,
+                    Number::Float(x) => float(x),
                     Number::Integer(x) => x as $ty,
                 };
                 bytes.copy_from_slice(&value.to_le_bytes());
@@ -43,16 +44,16 @@ macro_rules! lanes {
 }
 
 lanes! {
-    f32, Float as f64;
-    f64, Float as f64;
-    i8, Integer as i128;
-    i16, Integer as i128;
-    i32, Integer as i128;
-    i64, Integer as i128;
-    u8, Integer as i128;
-    u16, Integer as i128;
-    u32, Integer as i128;
-    u64, Integer as i128;
+    f32, Float as f64, |x| x as f32;
+    f64, Float as f64, |x| x;
+    i8, Integer as i128, |x| float_to_integer(x, DType::I8) as i8;
+    i16, Integer as i128, |x| float_to_integer(x, DType::I16) as i16;
+    i32, Integer as i128, |x| float_to_integer(x, DType::I32) as i32;
+    i64, Integer as i128, |x| float_to_integer(x, DType::I64) as i64;
+    u8, Integer as i128, |x| float_to_integer(x, DType::U8) as u8;
+    u16, Integer as i128, |x| float_to_integer(x, DType::U16) as u16;
+    u32, Integer as i128, |x| float_to_integer(x, DType::U32) as u32;
+    u64, Integer as i128, |x| float_to_integer(x, DType::U64) as u64;
 }
 
 macro_rules! half_lanes {
@@ -180,9 +181,10 @@ mod tests {
     }
 
     #[test]
-    fn integers_wrap_and_floats_saturate() {
+    fn integers_wrap_and_floats_too() {
         assert_eq!(cast(Data::I32(vec![300, -1]), DType::U8), Data::U8(vec![44, 255]));
-        assert_eq!(cast(Data::F32(vec![-1.9, 300.0, f32::NAN]), DType::I8), Data::I8(vec![-1, 127, 0]));
+        assert_eq!(cast(Data::F32(vec![-1.9, 300.0, f32::NAN]), DType::I8), Data::I8(vec![-1, 44, 0]));
+        assert_eq!(cast(Data::F32(vec![-2.4, 1e30]), DType::U8), Data::U8(vec![254, 0]));
         assert_eq!(cast(Data::U64(vec![u64::MAX]), DType::F64), Data::F64(vec![2f64.powi(64)]));
         assert_eq!(cast(Data::I64(vec![i64::MIN, 5]), DType::I32), Data::I32(vec![0, 5]));
         assert_eq!(

@@ -312,7 +312,10 @@ impl<'m> Lowering<'m> {
     /// The guards that say something.
     pub(crate) fn take_guards(&mut self) -> Vec<Guard> {
         let mut guards = std::mem::take(&mut self.guards);
-        guards.retain(|guard| !(&guard.right - &guard.left).is_nonnegative());
+        guards.retain(|guard| match guard.relation {
+            Relation::Equal => guard.left != guard.right,
+            Relation::LessEqual => !(&guard.right - &guard.left).is_nonnegative(),
+        });
         guards
     }
 
@@ -328,6 +331,10 @@ impl<'m> Lowering<'m> {
                     dim
                 } else if dim.is_one() {
                     have
+                } else if self.symbols.count_meets_input(&have, &dim) {
+                    return Err(undecided(format!(
+                        "whether the sizes {have} and {dim} are equal or one stretches"
+                    )));
                 } else {
                     self.unify(&have, &dim)?;
                     self.current(&have)

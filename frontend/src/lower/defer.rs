@@ -45,6 +45,7 @@ impl Lowering<'_> {
         if node.op_type == "If" && node.subgraphs().any(|branch| !branch.inputs.is_empty()) {
             return Err(Some(super::invalid("a branch of an If has inputs")));
         }
+        self.check_body(node, &inputs).map_err(Some)?;
         self.probe_fault = None;
         if let Some(values) = self.selected(node, &inputs) {
             return Ok(values);
@@ -65,7 +66,7 @@ impl Lowering<'_> {
                 values.push(Value::Poison);
                 continue;
             };
-            let ty = self.defined_type(name, ranked);
+            let ty = self.defined_type(name, ranked, counts(node));
             let op = Op::Deferred { call: call.clone(), output: index, ty };
             values.push(Value::Data(self.add(op, &args).map_err(Some)?));
         }
@@ -160,11 +161,11 @@ impl Lowering<'_> {
     }
 
     /// The type of a result, with new symbols for what data decides.
-    fn defined_type(&mut self, name: &str, ranked: Ranked) -> Type {
+    fn defined_type(&mut self, name: &str, ranked: Ranked, counts: bool) -> Type {
         let shape = ranked.extents.into_iter().enumerate().map(|(axis, extent)| match extent {
             Extent::Is(dim) => dim,
             Extent::Open(most) => {
-                let dim = self.symbols.defined_by_data(&format!("{}.{axis}", plain(name)));
+                let dim = self.symbols.defined_by_data(&format!("{}.{axis}", plain(name)), counts);
                 if let Some(symbol) = dim.as_symbol() {
                     self.data_bounds.insert(symbol.clone(), most);
                 }
@@ -260,6 +261,12 @@ impl Lowering<'_> {
         };
         graph.outputs.iter().map(value).collect()
     }
+}
+
+/// True for operators whose open extents are numbers of things found.
+fn counts(node: &Node) -> bool {
+    let finds = ["Range", "NonZero", "Compress", "Unique", "NonMaxSuppression"];
+    node.domain.is_empty() && finds.contains(&node.op_type.as_str())
 }
 
 fn declared_extent(dim: &model::Dim) -> Extent {

@@ -4,6 +4,7 @@
 use super::context::{Lowered, Lowering, invalid};
 use super::symbols::never_equal;
 use super::value::{Affine, Element, Known, Value, fits, round_to, strides_of, unflatten};
+use std::borrow::Cow;
 use std::cmp::Ordering;
 use std::sync::Arc;
 use tpshard_ir::{DType, DTypeClass, Dim, Scalar};
@@ -29,6 +30,7 @@ impl Lowering<'_> {
         for arg in args {
             data.push(self.data(arg)?);
         }
+        let data = self.stretched_operands(&data)?;
         Ok(Value::Data(self.map(scalar, &data)?))
     }
 
@@ -111,7 +113,12 @@ impl Lowering<'_> {
 
     /// Computes the elements if all operands are known and every element of the result is.
     fn fold_function(&mut self, scalar: Scalar, args: &[Value]) -> Lowered<Option<Known>> {
-        let foldable = |value: &Value| matches!(value, Value::Known(_) | Value::Affine(_));
+        let any_open = args.iter().any(|arg| matches!(arg, Value::Known(known) if known.is_open()));
+        let foldable = |value: &Value| match value {
+            Value::Known(_) | Value::Affine(_) => true,
+            Value::Weight(_) => any_open,
+            Value::Data(_) | Value::Grid(_) | Value::Poison => false,
+        };
         if !args.iter().all(foldable) {
             return Ok(None);
         }
@@ -208,8 +215,7 @@ fn compute(scalar: Scalar, types: &[DType], dtype: DType, operands: &[&Element])
             Some(if condition.integer()? != 0 { (*a).clone() } else { (*b).clone() })
         }
         (_, operands) => {
-            let dims: Option<Vec<&Dim>> = operands.iter().map(|element| element.dim()).collect();
-            if let Some(dims) = dims
+            if let Some(dims) = sizes(operands)
                 && let Some(element) = integer_function(scalar, types.first()?.class(), &dims)
             {
                 let inside = element.integer().is_none_or(|value| dtype.is_float() || fits(dtype, value));
@@ -219,6 +225,20 @@ fn compute(scalar: Scalar, types: &[DType], dtype: DType, operands: &[&Element])
             float_function(scalar, *types.first()?, dtype, &numbers?)
         }
     }
+}
+
+/// The operands as sizes, if they are; next to one that is not known before the run, whole floats are some as well.
+fn sizes<'e>(operands: &[&'e Element]) -> Option<Vec<Cow<'e, Dim>>> {
+    let any_open = operands.iter().any(|element| element.is_open());
+    let size = |element: &&'e Element| match element {
+        Element::Int(dim) => Some(Cow::Borrowed(dim)),
+        // Inside ±2^53 floats are exact.
+        Element::Float(value) if any_open && value.fract() == 0.0 && value.abs() <= 9.0e15 => {
+            Some(Cow::Owned(Dim::constant(*value as i64)))
+        }
+        Element::Float(_) => None,
+    };
+    operands.iter().map(size).collect()
 }
 
 /// Conversion of one element.
@@ -250,11 +270,12 @@ pub(crate) fn cast_element(element: &Element, from: DType, to: DType) -> Option<
 }
 
 /// Functions of integers, which may be sizes.
-fn integer_function(scalar: Scalar, class: DTypeClass, dims: &[&Dim]) -> Option<Element> {
+fn integer_function(scalar: Scalar, class: DTypeClass, dims: &[Cow<'_, Dim>]) -> Option<Element> {
+    let dims: Vec<&Dim> = dims.iter().map(AsRef::as_ref).collect();
     use Scalar as S;
     let truth = |value: bool| Some(Element::int(i64::from(value)));
     let dim = |dim: Dim| Some(Element::Int(dim));
-    match (scalar, dims) {
+    match (scalar, dims.as_slice()) {
         (S::Neg, [x]) => dim(-*x),
         (S::Abs, [x]) if x.is_nonnegative() => dim((*x).clone()),
         (S::Abs, [x]) => dim(Dim::constant(x.as_const()?.checked_abs()?)),

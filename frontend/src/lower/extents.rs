@@ -67,6 +67,29 @@ impl Lowering<'_> {
         }
     }
 
+    /// The NumPy broadcast of the operands, open where it is not known which of them stretch.
+    fn elementwise_extents(&self, node: &Node, inputs: &[Option<Value>]) -> Option<Ranked> {
+        let types: Vec<Type> =
+            inputs.iter().map(|value| Some(self.ty(value.as_ref()?))).collect::<Option<_>>()?;
+        let dtype = match node.op_type.as_str() {
+            "Equal" | "Less" | "LessOrEqual" | "Greater" | "GreaterOrEqual" => DType::Bool,
+            "Where" => types.get(1)?.dtype,
+            _ => types.first()?.dtype,
+        };
+        let rank = types.iter().map(Type::rank).max()?;
+        let extent = |axis: usize| {
+            let own = |ty: &Type| ty.shape.get((axis + ty.rank()).checked_sub(rank)?).cloned();
+            let facing: Vec<Dim> = types.iter().filter_map(own).filter(|dim| !dim.is_one()).collect();
+            match facing.as_slice() {
+                [] => Extent::Is(Dim::constant(1)),
+                [first, rest @ ..] if rest.iter().all(|dim| dim == first) => Extent::Is(first.clone()),
+                // A number other than 1 stays whatever the others are.
+                dims => dims.iter().find(|dim| dim.as_const().is_some()).cloned().map_or(OPEN, Extent::Is),
+            }
+        };
+        Some(Ranked { dtype, extents: (0..rank).map(extent).collect() })
+    }
+
     /// `Y` of all steps, then the last states; both with a dim for the directions.
     fn recurrent_extents(&self, node: &Node, inputs: &[Option<Value>]) -> Option<Vec<Option<Ranked>>> {
         let ty = |index: usize| inputs.get(index).and_then(Option::as_ref).map(|value| self.ty(value));
@@ -193,6 +216,11 @@ impl Lowering<'_> {
             "MaxUnpool" => open(ty(0)?.dtype, ty(0)?.rank()),
             "HannWindow" | "HammingWindow" | "BlackmanWindow" => {
                 open(type_attribute(node, "output_datatype"), 1)
+            }
+            "Add" | "Sub" | "Mul" | "Div" | "Pow" | "Mod" | "Max" | "Min" | "Sum" | "Mean" | "PRelu"
+            | "And" | "Or" | "Xor" | "BitwiseAnd" | "BitwiseOr" | "BitwiseXor" | "Equal" | "Less"
+            | "LessOrEqual" | "Greater" | "GreaterOrEqual" | "Where" => {
+                self.elementwise_extents(node, inputs)?
             }
             "MelWeightMatrix" => open(type_attribute(node, "output_datatype"), 2),
             _ => return None,

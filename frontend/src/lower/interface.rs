@@ -5,7 +5,7 @@ use super::state;
 use super::value::{KNOWN_LIMIT, Known, Value};
 use super::{ImportOptions, ImportReport, Named};
 use crate::error::Fault;
-use crate::model::{self, ValueInfo};
+use crate::model::{self, Model, ValueInfo};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use tpshard_ir::{Dim, Graph, Op, Output, SymbolRange, Tensor, Type, ValueId};
@@ -209,6 +209,16 @@ impl Lowering<'_> {
         }
         Ok(())
     }
+}
+
+/// The names that are a dim of an input by themselves.
+pub(super) fn plain_dims(model: &Model) -> BTreeSet<String> {
+    let shapes = model.graph.inputs.iter().filter_map(|input| input.tensor_type()?.shape.as_ref());
+    let name = |dim: &model::Dim| match dim {
+        model::Dim::Symbol(name) => Some(name.trim().to_owned()),
+        model::Dim::Known(_) | model::Dim::Unknown => None,
+    };
+    shapes.flatten().filter_map(name).collect()
 }
 
 /// A name that can stand in dim expressions.

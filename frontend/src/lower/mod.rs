@@ -5,6 +5,7 @@
 //! agree a symbol is replaced. Weights stay unread: what moves them becomes part of their expression. Nodes that cannot
 //! be lowered are collected, so that one run names them all.
 
+mod bodies;
 mod context;
 mod defer;
 mod elementwise;
@@ -13,6 +14,7 @@ mod interface;
 mod movement;
 mod outputs;
 mod state;
+mod stretch;
 mod symbols;
 mod tables;
 mod value;
@@ -139,6 +141,7 @@ pub(crate) fn lower_as(
         let mut faults = Faults::default();
         let mut report = ImportReport::default();
         lowering.find_state();
+        lowering.symbols.given_by_inputs(interface::plain_dims(&model));
         faults.keep(lowering.declare_initializers(&model.graph));
         faults.keep(lowering.declare_inputs(options, &mut report));
         if faults.is_empty() {

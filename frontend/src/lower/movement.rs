@@ -283,8 +283,9 @@ impl Lowering<'_> {
 
     /// Stretches to the NumPy broadcast of the value's shape and `shape`.
     pub(crate) fn expand_value(&mut self, value: &Value, shape: &[Dim]) -> Lowered<Value> {
-        let from = self.shape(value);
-        let target = self.broadcast_shapes(&[from, shape.to_vec()])?;
+        let (value, shape) = self.stretched_for(value, shape)?;
+        let value = &value;
+        let target = self.broadcast_shapes(&[self.shape(value), shape])?;
         let from = self.shape(value);
         if from == target {
             return Ok(value.clone());

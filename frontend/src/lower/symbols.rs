@@ -20,6 +20,10 @@ pub(crate) struct Symbols {
     order: BTreeMap<Arc<str>, usize>,
     /// Those that data decides while the model runs.
     data: BTreeSet<Arc<str>>,
+    /// Those of them that say how many there are of something, not what shape was asked for.
+    counts: BTreeSet<Arc<str>>,
+    /// The names that are a dim of an input by themselves, if expressions are to be over those.
+    given: Option<BTreeSet<String>>,
 }
 
 impl Symbols {
@@ -30,19 +34,42 @@ impl Symbols {
         dim
     }
 
-    /// A new symbol, for a size that data decides.
-    pub(crate) fn defined_by_data(&mut self, wanted: &str) -> Dim {
+    /// A new symbol, for a size that data decides: a count, or a shape that was asked for.
+    pub(crate) fn defined_by_data(&mut self, wanted: &str, count: bool) -> Dim {
         let mut name = wanted.to_owned();
         while self.order.contains_key(name.as_str()) {
             name.push('_');
         }
         self.data.insert(name.as_str().into());
+        if count {
+            self.counts.insert(name.as_str().into());
+        }
         self.symbol(&name)
     }
 
     /// True if data decides `dim`, at least in part.
     pub(crate) fn depends_on_data(&self, dim: &Dim) -> bool {
         dim.symbols().iter().any(|symbol| self.data.contains(symbol))
+    }
+
+    /// True if one of the two is a count that data decides and the other a size of the inputs: that they meet in an
+    /// elementwise function says little about whether they are equal.
+    pub(crate) fn count_meets_input(&self, a: &Dim, b: &Dim) -> bool {
+        let count = |dim: &Dim| dim.as_symbol().is_some_and(|symbol| self.counts.contains(symbol));
+        let given = |dim: &Dim| dim.as_const().is_none() && !self.depends_on_data(dim);
+        (count(a) && given(b)) || (count(b) && given(a))
+    }
+
+    /// From now on, expressions over several names are taken as such only if inputs give the names values. ONNX does not
+    /// know expressions: where two exporters' names meet, `past_seq_len + seq_len` may be just another name.
+    pub(crate) fn given_by_inputs(&mut self, names: BTreeSet<String>) {
+        self.given = Some(names);
+    }
+
+    /// True if the inputs give all names of `dim` values, or one name is left that the dim itself gives one.
+    fn can_be_solved(&self, dim: &Dim) -> bool {
+        let Some(given) = &self.given else { return true };
+        dim.symbols().iter().filter(|name| !given.contains(&***name)).count() <= 1
     }
 
     /// The declared dim `text`: one name, or an expression over names.
@@ -54,6 +81,7 @@ impl Symbols {
         if !is_plain_symbol(text)
             && let Some(dim) = parse(text)
             && dim.as_const().is_none_or(|value| value >= 0)
+            && self.can_be_solved(&dim)
         {
             self.note(&dim);
             return dim;
@@ -257,6 +285,9 @@ mod tests {
         assert_eq!(symbols.declared("a/0", "x"), s("a/0"));
         assert_eq!(symbols.declared("", "x"), s("x"));
         assert_eq!(symbols.declared("-3", "x"), s("-3"));
+        symbols.given_by_inputs(["past".to_owned()].into());
+        assert_eq!(symbols.declared("past + seq", "x"), s("past") + s("seq"));
+        assert_eq!(symbols.declared("past_len + seq_len", "x"), s("past_len + seq_len"));
     }
 
     #[test]

@@ -88,6 +88,11 @@ impl Element {
         }
     }
 
+    /// True for a size that is not known before the run.
+    pub(crate) fn is_open(&self) -> bool {
+        self.dim().is_some_and(|dim| dim.as_const().is_none())
+    }
+
     /// The constant, if it is an integer.
     pub(crate) fn integer(&self) -> Option<i64> {
         self.dim().and_then(Dim::as_const)
@@ -119,6 +124,11 @@ pub(crate) fn fits(dtype: DType, value: i64) -> bool {
 }
 
 impl Known {
+    /// True if an element is not known before the run.
+    pub(crate) fn is_open(&self) -> bool {
+        self.elements.iter().any(Element::is_open)
+    }
+
     pub(crate) fn new(dtype: DType, shape: Vec<usize>, elements: Vec<Element>) -> Known {
         Known { dtype, shape, elements, source: None }
     }

@@ -275,7 +275,7 @@ table! {
     MICROSOFT "QLinearLeakyRelu" 1..NOW 5 quantized_contrib::qlinear_unary;
     MICROSOFT "QLinearMul" 1..NOW 8 quantized_contrib::qlinear_binary;
     MICROSOFT "QLinearSigmoid" 1..NOW 5 quantized_contrib::qlinear_unary;
-    MICROSOFT "QLinearSoftmax" 1..NOW 5 quantized_contrib::qlinear_unary;
+    MICROSOFT "QLinearSoftmax" 1..NOW 5 quantized_contrib::qlinear_softmax;
     MICROSOFT "QLinearWhere" 1..NOW 9 quantized_contrib::qlinear_where;
     MICROSOFT "QMoE" 1..NOW 15 experts::quantized_moe;
     MICROSOFT "QuantizeLinear" 1..NOW 3 quantized::quantize_linear;

@@ -197,7 +197,8 @@ fn cut(
 }
 
 /// A position of a slice: from the end if negative, clamped to the extent. Where the order of a size and a bound is
-/// unknown the model is taken to mean a bound that is inside, which is checked before every step.
+/// unknown the model is taken to mean a bound that is inside, which is checked before every step; a minimum of a size and 1
+/// is 1, as sizes of 0 are not meant.
 fn bound(l: &mut Lowering<'_>, at: &Dim, extent: &Dim, start: bool) -> Lowered<Dim> {
     let at = l.current(at);
     let from_start = match at.as_const() {
@@ -220,6 +221,16 @@ fn bound(l: &mut Lowering<'_>, at: &Dim, extent: &Dim, start: bool) -> Lowered<D
     if (extent - &at).is_nonnegative() {
         return Ok(at);
     }
+    if let Some((size, limit)) = size_and_limit(&at) {
+        if limit == 1 {
+            l.assume_at_most(&Dim::constant(1), &size)?;
+            return bound(l, &Dim::constant(1), extent, start);
+        }
+        // What is clamped to the extent need not be clamped to more before.
+        if extent.as_const().is_some_and(|extent| extent <= limit) {
+            return bound(l, &size, extent, start);
+        }
+    }
     if let (Some(value), Some(extent)) = (at.as_const(), extent.as_const()) {
         return Ok(Dim::constant(value.min(extent)));
     }
@@ -229,6 +240,13 @@ fn bound(l: &mut Lowering<'_>, at: &Dim, extent: &Dim, start: bool) -> Lowered<D
     }
     l.assume_at_most(&at, extent)?;
     Ok(at)
+}
+
+/// A minimum of a size and a number.
+fn size_and_limit(at: &Dim) -> Option<(Dim, i64)> {
+    let (a, b) = at.as_minimum()?;
+    let (size, limit) = if a.as_const().is_some() { (b, a) } else { (a, b) };
+    Some((size.clone(), limit.as_const()?))
 }
 
 /// `end - start`, zero if that is known to be negative, assumed to be at least zero if it is not known.

@@ -385,6 +385,7 @@ pub(crate) fn batch_normalization(lowering: &mut Lowering<'_>, call: &Call<'_>) 
         return Err(unsupported("BatchNormalization with spatial = 0"));
     }
     let epsilon = f64::from(read.float("epsilon", 1e-5)?);
+    one_type_per_parameter(lowering, call)?;
     let x = lowering.data(call.input(0)?)?;
     let own = lowering.type_of(x).dtype;
     let x = lowering.cast(x, wide(own))?;
@@ -423,4 +424,29 @@ pub(crate) fn batch_normalization(lowering: &mut Lowering<'_>, call: &Call<'_>) 
     let mut outputs = vec![Value::Data(lowering.cast(y, own)?)];
     outputs.extend(running);
     Ok(outputs)
+}
+
+/// Operands that share a type parameter: all of them before opset 14, then `(X, scale, B)` and the statistics, from opset
+/// 15 on `X` alone, `(scale, B)` and the statistics.
+fn one_type_per_parameter(lowering: &Lowering<'_>, call: &Call<'_>) -> Lowered<()> {
+    let groups: &[&[usize]] = match call.opset() {
+        ..14 => &[&[0, 1, 2, 3, 4]],
+        14 => &[&[0, 1, 2], &[3, 4]],
+        _ => &[&[1, 2], &[3, 4]],
+    };
+    for group in groups {
+        let mut types = Vec::with_capacity(group.len());
+        for &index in *group {
+            types.push(lowering.dtype(call.input(index)?));
+        }
+        if types.windows(2).any(|pair| pair[0] != pair[1]) {
+            let names: Vec<&str> = types.iter().map(|dtype| dtype.name()).collect();
+            let opset = call.opset();
+            return Err(invalid(format!(
+                "inputs {group:?} are of types {}, and of one type in opset {opset}",
+                names.join(", ")
+            )));
+        }
+    }
+    Ok(())
 }

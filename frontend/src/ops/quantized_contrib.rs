@@ -8,6 +8,7 @@
 use super::contraction::product;
 use super::convolution::{average_pool_of, global_average};
 use super::quantized::{by_row, centred, dynamically, range, saturate};
+use super::reduction::softmax_of;
 use crate::lower::{Call, Lowered, Lowering, Value, axis_of, invalid, unsupported};
 use tpshard_ir::{DType, Dim, Op, Scalar, ValueId};
 
@@ -86,7 +87,7 @@ pub(super) fn qlinear_binary(l: &mut Lowering<'_>, call: &Call<'_>) -> Lowered<V
     Ok(vec![Value::Data(stored(l, ratio, call.optional(7), to)?)])
 }
 
-/// QLinearLeakyRelu, QLinearSigmoid, QLinearSoftmax, QLinearAveragePool, QLinearGlobalAveragePool:
+/// QLinearLeakyRelu, QLinearSigmoid, QLinearAveragePool, QLinearGlobalAveragePool:
 /// `(x, x_scale, x_zero_point, y_scale, y_zero_point)`.
 pub(super) fn qlinear_unary(l: &mut Lowering<'_>, call: &Call<'_>) -> Lowered<Vec<Value>> {
     let to = l.dtype(call.input(0)?);
@@ -99,16 +100,6 @@ pub(super) fn qlinear_unary(l: &mut Lowering<'_>, call: &Call<'_>) -> Lowered<Ve
             l.map(Scalar::Select, &[below, scaled, x])?
         }
         "QLinearSigmoid" => l.map(Scalar::Sigmoid, &[x])?,
-        "QLinearSoftmax" => {
-            let axis = call.attributes.int("axis", -1)?;
-            let opset = call.attributes.int("opset", 13)?;
-            let rank = l.graph.ty(x).rank();
-            let axis = axis_of(axis, rank)?;
-            if opset < 13 && axis + 1 != rank {
-                return Err(unsupported("a softmax over several dims"));
-            }
-            l.add(Op::Softmax { axis }, &[x])?
-        }
         "QLinearAveragePool" => {
             channels_first(call)?;
             average_pool_of(l, call, x)?
@@ -119,6 +110,21 @@ pub(super) fn qlinear_unary(l: &mut Lowering<'_>, call: &Call<'_>) -> Lowered<Ve
         }
     };
     quantized(l, call, y, 3, to)
+}
+
+/// QLinearSoftmax: `(x, x_scale, x_zero_point, y_scale, y_zero_point)`, as opset 13 or earlier ones have it by an attribute.
+/// ONNX Runtime multiplies by the whole part of `1 / y_scale` instead of dividing by `y_scale`.
+pub(super) fn qlinear_softmax(l: &mut Lowering<'_>, call: &Call<'_>) -> Lowered<Vec<Value>> {
+    let to = l.dtype(call.input(0)?);
+    let joined = call.attributes.required_int("opset")? < 13;
+    let axis = call.attributes.int("axis", if joined { 1 } else { -1 })?;
+    let x = operand(l, call, 0)?;
+    let y = softmax_of(l, x, axis, joined)?;
+    let scale = scalar_of(l, call.input(3)?)?;
+    let factor = l.map(Scalar::Reciprocal, &[scale])?;
+    let factor = l.map(Scalar::Floor, &[factor])?;
+    let ratio = l.map(Scalar::Mul, &[y, factor])?;
+    Ok(vec![Value::Data(stored(l, ratio, call.optional(4), to)?)])
 }
 
 /// QLinearConcat: `(y_scale, y_zero_point, x, x_scale, x_zero_point, …)`.

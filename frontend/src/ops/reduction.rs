@@ -224,23 +224,39 @@ pub(super) fn hardmax(l: &mut Lowering<'_>, call: &Call<'_>) -> Lowered<Vec<Valu
     })
 }
 
+/// `function` along the attribute `axis`; before opset 13, of all dims from there on as one.
 fn on_axis(
     l: &mut Lowering<'_>,
     call: &Call<'_>,
     function: impl Fn(&mut Lowering<'_>, ValueId, usize) -> Lowered<ValueId>,
 ) -> Lowered<Vec<Value>> {
     let x = l.data(call.input(0)?)?;
-    let shape = l.graph.ty(x).shape.clone();
     let joined = call.opset() < 13;
-    let given = call.attributes.int("axis", if joined { 1 } else { -1 })?;
+    let axis = call.attributes.int("axis", if joined { 1 } else { -1 })?;
+    Ok(vec![Value::Data(along(l, x, axis, joined, function)?)])
+}
+
+/// A softmax as opset 13 defines it, or earlier ones (`joined`).
+pub(super) fn softmax_of(l: &mut Lowering<'_>, x: ValueId, axis: i64, joined: bool) -> Lowered<ValueId> {
+    along(l, x, axis, joined, |l, x, axis| l.add(Op::Softmax { axis }, &[x]))
+}
+
+fn along(
+    l: &mut Lowering<'_>,
+    x: ValueId,
+    given: i64,
+    joined: bool,
+    function: impl Fn(&mut Lowering<'_>, ValueId, usize) -> Lowered<ValueId>,
+) -> Lowered<ValueId> {
+    let shape = l.graph.ty(x).shape.clone();
     if shape.is_empty() && matches!(given, -1..=1) {
         let row = l.reshape(x, &[Dim::constant(1)])?;
         let result = function(l, row, 0)?;
-        return Ok(vec![Value::Data(l.reshape(result, &[])?)]);
+        return l.reshape(result, &[]);
     }
     if !joined {
         let axis = axis_of(given, shape.len())?;
-        return Ok(vec![Value::Data(function(l, x, axis)?)]);
+        return function(l, x, axis);
     }
     let at = if given == i64::try_from(shape.len()).unwrap_or(-1) {
         shape.len()
@@ -248,9 +264,9 @@ fn on_axis(
         axis_of(given, shape.len())?
     };
     if at + 1 == shape.len() {
-        return Ok(vec![Value::Data(function(l, x, at)?)]);
+        return function(l, x, at);
     }
     let flat = l.reshape(x, &[Dim::product(&shape[..at]), Dim::product(&shape[at..])])?;
     let result = function(l, flat, 1)?;
-    Ok(vec![Value::Data(l.reshape(result, &shape)?)])
+    l.reshape(result, &shape)
 }

@@ -5,7 +5,7 @@
 use super::codec::{numbers, reinterpret, round_float, tensor, wrap_integer};
 use super::domain::mix;
 use super::{Array, Domain, OpError, composite};
-use crate::dtype::{DType, DTypeClass};
+use crate::dtype::{DType, DTypeClass, float_to_integer};
 use crate::layout::Monoid;
 use crate::op::{Op, Scalar};
 use crate::tensor::Tensor;
@@ -168,7 +168,7 @@ fn bounds(dtype: DType) -> (Num, Num) {
     }
 }
 
-/// To type `to`: floats round, floats to integers truncate and saturate, integers wrap, `bool` tests for non-zero.
+/// To type `to`: floats round, floats to integers truncate as [`float_to_integer`] does, integers wrap, `bool` tests for non-zero.
 fn cast(x: Num, to: DType) -> Num {
     match (x, to.class()) {
         (Num::Float(x), DTypeClass::Float) => Num::Float(round_float(x, to)),
@@ -176,10 +176,7 @@ fn cast(x: Num, to: DType) -> Num {
         (Num::Int(x), DTypeClass::Float) if to == DType::F32 => Num::Float(f64::from(x as f32)),
         (Num::Int(x), DTypeClass::Float) => Num::Float(round_float(x as f64, to)),
         (Num::Float(x), DTypeClass::Bool) => Num::Int(i128::from(x != 0.0)),
-        (Num::Float(x), _) => {
-            let (least, greatest) = bounds(to);
-            Num::Int((x as i128).clamp(least.int(), greatest.int()))
-        }
+        (Num::Float(x), _) => Num::Int(float_to_integer(x, to)),
         (Num::Int(x), _) => Num::Int(wrap_integer(x, to)),
     }
 }
@@ -374,7 +371,8 @@ mod tests {
         assert_eq!(apply(Scalar::BitNot, DType::U8, &[Num::Int(1)]).unwrap(), Num::Int(254));
         let cast = |x, to| Real.scalar(Scalar::Cast(to), DType::F32, to, &[Num::Float(x)]).unwrap();
         assert_eq!(cast(-1.9, DType::I32), Num::Int(-1));
-        assert_eq!(cast(1e10, DType::I32), Num::Int(i128::from(i32::MAX)));
+        assert_eq!(cast(1e10, DType::I32), Num::Int(i128::from(i32::MIN)));
+        assert_eq!(cast(-2.4, DType::U8), Num::Int(254));
         assert_eq!(cast(0.5, DType::Bool), Num::Int(1));
     }
 

@@ -136,6 +136,19 @@ mod tests {
         }
     }
 
+    /// How the importer writes down that `seq` is 1 or 4.
+    #[test]
+    fn dims_that_must_be_one_of_two_are_either() {
+        let mut graph = with_guard(Dim::constant(0), Dim::symbol("seq"));
+        let steps = Dim::symbol("seq").floor_div(&Dim::constant(4));
+        let right = Dim::constant(4).minimum(&(Dim::constant(1) + Dim::constant(3) * steps));
+        let left = Dim::symbol("seq");
+        graph.guards.push(Guard { left, relation: Relation::Equal, right, reason: "".into() });
+        let found = assignments(&graph, 8);
+        let sizes: BTreeSet<i64> = found.iter().map(|point| point["seq"]).collect();
+        assert_eq!(sizes, [1, 4].into());
+    }
+
     #[test]
     fn guards_that_cannot_hold_have_no_assignment() {
         let graph = with_guard(Dim::constant(1 << 40), Dim::symbol("seq"));
