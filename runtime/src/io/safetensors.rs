@@ -13,6 +13,9 @@ use std::path::Path;
 use tpshard_ir::weight::{logical_dtype_key, logical_shape_key};
 use tpshard_ir::{DType, Tensor, tensor::element_count};
 
+/// What a file says besides its tensors.
+pub type KeyValues = BTreeMap<String, String>;
+
 /// Length of the field in front of the header.
 const PREFIX: usize = 8;
 
@@ -23,7 +26,7 @@ pub struct SafeTensorsFile {
     /// Where the tensors' bytes start.
     data: usize,
     header: Metadata,
-    metadata: BTreeMap<String, String>,
+    metadata: KeyValues,
 }
 
 /// A tensor in a file.
@@ -61,7 +64,7 @@ impl SafeTensorsFile {
     }
 
     /// The file's own key-value pairs.
-    pub fn metadata(&self) -> &BTreeMap<String, String> {
+    pub fn metadata(&self) -> &KeyValues {
         &self.metadata
     }
 
@@ -174,9 +177,7 @@ pub fn write_safetensors(
 ///
 /// # Errors
 /// [`IoError`] if they are not of the format, or hold what [`Tensor`]s cannot.
-pub fn read_safetensors(
-    bytes: &[u8],
-) -> Result<(BTreeMap<String, Tensor>, BTreeMap<String, String>), IoError> {
+pub fn read_safetensors(bytes: &[u8]) -> Result<(BTreeMap<String, Tensor>, KeyValues), IoError> {
     let invalid = |e: ::safetensors::SafeTensorError| IoError::invalid("safetensors", e);
     let (_, header) = SafeTensors::read_metadata(bytes).map_err(invalid)?;
     let metadata = header.metadata().iter().flatten().map(|(k, v)| (k.clone(), v.clone())).collect();

@@ -5,7 +5,7 @@
 //! for the longest slots; shorter ones take the leading entries. Results are put together in the order of the slots,
 //! what shorter slots do not reach is zero. Inputs without a row for every slot are given to every part.
 
-use super::SessionError;
+use super::{Output, SessionError};
 use crate::cpu::value::Value;
 use crate::cpu::write_row;
 use crate::state::{Batch, StepPart};
@@ -167,13 +167,13 @@ pub(super) fn check_outputs(entry: &Entry, batch: &Batch) -> Result<(), SessionE
 pub(super) fn join_rows(
     port: &Port,
     batch: &Batch,
-    parts: &[(Tensor, &[usize])],
+    parts: &[(Output, &[usize])],
 ) -> Result<Tensor, SessionError> {
     let local = |what: String| refuse(format!("output `{}`: {what}", port.name));
     let axis = slot_axis(port, batch).ok_or_else(|| local("it has no row for every slot".into()))?;
     let Some((first, _)) = parts.first() else { return Err(local("no part has it".into())) };
-    let mut shape = vec![0; first.shape().len()];
-    for (tensor, rows) in parts {
+    let mut shape = vec![0; first.tensor.shape().len()];
+    for (Output { tensor, .. }, rows) in parts {
         let extents = tensor.shape();
         if extents.len() != shape.len()
             || extents.get(axis).is_none_or(|extent| extent % rows.len().max(1) != 0)
@@ -184,8 +184,8 @@ pub(super) fn join_rows(
             *whole = if d == axis { *whole + extent } else { extent.max(*whole) };
         }
     }
-    let mut joined = Tensor::zeros(first.dtype(), shape).map_err(|e| local(e.to_string()))?;
-    for (tensor, rows) in parts {
+    let mut joined = Tensor::zeros(first.tensor.dtype(), shape).map_err(|e| local(e.to_string()))?;
+    for (Output { tensor, .. }, rows) in parts {
         let per_slot = tensor.shape().get(axis).map_or(0, |extent| extent / rows.len().max(1));
         let value = Value::new(tensor.clone());
         for (at, row) in rows.iter().enumerate() {

@@ -7,8 +7,8 @@ use crate::session::parts::join_rows;
 use crate::session::{Output, Results, RunPart, SessionError, no_state};
 use crate::state::{Change, SlotGroup, SlotId, StateStore};
 use std::collections::BTreeMap;
+use tpshard_ir::Tensor;
 use tpshard_ir::dim::Bindings;
-use tpshard_ir::{Layout, Tensor};
 
 impl Worker {
     pub(in crate::session) fn change_state(&mut self, change: &Change) -> Result<(), SessionError> {
@@ -43,20 +43,19 @@ impl Worker {
         let batch =
             self.state.as_ref().and_then(StateStore::batch).ok_or_else(|| program("it has no slot dim"))?;
         let mut joined = Results::default();
-        let mut of_name: BTreeMap<String, (Option<Layout>, Vec<(Tensor, &[usize])>)> = BTreeMap::new();
+        let mut of_name: BTreeMap<String, Vec<(Output, &[usize])>> = BTreeMap::new();
         for (part, results) in parts.iter().zip(results) {
             joined.traffic.add(&results.traffic);
             for (name, output) in results.outputs {
-                let (sharded, tensors) = of_name.entry(name).or_default();
-                *sharded = output.sharded;
-                tensors.push((output.tensor, &part.rows));
+                of_name.entry(name).or_default().push((output, &part.rows));
             }
         }
         let entry = parts.first().and_then(|part| self.program.entries.get(part.entry));
-        for (name, (sharded, tensors)) in of_name {
+        for (name, outputs) in of_name {
             let port = entry.and_then(|entry| entry.outputs.iter().find(|port| *port.name == *name));
             let port = port.ok_or_else(|| program("its entries have different outputs"))?;
-            let tensor = join_rows(port, &batch, &tensors)?;
+            let tensor = join_rows(port, &batch, &outputs)?;
+            let sharded = outputs.into_iter().find_map(|(output, _)| output.sharded);
             joined.outputs.insert(name, Output { tensor, sharded });
         }
         Ok(joined)
