@@ -11,6 +11,7 @@ mod agree;
 mod bind;
 mod error;
 mod parts;
+mod request;
 mod timeline;
 mod worker;
 
@@ -21,10 +22,9 @@ use crate::comm::Communicator;
 use crate::cpu::WeightSource;
 use crate::state::{SlotId, StateOptions, StateStore, StepPart};
 use bind::Signature;
-use serde::{Deserialize, Serialize};
+use request::{InputHeader, Request, RunPart, request_of, run_part};
 use std::collections::BTreeMap;
 use tpshard_ir::deferred::SharedEvaluator;
-use tpshard_ir::dim::Bindings;
 use tpshard_ir::program::RankProgram;
 use tpshard_ir::{Layout, StepId, Tensor, Type};
 use worker::Worker;
@@ -74,58 +74,8 @@ pub struct Results {
     pub traffic: crate::comm::CommStats,
 }
 
-/// What rank 0 asks all ranks to do.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-enum Request {
-    /// Rank 0 found an error before anything was done.
-    Refuse(String),
-    Run {
-        /// One, unless slots of different lengths step together.
-        parts: Vec<RunPart>,
-        taps: Vec<u32>,
-    },
-    Truncate {
-        slot: u64,
-        length: usize,
-    },
-    Fork {
-        from: u64,
-        to: u64,
-    },
-    Drop {
-        slot: u64,
-    },
-    Save {
-        slot: u64,
-    },
-    Load {
-        slot: u64,
-        length: usize,
-    },
-    Close,
-}
-
-/// One run of an entry.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-struct RunPart {
-    entry: usize,
-    bindings: BTreeMap<String, i64>,
-    inputs: Vec<InputHeader>,
-    /// The slots of a step with state, and where they stand among all slots of the step.
-    slots: Option<Vec<u64>>,
-    rows: Vec<usize>,
-}
-
 /// What rank 0 asks for, with the tensors that go with it: one set for each part of a run.
 type Asked = (Request, Vec<BTreeMap<String, Tensor>>);
-
-/// An input that will be broadcast.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-struct InputHeader {
-    name: String,
-    dtype: String,
-    shape: Vec<usize>,
-}
 
 /// The index of the entry of `program` that takes these inputs; state enters as plain tensors.
 ///
@@ -468,38 +418,5 @@ impl Session {
 fn no_state() -> SessionError {
     SessionError::Usage {
         what: "the session keeps no state\n  help: open it with a state capacity, or pass the past tensors to `run`".into(),
-    }
-}
-
-/// The part of a request that concerns state only.
-fn request_of(request: &Request) -> crate::state::Change {
-    use crate::state::Change;
-    match request {
-        Request::Truncate { slot, length } => Change::Truncate { slot: SlotId(*slot), length: *length },
-        Request::Fork { from, to } => Change::Fork { from: SlotId(*from), to: SlotId(*to) },
-        Request::Drop { slot } => Change::Drop { slot: SlotId(*slot) },
-        Request::Load { slot, length } => Change::Load { slot: SlotId(*slot), length: *length },
-        Request::Refuse(_) | Request::Run { .. } | Request::Save { .. } | Request::Close => Change::None,
-    }
-}
-
-fn run_part(
-    entry: usize,
-    bindings: &Bindings,
-    inputs: &BTreeMap<String, Tensor>,
-    slots: Option<(Vec<u64>, Vec<usize>)>,
-) -> RunPart {
-    let header = |(name, tensor): (&String, &Tensor)| InputHeader {
-        name: name.clone(),
-        dtype: tensor.dtype().name().into(),
-        shape: tensor.shape().to_vec(),
-    };
-    let (slots, rows) = slots.map_or((None, Vec::new()), |(slots, rows)| (Some(slots), rows));
-    RunPart {
-        entry,
-        bindings: bindings.iter().map(|(name, value)| (name.to_string(), *value)).collect(),
-        inputs: inputs.iter().map(header).collect(),
-        slots,
-        rows,
     }
 }

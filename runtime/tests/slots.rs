@@ -166,7 +166,7 @@ fn slots_are_truncated_forked_and_dropped_apart() {
 /// State that is appended to, an attention mask over all entries, indices into a table, and a scale for all slots.
 fn recorder(ranks: usize, batch: &Dim, more_outputs: bool) -> Spmd {
     let mut g = Graph::new("recorder");
-    let ty = |dtype, dims: &[Dim]| Type::new(dtype, [&[batch.clone()], dims].concat());
+    let ty = |dtype, dims: &[Dim]| Type::new(dtype, [std::slice::from_ref(batch), dims].concat());
     let two = Dim::from(2usize);
     let past = g.input("past", ty(F32, &[dim("past"), two.clone()]));
     let x = g.input("x", ty(F32, &[dim("seq"), two.clone()]));

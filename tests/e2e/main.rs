@@ -19,6 +19,7 @@ mod launch;
 mod report_page;
 mod requests;
 mod shard_and_run;
+mod slots;
 mod split_all;
 mod support;
 mod traffic;
