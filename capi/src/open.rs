@@ -10,7 +10,7 @@ use std::thread::{Builder, JoinHandle};
 use std::time::Duration;
 use tpshard_frontend::deferred::OnnxEvaluator;
 use tpshard_ir::deferred::SharedEvaluator;
-use tpshard_runtime::comm::{CommOptions, Communicator, threads};
+use tpshard_runtime::comm::{CommOptions, Communicator, solo, threads};
 use tpshard_runtime::launch::{Agreement, Flags, Place, Rendezvous, Source, connect, find_place};
 use tpshard_runtime::session::{Session, SessionError, SessionOptions};
 use tpshard_runtime::state::StateOptions;
@@ -161,9 +161,13 @@ fn one_rank(folder: &Path, options: &Options) -> Outcome<Session> {
         device: "cpu".into(),
         precision: files.program.determinism.name().into(),
     };
-    let mut meeting = Rendezvous::of_place(&place, &environment(), options.communication())?;
-    meeting.timeout = if meeting.timeout == FOREVER { APPEARANCE } else { meeting.timeout };
-    let end = connect(&meeting, &agreement)?;
+    let end = if place.world_size == 1 {
+        solo()
+    } else {
+        let mut meeting = Rendezvous::of_place(&place, &environment(), options.communication())?;
+        meeting.timeout = if meeting.timeout == FOREVER { APPEARANCE } else { meeting.timeout };
+        connect(&meeting, &agreement)?
+    };
     let session_options = SessionOptions { local_ranks: place.local_world_size, ..session_options };
     Ok(start(files, end, &session_options)?)
 }

@@ -3,6 +3,7 @@
 mod any_ranks;
 mod bench;
 mod bisect;
+mod c_api;
 mod calibrate;
 mod check;
 mod check_files;
