@@ -26,8 +26,9 @@ impl RankFiles {
 pub(crate) fn program(folder: &Path, rank: usize) -> Outcome<RankProgram> {
     let path = folder.join(format!("rank{rank}"));
     let help = "help: name a folder that `tpshard MODEL --tp N` wrote";
-    let fail = |code, what: String| Fail::new(code, format!("{}: {what}\n  {help}", path.display()));
-    let payload = read_section(&path).map_err(|error| fail(Code::Resources, error.to_string()))?;
-    let payload = payload.ok_or_else(|| fail(Code::Mismatch, "holds no program".into()))?;
-    RankProgram::decode(&payload).map_err(|error| fail(Code::Mismatch, error.to_string()))
+    let fail = |what: String| Fail::new(Code::Mismatch, format!("{}: {what}\n  {help}", path.display()));
+    let payload =
+        read_section(&path).map_err(|error| Fail::new(Code::Resources, format!("{error}\n  {help}")))?;
+    let payload = payload.ok_or_else(|| fail("holds no program".into()))?;
+    RankProgram::decode(&payload).map_err(|error| fail(error.to_string()))
 }
