@@ -320,6 +320,24 @@ fn a_step_that_fails_changes_no_slot() {
 }
 
 #[test]
+fn a_model_that_always_takes_so_many_slots_gets_so_many() {
+    lead(&recorder(2, &Dim::from(2usize), false), 8, 4, |session, held| {
+        let all = [0, 1, 2, 3].map(SlotId);
+        session.run_step(&all[..2], &recorded(&[0, 1], 1, &[0, 0])).unwrap();
+        assert_eq!(held(session), "1 1 - - - -");
+        // Two of one length and two of another, in any order.
+        let mixed = [2, 0, 3, 1].map(SlotId);
+        let found = session.run_step(&mixed, &recorded(&[2, 0, 3, 1], 2, &[0, 0, 0, 0])).unwrap();
+        assert_eq!(held(session), "2 2 1 1 - -");
+        let seen = found.outputs["seen"].tensor.as_slice::<f32>().unwrap();
+        assert_eq!(seen, [-200., 0., 0., -1., -300., 0., -100., -101.]);
+        let error = session.run_step(&all[1..3], &recorded(&[1, 2], 3, &[0, 0])).unwrap_err().to_string();
+        assert!(error.contains("always steps 2 slots at once") && error.contains("help: "), "{error}");
+        assert_eq!(held(session), "2 2 1 1 - -");
+    });
+}
+
+#[test]
 fn outputs_without_rows_keep_ragged_slots_apart() {
     lead(&recorder(2, &dim("batch"), true), 8, 3, |session, held| {
         session.run_step(&[SlotId(0)], &recorded(&[0], 1, &[0])).unwrap();

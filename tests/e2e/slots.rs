@@ -97,7 +97,7 @@ fn greedy(logits: &[f32]) -> i64 {
 fn alone(folder: &Path, ranks: usize, request: &Request) -> Vec<Vec<f32>> {
     with_session(folder, ranks, 1, |session| {
         let slot = [SlotId(0)];
-        let mut logits = step(session, &slot, &[request.prompt.clone()]);
+        let mut logits = step(session, &slot, std::slice::from_ref(&request.prompt));
         while logits.len() < request.tokens {
             let token = greedy(logits.last().unwrap());
             logits.extend(step(session, &slot, &[vec![token]]));
@@ -125,7 +125,7 @@ fn together(folder: &Path, ranks: usize, requests: &[Request]) -> Vec<Vec<Vec<f3
                 }
             }
             for (id, request) in requests.iter().enumerate().filter(|(_, r)| r.arrives == clock) {
-                found[id] = step(session, &[slot(id)], &[request.prompt.clone()]);
+                found[id] = step(session, &[slot(id)], std::slice::from_ref(&request.prompt));
             }
             for (id, request) in requests.iter().enumerate() {
                 if found[id].len() == request.tokens && session.slot_length(slot(id)).is_some() {
