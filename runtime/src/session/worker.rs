@@ -4,7 +4,6 @@ mod opening;
 mod slots;
 
 use super::agree::agree;
-
 use super::timeline::{StepTime, Timeline};
 use super::{InputHeader, Output, Request, Results, RunPart, SessionError, SessionOptions, Tap};
 use crate::comm::{CommStats, Communicator, Group, Tag};
