@@ -113,7 +113,7 @@ fn a_c_program_gets_what_the_command_gets() {
             assert!(found == *tensor, "{name} on {ranks} ranks");
         }
     }
-    end(with_library(&program).args(["/nowhere", "/tmp"])).fails(5, &["/nowhere", "help: "]);
+    end(with_library(&program).args(["/nowhere", "results"])).fails(5, &["/nowhere", "help: "]);
 }
 
 #[test]
@@ -151,7 +151,7 @@ fn wrong_arguments_are_errors_and_slots_go_on_elsewhere() {
     let broken = copy_of_sharded(2, &scratch);
     std::fs::copy(sharded(3).join("rank1.safetensors"), broken.join("rank1.safetensors")).unwrap();
     let Some(run) = compile(&folder("capi/examples/run.c"), scratch.path()) else { return };
-    end(with_library(&run).arg(&broken).arg("/tmp")).fails(4, &["rank1.safetensors", "help: "]);
+    end(with_library(&run).arg(&broken).arg("results")).fails(4, &["rank1.safetensors", "help: "]);
 }
 
 #[test]
