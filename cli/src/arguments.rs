@@ -369,12 +369,12 @@ pub(crate) struct BenchArguments {
 pub(crate) struct GenerateArguments {
     /// The folder that `tpshard MODEL --tp N` wrote.
     pub(crate) folder: PathBuf,
-    /// The text to continue.
+    /// The text to continue. Several are continued at once, and printed when all are done.
     #[arg(long, value_name = "TEXT", required_unless_present = "prompt_ids", conflicts_with = "prompt_ids")]
-    pub(crate) prompt: Option<String>,
-    /// The text to continue, as token ids.
-    #[arg(long, value_name = "ID,…", value_delimiter = ',')]
-    pub(crate) prompt_ids: Vec<i64>,
+    pub(crate) prompt: Vec<String>,
+    /// The text to continue, as token ids. May be repeated as well.
+    #[arg(long, value_name = "ID,…", value_parser = token_ids)]
+    pub(crate) prompt_ids: Vec<TokenIds>,
     /// The model's `tokenizer.json`. Without it, tokens are printed as numbers.
     #[arg(long, value_name = "FILE")]
     pub(crate) tokenizer: Option<PathBuf>,
@@ -403,6 +403,15 @@ pub(crate) struct GenerateArguments {
     pub(crate) ignore_stop: bool,
     #[command(flatten)]
     pub(crate) ranks: RankArguments,
+}
+
+/// The tokens of a prompt.
+#[derive(Clone, Debug)]
+pub(crate) struct TokenIds(pub(crate) Vec<i64>);
+
+fn token_ids(text: &str) -> Result<TokenIds, String> {
+    let id = |word: &str| word.trim().parse().map_err(|e| format!("`{word}` is no token id: {e}"));
+    text.split(',').map(id).collect::<Result<_, _>>().map(TokenIds)
 }
 
 fn temperature(text: &str) -> Result<f64, String> {

@@ -28,6 +28,8 @@ pub(crate) struct Decoder {
     inputs: Vec<(Arc<str>, DType, usize, Feed)>,
     /// The output that holds logits, or tokens already.
     output: String,
+    /// True if sequences of different lengths can step together.
+    pub(crate) together: bool,
 }
 
 impl Decoder {
@@ -58,23 +60,29 @@ impl Decoder {
             let names: Vec<&str> = entry.outputs.iter().map(|p| &*p.name).collect();
             refuse(format!("none of the outputs {} holds the next token", names.join(", ")))
         })?;
-        Ok(Decoder { inputs, output })
+        let slots = state.slot_axis.and_then(|axis| state.ty.shape.get(axis));
+        let is_present = |port: &Port| program.states.iter().any(|s| s.output == port.name);
+        let mut results = entry.outputs.iter().filter(|port| !is_present(port));
+        let together = slots.is_some()
+            && inputs.iter().all(|(_, _, rank, _)| *rank == 2)
+            && results.all(|port| port.ty.shape.first() == slots);
+        Ok(Decoder { inputs, output, together })
     }
 
-    /// The inputs of a step that adds the tokens of each row, equally many, behind `past` others.
-    pub(crate) fn inputs(&self, rows: &[Vec<i64>], past: usize) -> Outcome<BTreeMap<String, Tensor>> {
+    /// The inputs of a step that adds the tokens of each row, equally many, behind as many others as `past` says for it.
+    pub(crate) fn inputs(&self, rows: &[Vec<i64>], past: &[usize]) -> Outcome<BTreeMap<String, Tensor>> {
         let new = rows.first().map_or(0, Vec::len);
+        let longest = past.iter().copied().max().unwrap_or(0);
         let mut all = BTreeMap::new();
         for (name, dtype, rank, feed) in &self.inputs {
-            let one: Vec<i64> = match feed {
-                Feed::Tokens => Vec::new(),
-                Feed::Positions => (past..past + new).map(|p| p as i64).collect(),
-                Feed::Mask { all } => vec![1; new + if *all { past } else { 0 }],
-            };
+            // Inputs without rows are the same for all of them.
             let repeated = if *rank < 2 { 1 } else { rows.len() };
-            let values = match feed {
+            let positions = |&past: &usize| (past..past + new).map(|p| p as i64);
+            let values: Vec<i64> = match feed {
                 Feed::Tokens => rows.concat(),
-                _ => one.repeat(repeated),
+                Feed::Positions => past.iter().take(repeated).flat_map(positions).collect(),
+                // Shorter sequences take the leading entries.
+                Feed::Mask { all } => vec![1; (new + if *all { longest } else { 0 }) * repeated],
             };
             let mut shape = vec![repeated; *rank];
             if let Some(last) = shape.last_mut() {

@@ -28,9 +28,9 @@ pub(crate) struct Job {
 pub(crate) enum JobKind {
     /// Runs, `warm_up` of them unmeasured. With `decode`, each run is a prompt and so many tokens after it.
     Bench { warm_up: usize, samples: usize, decode: usize },
-    /// Continues a prompt.
+    /// Continues prompts.
     Generate {
-        prompt: Vec<i64>,
+        prompts: Vec<Vec<i64>>,
         most: usize,
         stop: Vec<i64>,
         sampling: Sampling,
@@ -81,8 +81,8 @@ impl Job {
             JobKind::Bench { warm_up, samples, decode } => {
                 bench::work(session, inputs, [*warm_up, *samples, *decode], &self.results)
             }
-            JobKind::Generate { prompt, most, stop, sampling, tokenizer, silent } if session.rank() == 0 => {
-                let continued = generate::Continuation { prompt, most: *most, stop, sampling: *sampling };
+            JobKind::Generate { prompts, most, stop, sampling, tokenizer, silent } if session.rank() == 0 => {
+                let continued = generate::Continuation { prompts, most: *most, stop, sampling: *sampling };
                 let text = generate::Printer::new(tokenizer.as_deref(), *silent)?;
                 generate::work(session, &continued, text, &self.results)
             }

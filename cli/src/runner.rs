@@ -3,7 +3,7 @@
 //! Standard output belongs to results; everything said to people goes to standard error.
 
 use crate::arguments::{RunnerArguments, TensorArguments, parsed};
-use crate::commands::run::{add_flags, spawn};
+use crate::commands::run::{add_flags, kind_of, spawn};
 use crate::failure::{Classify, Failure, Kind, Outcome};
 use crate::folder::Folder;
 use crate::job::Job;
@@ -277,11 +277,7 @@ fn sibling(path: &Path) -> PathBuf {
 }
 
 fn launch_failure(error: LaunchError) -> Failure {
-    let kind = match &error {
-        LaunchError::Refused { .. } | LaunchError::Rendezvous { .. } => Kind::Rank,
-        _ => Kind::Usage,
-    };
-    Failure::new(kind, error)
+    Failure::new(kind_of(error.exit_code().into()), error)
 }
 
 /// A step's error as this rank tells it: what another rank could not do is said by that rank and by rank 0, what the
@@ -298,24 +294,7 @@ fn step_failure(error: &SessionError, own_rank: usize) -> Failure {
 
 /// The exit code that fits a session's error.
 pub(crate) fn session_failure(error: &SessionError) -> Failure {
-    let kind = match error {
-        SessionError::Inputs(_)
-        | SessionError::UnknownInput { .. }
-        | SessionError::NoEntry { .. }
-        | SessionError::Index { .. }
-        | SessionError::Usage { .. } => Kind::Usage,
-        SessionError::Program { .. } | SessionError::Lowering { .. } | SessionError::Weights { .. } => {
-            Kind::Mismatch
-        }
-        SessionError::Plan(_)
-        | SessionError::Memory { .. }
-        | SessionError::Resources { .. }
-        | SessionError::State { .. } => Kind::Resource,
-        SessionError::Refused { .. }
-        | SessionError::Collective(_)
-        | SessionError::Poisoned { .. }
-        | SessionError::Closed => Kind::Rank,
-    };
+    let kind = kind_of(error.exit_code().into());
     let text = error.to_string();
     let help = match error {
         SessionError::Inputs(_) if !text.contains("help: ") => {

@@ -10,6 +10,8 @@
 mod agree;
 mod bind;
 mod error;
+mod parts;
+mod request;
 mod timeline;
 mod worker;
 
@@ -18,11 +20,10 @@ pub use timeline::{StepTime, now};
 
 use crate::comm::Communicator;
 use crate::cpu::WeightSource;
-use crate::state::{SlotId, StateOptions};
+use crate::state::{SlotId, StateOptions, StateStore, StepPart};
 use bind::Signature;
-use serde::{Deserialize, Serialize};
+use request::{InputHeader, Request, RunPart, request_of, run_part};
 use std::collections::BTreeMap;
-use std::sync::Arc;
 use tpshard_ir::deferred::SharedEvaluator;
 use tpshard_ir::program::RankProgram;
 use tpshard_ir::{Layout, StepId, Tensor, Type};
@@ -73,40 +74,8 @@ pub struct Results {
     pub traffic: crate::comm::CommStats,
 }
 
-/// What rank 0 asks all ranks to do.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-enum Request {
-    /// Rank 0 found an error before anything was done.
-    Refuse(String),
-    Run {
-        entry: usize,
-        bindings: BTreeMap<String, i64>,
-        inputs: Vec<InputHeader>,
-        taps: Vec<u32>,
-        /// The slots of a step with state.
-        slots: Option<Vec<u64>>,
-    },
-    Truncate {
-        slot: u64,
-        length: usize,
-    },
-    Fork {
-        from: u64,
-        to: u64,
-    },
-    Drop {
-        slot: u64,
-    },
-    Close,
-}
-
-/// An input that will be broadcast.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-struct InputHeader {
-    name: String,
-    dtype: String,
-    shape: Vec<usize>,
-}
+/// What rank 0 asks for, with the tensors that go with it: one set for each part of a run.
+type Asked = (Request, Vec<BTreeMap<String, Tensor>>);
 
 /// The index of the entry of `program` that takes these inputs; state enters as plain tensors.
 ///
@@ -189,16 +158,22 @@ impl Session {
         if self.rank() != 0 {
             return self.follow_one();
         }
-        let request = self.prepare(inputs, taps, None);
-        self.lead(request, inputs)
+        let asked = self.prepare(inputs, taps);
+        self.lead(asked)
     }
 
     /// Runs one step for `slots`, whose state stays with the ranks: state inputs are not given, state outputs not
-    /// returned. A slot that was never stepped starts empty. All slots of a step must have the same length; steps of
-    /// the same slots in the same order copy no state.
+    /// returned. A slot that was never stepped starts empty. Steps of the same slots in the same order copy no state.
+    ///
+    /// Slots may have different lengths. Inputs and outputs have a row for every slot, in the order of `slots`, along
+    /// the dim that is called as the slot dim of the state; inputs without such a dim are for all slots. Dims that
+    /// depend on the lengths, such as that of an attention mask over past and new entries, are those of the longest
+    /// slot: of an input, shorter slots take the leading entries, of an output, the others are zero. The program runs
+    /// once for each length.
     ///
     /// # Errors
-    /// As [`Session::run`], and a full or ragged state, which is refused before the step.
+    /// As [`Session::run`], and a full state, which is refused before anything runs. After an error of a step that
+    /// leaves the session usable, all slots are as before it.
     pub fn run_step(
         &mut self,
         slots: &[SlotId],
@@ -207,8 +182,8 @@ impl Session {
         if self.rank() != 0 {
             return self.follow_one();
         }
-        let request = self.prepare(inputs, &[], Some(slots));
-        self.lead(request, inputs)
+        let asked = self.prepare_step(inputs, slots);
+        self.lead(asked)
     }
 
     /// Forgets all but the first `length` entries of a slot.
@@ -233,6 +208,38 @@ impl Session {
     /// The slot is not there, or the session is poisoned.
     pub fn drop_slot(&mut self, slot: SlotId) -> Result<(), SessionError> {
         self.change_state(Request::Drop { slot: slot.0 })
+    }
+
+    /// A slot as the bytes of a safetensors file, which holds whole logical tensors: a session of the same model on any
+    /// number of ranks can load it. Empty on ranks other than 0.
+    ///
+    /// # Errors
+    /// The slot is not there, or the session is poisoned.
+    pub fn save_slot(&mut self, slot: SlotId) -> Result<Vec<u8>, SessionError> {
+        if self.rank() != 0 {
+            return self.follow_one().map(|_| Vec::new());
+        }
+        let nothing = || SessionError::State { what: format!("slot {} holds nothing to save", slot.0) };
+        let known = self.worker.state().ok_or_else(no_state);
+        let length = known.and_then(|state| state.length(slot).ok_or_else(nothing));
+        let length_or_zero = *length.as_ref().unwrap_or(&0);
+        let saved = self.lead(length.map(|_| (Request::Save { slot: slot.0 }, Vec::new())))?;
+        let tensors = saved.outputs.into_iter().map(|(name, output)| (name, output.tensor)).collect();
+        StateStore::encode(&tensors, length_or_zero)
+    }
+
+    /// Makes a slot from what [`Session::save_slot`] gave. Ranks other than 0 pass nothing.
+    ///
+    /// # Errors
+    /// The bytes are not a saved slot of this model or longer than the capacity, the slot is in use, or no slot is free.
+    pub fn load_slot(&mut self, slot: SlotId, bytes: &[u8]) -> Result<(), SessionError> {
+        if self.rank() != 0 {
+            return self.follow_one().map(|_| ());
+        }
+        let known = self.worker.state().ok_or_else(no_state);
+        let asked = known.and_then(|state| state.decode(slot, bytes));
+        let asked = asked.map(|(length, tensors)| (Request::Load { slot: slot.0, length }, vec![tensors]));
+        self.lead(asked).map(|_| ())
     }
 
     /// Entries held by a slot.
@@ -266,7 +273,7 @@ impl Session {
         if self.rank() != 0 {
             return self.follow();
         }
-        self.lead(Ok(Request::Close), &BTreeMap::new()).map(|_| ())
+        self.lead(Ok((Request::Close, Vec::new()))).map(|_| ())
     }
 
     #[cfg(test)]
@@ -279,62 +286,84 @@ impl Session {
             return self.follow_one().map(|_| ());
         }
         let checked = match self.worker.state() {
-            Some(state) => state.check(&request_of(&request)).map(|()| request),
+            Some(state) => state.check(&request_of(&request)).map(|()| (request, Vec::new())),
             None => Err(no_state()),
         };
-        self.lead(checked, &BTreeMap::new()).map(|_| ())
+        self.lead(checked).map(|_| ())
     }
 
     /// Checks a run on rank 0.
-    fn prepare(
-        &self,
-        inputs: &BTreeMap<String, Tensor>,
-        taps: &[StepId],
-        slots: Option<&[SlotId]>,
-    ) -> Result<Request, SessionError> {
-        let state = match slots {
-            Some(slots) => Some(self.worker.state().ok_or_else(no_state)?.inputs(slots)?),
-            None => None,
-        };
-        let (entry, bindings) = bind::choose(&self.signatures, inputs, state.as_ref())?;
+    fn prepare(&self, inputs: &BTreeMap<String, Tensor>, taps: &[StepId]) -> Result<Asked, SessionError> {
+        let (entry, bindings) = bind::choose(&self.signatures, inputs, None)?;
         let steps = self.program().entries.get(entry).map_or(0, |e| e.graph.len());
         if let Some(tap) = taps.iter().find(|t| t.index() >= steps) {
             return Err(SessionError::Usage {
                 what: format!("there is no step {tap}, the entry has {steps}"),
             });
         }
-        if let Some(slots) = slots {
-            self.worker.check_capacity(entry, &bindings, slots)?;
+        let part = run_part(entry, &bindings, inputs, None);
+        let taps = taps.iter().map(|t| t.0).collect();
+        Ok((Request::Run { parts: vec![part], taps }, vec![inputs.clone()]))
+    }
+
+    /// Checks a step on rank 0, all parts of it before any runs.
+    fn prepare_step(
+        &self,
+        inputs: &BTreeMap<String, Tensor>,
+        slots: &[SlotId],
+    ) -> Result<Asked, SessionError> {
+        let state = self.worker.state().ok_or_else(no_state)?;
+        let parts = state.parts(slots)?;
+        let of_parts = self.split(state, inputs, &parts)?;
+        let mut run_parts = Vec::with_capacity(parts.len());
+        for (part, inputs) in parts.iter().zip(&of_parts) {
+            let types = state.inputs(part.length, part.rows.len());
+            let (entry, bindings) = bind::choose(&self.signatures, inputs, Some(&types))?;
+            if let Some(entry) = self.program().entries.get(entry) {
+                state.check_capacity(entry, &bindings, part.length)?;
+            }
+            let own = part.rows.iter().filter_map(|&row| slots.get(row)).map(|slot| slot.0).collect();
+            run_parts.push(run_part(entry, &bindings, inputs, Some((own, part.rows.clone()))));
         }
-        let header = |(name, tensor): (&String, &Tensor)| InputHeader {
-            name: name.clone(),
-            dtype: tensor.dtype().name().into(),
-            shape: tensor.shape().to_vec(),
+        Ok((Request::Run { parts: run_parts, taps: Vec::new() }, of_parts))
+    }
+
+    /// The inputs of every part of a step.
+    fn split(
+        &self,
+        state: &StateStore,
+        inputs: &BTreeMap<String, Tensor>,
+        parts: &[StepPart],
+    ) -> Result<Vec<BTreeMap<String, Tensor>>, SessionError> {
+        let (first, [.., longest], true) = (self.program().entries.first(), parts, parts.len() > 1) else {
+            return Ok(vec![inputs.clone()]);
         };
-        Ok(Request::Run {
-            entry,
-            bindings: bindings.iter().map(|(name, value)| (name.to_string(), *value)).collect(),
-            inputs: inputs.iter().map(header).collect(),
-            taps: taps.iter().map(|t| t.0).collect(),
-            slots: slots.map(|s| s.iter().map(|s| s.0).collect()),
-        })
+        let (Some(first), Some(batch)) = (first, state.batch()) else { return Err(no_state()) };
+        let mut of_parts = parts::split_rows(first, &batch, inputs, parts)?;
+        let types = state.inputs(longest.length, longest.rows.len());
+        let of_longest = of_parts.last().unwrap_or(inputs);
+        let (entry, bindings) = bind::choose(&self.signatures, of_longest, Some(&types))?;
+        let entry = self.program().entries.get(entry).unwrap_or(first);
+        parts::check_outputs(entry, &batch)?;
+        for (part, inputs) in
+            parts.iter().zip(&mut of_parts).filter(|(part, _)| part.length != longest.length)
+        {
+            parts::cut_lengths(entry, &batch, &state.length_symbols()?, &bindings, part, inputs)?;
+        }
+        Ok(of_parts)
     }
 
     /// Rank 0: tells all ranks, then does it.
-    fn lead(
-        &mut self,
-        request: Result<Request, SessionError>,
-        inputs: &BTreeMap<String, Tensor>,
-    ) -> Result<Results, SessionError> {
+    fn lead(&mut self, asked: Result<Asked, SessionError>) -> Result<Results, SessionError> {
         self.usable()?;
-        let told = match &request {
-            Ok(request) => request.clone(),
+        let told = match &asked {
+            Ok((request, _)) => request.clone(),
             Err(error) => Request::Refuse(error.to_string()),
         };
         let sent = self.worker.announce(Some(&told)).map(|_| ());
         self.settle(sent)?;
-        let request = request?;
-        self.execute(&request, inputs)
+        let (request, given) = asked?;
+        self.execute(&request, given)
     }
 
     /// Other ranks: does what rank 0 asks next.
@@ -342,27 +371,26 @@ impl Session {
         self.usable()?;
         let heard = self.worker.announce(None);
         let request = self.settle(heard)?;
-        self.execute(&request, &BTreeMap::new())
+        self.execute(&request, Vec::new())
     }
 
+    /// Does what was asked; the tensors that go with it are given on rank 0 only.
     fn execute(
         &mut self,
         request: &Request,
-        inputs: &BTreeMap<String, Tensor>,
+        given: Vec<BTreeMap<String, Tensor>>,
     ) -> Result<Results, SessionError> {
         let worker = &mut self.worker;
         let done = match request {
             Request::Refuse(message) => Err(SessionError::Refused { rank: 0, message: message.clone() }),
-            Request::Run { entry, bindings, inputs: headers, taps, slots } => {
-                let bindings =
-                    bindings.iter().map(|(name, value)| (Arc::from(name.as_str()), *value)).collect();
-                let slots: Option<Vec<SlotId>> =
-                    slots.as_ref().map(|s| s.iter().copied().map(SlotId).collect());
-                self.pool.install(|| worker.run(*entry, bindings, headers, inputs, taps, slots.as_deref()))
-            }
+            Request::Run { parts, taps } => self.pool.install(|| worker.run(parts, given, taps)),
             Request::Truncate { .. } | Request::Fork { .. } | Request::Drop { .. } => {
                 worker.change_state(&request_of(request)).map(|()| Results::default())
             }
+            Request::Save { slot } => worker.save_slot(SlotId(*slot)),
+            Request::Load { slot, length } => worker
+                .load_slot(SlotId(*slot), *length, given.into_iter().next())
+                .map(|()| Results::default()),
             Request::Close => {
                 self.closed = true;
                 Ok(Results::default())
@@ -390,16 +418,5 @@ impl Session {
 fn no_state() -> SessionError {
     SessionError::Usage {
         what: "the session keeps no state\n  help: open it with a state capacity, or pass the past tensors to `run`".into(),
-    }
-}
-
-/// The part of a request that concerns state only.
-fn request_of(request: &Request) -> crate::state::Change {
-    use crate::state::Change;
-    match request {
-        Request::Truncate { slot, length } => Change::Truncate { slot: SlotId(*slot), length: *length },
-        Request::Fork { from, to } => Change::Fork { from: SlotId(*from), to: SlotId(*to) },
-        Request::Drop { slot } => Change::Drop { slot: SlotId(*slot) },
-        Request::Refuse(_) | Request::Run { .. } | Request::Close => Change::None,
     }
 }

@@ -3,9 +3,15 @@
 //! A *slot* is one sequence. Slots that step together form a group: one tensor per state pair with all slots along the
 //! slot dim and room for `capacity` entries along the dim that grows. A step reads the filled prefix as its past and
 //! appends behind it, so its cost is that of the new entries; only when other slots step together than before are rows
-//! copied. All slots of one step must have the same length; ragged steps are refused with an error that says so.
+//! copied. A program runs on slots of one length, so a step of slots of different lengths is made of several *parts*,
+//! one per length.
 //!
 //! Every rank keeps its own share, in the layout of the program, and changes it by the same requests.
+
+mod parts;
+mod saved;
+
+pub(crate) use parts::{Batch, StepPart};
 
 use crate::cpu::convert::{Place, held};
 use crate::cpu::value::Value;
@@ -38,9 +44,22 @@ pub(crate) struct StateInputs {
 /// A change of state without computation.
 pub(crate) enum Change {
     None,
-    Truncate { slot: SlotId, length: usize },
-    Fork { from: SlotId, to: SlotId },
-    Drop { slot: SlotId },
+    Truncate {
+        slot: SlotId,
+        length: usize,
+    },
+    Fork {
+        from: SlotId,
+        to: SlotId,
+    },
+    Drop {
+        slot: SlotId,
+    },
+    /// Something is about to be loaded.
+    Load {
+        slot: SlotId,
+        length: usize,
+    },
 }
 
 /// Slots that lie in one tensor per state pair.
@@ -149,53 +168,13 @@ impl StateStore {
         self.groups.iter().map(|g| g.slots.len()).sum()
     }
 
-    /// The common length of `slots`; slots that are not there yet are empty.
-    fn common_length(&self, slots: &[SlotId]) -> Result<usize, SessionError> {
-        let lengths: Vec<usize> = slots.iter().map(|&s| self.length(s).unwrap_or(0)).collect();
-        let Some(&first) = lengths.first() else { return Err(refuse("a step without slots")) };
-        for (i, slot) in slots.iter().enumerate() {
-            if slots[..i].contains(slot) {
-                return Err(refuse(format!("slot {} is named twice", slot.0)));
-            }
-            if lengths[i] != first {
-                return Err(refuse(format!(
-                    "slot {} holds {first} entries and slot {} holds {}\n  \
-                     help: slots of different lengths cannot step together yet; step them one after another",
-                    slots[0].0, slot.0, lengths[i]
-                )));
-            }
-        }
-        if slots.len() > 1 && self.specs.iter().any(|s| s.slot_axis.is_none()) {
-            return Err(refuse(
-                "the model's state has no dim for several slots\n  help: step them one after another",
-            ));
-        }
-        let new = slots.iter().filter(|&&s| self.find(s).is_none()).count();
-        if self.count() + new > self.options.slots {
-            return Err(refuse(format!(
-                "{} slots are in use, {new} more exceed the {} declared\n  help: drop slots or declare more",
-                self.count(),
-                self.options.slots
-            )));
-        }
-        Ok(first)
-    }
-
-    /// The types the state inputs have in a step of `slots`.
-    pub(crate) fn inputs(&self, slots: &[SlotId]) -> Result<StateInputs, SessionError> {
-        let length = self.common_length(slots)?;
-        let types = self.specs.iter().map(|s| (s.input.clone(), typed(s, length, slots.len()))).collect();
-        Ok(StateInputs { types })
-    }
-
     /// Refuses a step whose new entries do not fit.
     pub(crate) fn check_capacity(
         &self,
         entry: &Entry,
         bindings: &Bindings,
-        slots: &[SlotId],
+        length: usize,
     ) -> Result<(), SessionError> {
-        let length = self.common_length(slots)?;
         for spec in &self.specs {
             let port = entry.outputs.iter().find(|p| p.name == spec.output);
             let port = port.ok_or_else(|| refuse(format!("the entry has no output `{}`", spec.output)))?;
@@ -212,9 +191,13 @@ impl StateStore {
         Ok(())
     }
 
-    /// The group that is exactly `slots`, regrouped if need be.
+    /// The group that is exactly `slots`, all of one length, regrouped if need be.
     pub(crate) fn take(&mut self, slots: &[SlotId]) -> Result<SlotGroup, SessionError> {
-        let length = self.common_length(slots)?;
+        self.check_slots(slots)?;
+        let length = slots.first().and_then(|&slot| self.length(slot)).unwrap_or(0);
+        if let Some(other) = slots.iter().find(|&&slot| self.length(slot).unwrap_or(0) != length) {
+            return Err(refuse(format!("slot {} does not hold {length} entries as the others do", other.0)));
+        }
         if let Some(at) = self.groups.iter().position(|g| g.slots == slots) {
             return Ok(self.groups.swap_remove(at));
         }
@@ -223,6 +206,30 @@ impl StateStore {
             self.forget(slot)?;
         }
         Ok(SlotGroup { slots: slots.to_vec(), length, tensors, inputs: self.input_axes() })
+    }
+
+    /// Puts a group back that was taken and not stepped.
+    pub(crate) fn untake(&mut self, group: SlotGroup) {
+        self.groups.push(group);
+    }
+
+    /// How long the slots are, to go back to with [`StateStore::restore`].
+    pub(crate) fn lengths(&self, slots: impl Iterator<Item = SlotId>) -> Vec<(SlotId, Option<usize>)> {
+        slots.map(|slot| (slot, self.length(slot))).collect()
+    }
+
+    /// Undoes steps: slots are as long as they were, those that were not there are forgotten. Steps only append, so
+    /// that what the slots held is still there.
+    pub(crate) fn restore(&mut self, before: &[(SlotId, Option<usize>)]) -> Result<(), SessionError> {
+        for &(slot, length) in before {
+            if let Some((group, _)) = self.find(slot) {
+                self.groups[group].length = length.unwrap_or(0);
+            }
+        }
+        for (slot, _) in before.iter().filter(|(_, length)| length.is_none()) {
+            self.forget(*slot)?;
+        }
+        Ok(())
     }
 
     fn input_axes(&self) -> Vec<(Arc<str>, usize)> {
@@ -326,21 +333,39 @@ impl StateStore {
             }
             Change::Fork { from, to } => {
                 there(from)?;
-                if self.find(*to).is_some() {
-                    return Err(refuse(format!("slot {} is in use\n  help: drop it first", to.0)));
+                self.check_free(*to)
+            }
+            Change::Load { slot, length } => {
+                if *length > self.options.capacity {
+                    return Err(refuse(format!(
+                        "{length} entries were saved, the capacity is {}\n  \
+                         help: open the session with a larger capacity",
+                        self.options.capacity
+                    )));
                 }
-                if self.count() >= self.options.slots {
-                    return Err(refuse(format!("all {} declared slots are in use", self.options.slots)));
-                }
-                Ok(())
+                self.check_free(*slot)
             }
         }
+    }
+
+    /// Refuses a slot that is in use, or one too many.
+    fn check_free(&self, slot: SlotId) -> Result<(), SessionError> {
+        if self.find(slot).is_some() {
+            return Err(refuse(format!("slot {} is in use\n  help: drop it first", slot.0)));
+        }
+        if self.count() >= self.options.slots {
+            return Err(refuse(format!(
+                "all {} declared slots are in use\n  help: drop slots or declare more",
+                self.options.slots
+            )));
+        }
+        Ok(())
     }
 
     pub(crate) fn change(&mut self, change: &Change) -> Result<(), SessionError> {
         self.check(change)?;
         match *change {
-            Change::None => Ok(()),
+            Change::None | Change::Load { .. } => Ok(()),
             Change::Drop { slot } => self.forget(slot),
             Change::Truncate { slot, length } => {
                 let alone = self.alone(slot)?;
@@ -395,69 +420,4 @@ fn typed(spec: &StateSpec, entries: usize, slots: usize) -> Type {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::comm::solo;
-    use crate::cpu::MemoryWeights;
-    use crate::session::{Session, SessionOptions};
-    use tpshard_ir::layout::Layout;
-    use tpshard_ir::{
-        DType, Data, Graph, Op, Output, Spmd, SpmdOutput, StatePair, Step, StepId, StepKind, ValueId,
-    };
-
-    /// `present = append(past, x)`, and its transpose, which only looks.
-    fn program() -> RankProgram {
-        let mut g = Graph::new("state");
-        let ty = |grows: &str| Type::new(DType::F32, vec![Dim::symbol("b"), Dim::symbol(grows), 2i64.into()]);
-        let past = g.input("past", ty("past"));
-        let x = g.input("x", ty("seq"));
-        let present = g.add(Op::Append { axis: 1 }, &[past, x]).unwrap();
-        let y = g.add(Op::Transpose { perm: vec![0, 2, 1] }, &[present]).unwrap();
-        g.outputs.push(Output { name: "present".into(), value: present });
-        g.outputs.push(Output { name: "y".into(), value: y });
-        g.states.push(StatePair { input: "past".into(), output: "present".into(), axis: 1 });
-        let mesh = Mesh::flat(1);
-        let step = |value: u32, args: &[u32]| Step {
-            value: ValueId(value),
-            layout: Layout::replicated(&mesh),
-            kind: StepKind::Compute,
-            args: args.iter().map(|&a| StepId(a)).collect(),
-        };
-        let steps = vec![step(0, &[]), step(1, &[]), step(2, &[0, 1]), step(3, &[2])];
-        let outputs =
-            [("present", 2), ("y", 3)].map(|(n, s)| SpmdOutput { name: n.into(), step: StepId(s) }).to_vec();
-        let spmd = Spmd { mesh, imported: g.len(), logical: g, equations: vec![], steps, outputs };
-        RankProgram::from_spmd(&spmd, 0).unwrap()
-    }
-
-    fn address(session: &Session) -> *const f32 {
-        match session.state().unwrap().groups[0].tensors[0].data() {
-            Data::F32(v) => v.as_ptr(),
-            _ => std::ptr::null(),
-        }
-    }
-
-    #[test]
-    fn steps_append_in_place() {
-        let options = SessionOptions {
-            threads: Some(1),
-            state: Some(StateOptions { capacity: 6, slots: 2 }),
-            ..SessionOptions::default()
-        };
-        let mut session = Session::open(program(), &mut MemoryWeights::default(), solo(), &options).unwrap();
-        let slots = [SlotId(0), SlotId(1)];
-        let mut first = None;
-        for step in 0..3 {
-            let x = Tensor::from_vec(vec![2, 2, 2], (0..8).map(|i| (8 * step + i) as f32).collect()).unwrap();
-            let inputs = BTreeMap::from([("x".to_string(), x)]);
-            let results = session.run_step(&slots, &inputs).unwrap();
-            let y = &results.outputs["y"].tensor;
-            assert_eq!(y.shape(), [2, 2, 2 * (step + 1)]);
-            assert_eq!(y.as_slice::<f32>().unwrap()[2 * step], (8 * step) as f32);
-            assert_eq!(*first.get_or_insert(address(&session)), address(&session));
-        }
-        let x = Tensor::from_vec(vec![2, 1, 2], vec![0f32; 4]).unwrap();
-        let error = session.run_step(&slots, &BTreeMap::from([("x".to_string(), x)])).unwrap_err();
-        assert!(error.to_string().contains("capacity is 6"), "{error}");
-    }
-}
+mod tests;

@@ -1,5 +1,4 @@
-//! Whole programs on one to four ranks: results equal the interpreter's, errors are values on every rank, and decoding
-//! with state equals running everything at once.
+//! Whole programs on one to four ranks: results equal the interpreter's, and errors are values on every rank.
 
 mod executor;
 
@@ -8,12 +7,10 @@ use std::collections::BTreeMap;
 use tpshard_ir::layout::{AxisLayout, Layout, Mesh};
 use tpshard_ir::op::{EinsumSpec, NormKind, Op, Real};
 use tpshard_ir::{
-    Conversion, DType, Dim, Graph, Guard, Monoid, Relation, Scalar, Spmd, StatePair, SymbolRange, Tensor,
-    Type, ValueId,
+    Conversion, DType, Dim, Graph, Guard, Monoid, Relation, Scalar, Spmd, SymbolRange, Tensor, Type, ValueId,
 };
 use tpshard_runtime::comm::solo;
-use tpshard_runtime::session::{SessionError, SessionOptions};
-use tpshard_runtime::state::{SlotId, StateOptions};
+use tpshard_runtime::session::SessionOptions;
 
 const F32: DType = DType::F32;
 
@@ -301,149 +298,4 @@ fn a_program_of_another_rank_is_refused_on_all_ranks() {
         handles.into_iter().map(|h| h.join().unwrap()).collect()
     });
     assert!(errors.iter().all(|e| e.contains("started as rank 0")), "{errors:?}");
-}
-
-/// One attention layer with a KV cache, heads split over the ranks.
-fn decoder(ranks: usize) -> Spmd {
-    let mut g = Graph::new("decoder");
-    let open = |heads: usize| Type::new(F32, vec![dim("batch"), heads.into(), dim("past"), 3usize.into()]);
-    let x = g.input("x", Type::new(F32, vec![dim("batch"), dim("seq"), 8usize.into()]));
-    let past_k = g.input("past_k", open(4));
-    let past_v = g.input("past_v", open(4));
-    let project = |g: &mut Graph, name: &str| {
-        let w = weight(g, name, F32, &[4, 8, 3]);
-        (w, einsum(g, "bsk,hkd->bhsd", x, w))
-    };
-    let ((wq, q), (wk, k), (wv, v)) = (project(&mut g, "wq"), project(&mut g, "wk"), project(&mut g, "wv"));
-    let all_k = g.add(Op::Append { axis: 2 }, &[past_k, k]).unwrap();
-    let all_v = g.add(Op::Append { axis: 2 }, &[past_v, v]).unwrap();
-    let op = Op::Attention {
-        scale: Real(0.5),
-        softcap: None,
-        kv_of_head: vec![0, 1, 2, 3],
-        empty_rows_zero: false,
-    };
-    let mixed = g.add(op, &[q, all_k, all_v]).unwrap();
-    let wo = weight(&mut g, "wo", F32, &[4, 3, 8]);
-    // Heads and widths are contracted one after another, since each einsum has two operands.
-    let y = einsum(&mut g, "bhsd,hdk->bsk", mixed, wo);
-    output(&mut g, "y", y);
-    output(&mut g, "present_k", all_k);
-    output(&mut g, "present_v", all_v);
-    for name in ["k", "v"] {
-        g.states.push(StatePair {
-            input: format!("past_{name}").into(),
-            output: format!("present_{name}").into(),
-            axis: 2,
-        });
-    }
-    let mesh = Mesh::flat(ranks);
-    let r = Layout::replicated(&mesh);
-    let mut b = Builder::new(g, mesh);
-    b.compute(x, r.clone());
-    for value in [past_k, past_v] {
-        b.compute(value, shard(1, 1));
-    }
-    for value in [wq, wk, wv] {
-        b.compute(value, shard(0, 1));
-    }
-    for value in [q, k, v, all_k, all_v, mixed] {
-        b.compute(value, shard(1, 1));
-    }
-    b.compute(wo, shard(0, 1));
-    b.compute(y, Layout(vec![AxisLayout::Partial(Monoid::Sum)]));
-    b.convert(y, r, Conversion::AllReduce { axes: vec![0], monoid: Monoid::Sum });
-    b.finish()
-}
-
-fn tokens(random: &mut Random, batch: usize, seq: usize) -> BTreeMap<String, Tensor> {
-    [("x".to_string(), random.tensor(F32, &[batch, seq, 8]))].into()
-}
-
-fn with_state(capacity: usize, slots: usize) -> SessionOptions {
-    SessionOptions { state: Some(StateOptions { capacity, slots }), ..options() }
-}
-
-#[test]
-fn decoding_with_state_equals_single_shots() {
-    for ranks in [1, 2, 3, 4] {
-        let spmd = decoder(ranks);
-        let weights = random_weights(&spmd.logical, &mut Random::new(14));
-        on_ranks(&spmd, &weights, &with_state(16, 3), |rank, session| {
-            let mut session = session.unwrap();
-            if rank != 0 {
-                return session.follow().unwrap();
-            }
-            let mut random = Random::new(15);
-            let slots = [SlotId(7), SlotId(9)];
-            let mut past: Vec<Tensor> = vec![random.tensor(F32, &[2, 4, 0, 3]); 2];
-            for seq in [5, 1, 1, 3, 1] {
-                let x = tokens(&mut random, 2, seq);
-                let mut inputs = x.clone();
-                inputs.insert("past_k".into(), past[0].clone());
-                inputs.insert("past_v".into(), past[1].clone());
-                let whole = session.run(&inputs).unwrap();
-                let expected = reference(&spmd.logical, &weights, &inputs);
-                assert_close(&whole.outputs["y"].tensor, &expected[0].1, "single shot");
-                past = ["present_k", "present_v"].map(|n| whole.outputs[n].tensor.clone()).to_vec();
-                let step = session.run_step(&slots, &x).unwrap();
-                assert_eq!(step.outputs.keys().collect::<Vec<_>>(), ["y"]);
-                assert_close(
-                    &step.outputs["y"].tensor,
-                    &expected[0].1,
-                    &format!("step of {seq} on {ranks} ranks"),
-                );
-            }
-            assert_eq!(session.slot_length(SlotId(9)), Some(11));
-            session.close().unwrap();
-        });
-    }
-}
-
-#[test]
-fn slots_are_truncated_forked_and_dropped_apart() {
-    let spmd = decoder(2);
-    let weights = random_weights(&spmd.logical, &mut Random::new(16));
-    on_ranks(&spmd, &weights, &with_state(8, 3), |rank, session| {
-        let mut session = session.unwrap();
-        if rank != 0 {
-            return session.follow().unwrap();
-        }
-        let mut random = Random::new(17);
-        let (a, b, c) = (SlotId(1), SlotId(2), SlotId(3));
-        let both = tokens(&mut random, 2, 4);
-        session.run_step(&[a, b], &both).unwrap();
-        session.fork(a, c).unwrap();
-        session.truncate(a, 2).unwrap();
-        assert_eq!([a, b, c].map(|s| session.slot_length(s)), [Some(2), Some(4), Some(4)]);
-        // The fork goes on as its origin would have; so does the slot whose neighbour left.
-        let next = tokens(&mut random, 2, 1);
-        let joined = session.run_step(&[c, b], &next).unwrap();
-        let mut inputs = next.clone();
-        let empty = random.tensor(F32, &[2, 4, 0, 3]);
-        let mut first = both.clone();
-        first.insert("past_k".into(), empty.clone());
-        first.insert("past_v".into(), empty);
-        let past = session.run(&first).unwrap();
-        inputs.insert("past_k".into(), past.outputs["present_k"].tensor.clone());
-        inputs.insert("past_v".into(), past.outputs["present_v"].tensor.clone());
-        let expected = session.run(&inputs).unwrap();
-        assert_close(&joined.outputs["y"].tensor, &expected.outputs["y"].tensor, "regrouped");
-
-        let text = |r: Result<_, SessionError>| r.map(|_: ()| ()).unwrap_err().to_string();
-        let ragged = session.run_step(&[a, b], &next).map(|_| ());
-        assert!(text(ragged).contains("different lengths"));
-        let full = session.run_step(&[b], &tokens(&mut random, 1, 4)).map(|_| ());
-        let full = text(full);
-        assert!(full.contains("from 5 to 9") && full.contains("capacity is 8"), "{full}");
-        let many = text(session.run_step(&[SlotId(4)], &tokens(&mut random, 1, 1)).map(|_| ()));
-        assert!(many.contains("3 slots are in use"), "{many}");
-        assert!(text(session.truncate(a, 5)).contains("holds 2"));
-        assert!(text(session.fork(a, b)).contains("in use"));
-        session.drop_slot(b).unwrap();
-        assert!(text(session.drop_slot(b)).contains("holds nothing"));
-        session.run_step(&[SlotId(4)], &tokens(&mut random, 1, 1)).unwrap();
-        session.close().unwrap();
-        assert!(matches!(session.run(&next), Err(SessionError::Closed)));
-    });
 }

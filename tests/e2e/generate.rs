@@ -122,6 +122,45 @@ fn drawn_tokens_depend_on_the_seed_and_on_nothing_else() {
 }
 
 #[test]
+fn several_prompts_are_continued_as_each_alone() {
+    let prompts: [&[i64]; 4] = [&PROMPT, &[1], &[9, 8, 7, 6, 5, 4], &[300, 200, 100, 7]];
+    let flags = |more: &[&str]| {
+        let flags = ["--max-tokens", "7", "--temperature", "1.5", "--seed", "3"];
+        flags.iter().chain(more).map(ToString::to_string).collect::<Vec<String>>()
+    };
+    for ranks in [1, 2, 3] {
+        let alone = |prompt: &[i64], more: &[&str]| {
+            let words = words!["generate", sharded(ranks), "--prompt-ids", ids(prompt), "--json"];
+            end(tpshard(words).args(flags(more))).ok().json()
+        };
+        // One of them ends early.
+        let last = alone(prompts[1], &[])["tokens"][3].to_string();
+        for more in [&[][..], &["--stop-token", &last]] {
+            let mut command = tpshard(words!["generate", sharded(ranks), "--json"]);
+            for prompt in prompts {
+                command.args(["--prompt-ids", &ids(prompt)]);
+            }
+            let found = end(command.args(flags(more))).ok().json();
+            for (at, prompt) in prompts.into_iter().enumerate() {
+                assert_eq!(found["continuations"][at]["tokens"], alone(prompt, more)["tokens"], "{prompt:?}");
+                assert_eq!(found["continuations"][at]["prompt_tokens"], prompt.len());
+            }
+            assert_eq!(found["prompt_tokens"], 15);
+            assert!(found.get("tokens").is_none());
+        }
+    }
+    let scratch = scratch();
+    let tokenizer = tokenizer(scratch.path());
+    let words = words!["generate", sharded(1), "--tokenizer", tokenizer, "--max-tokens", "1"];
+    let texts = ["--prompt", "w1", "--prompt", "w9 w8 w7"];
+    let said = end(tpshard(words).args(texts)).ok().stdout;
+    let lines: Vec<&str> = said.lines().collect();
+    assert_eq!(lines.len(), 5, "{said}");
+    assert_eq!((lines[0], lines[2], lines[3]), ("==> prompt 1 <==", "", "==> prompt 2 <=="));
+    assert!(lines[1].starts_with('w') && lines[4].starts_with('w'), "{said}");
+}
+
+#[test]
 fn what_cannot_be_continued_is_refused() {
     let scratch = scratch();
     let generate = |more: &[&str]| end(tpshard(words!["generate", sharded(1)]).args(more));
@@ -131,6 +170,10 @@ fn what_cannot_be_continued_is_refused() {
     generate(&["--prompt-ids", "1", "--temperature=-1"]).fails(2, &["--temperature"]);
     generate(&["--prompt-ids", "1", "--top-p", "0"]).fails(2, &["--top-p"]);
     generate(&["--prompt-ids", "100000"]).fails(2, &["100000", "512"]);
+    generate(&["--prompt-ids", "1", "--prompt-ids", "100000"]).fails(2, &["100000", "512"]);
+    generate(&["--prompt-ids", "1,,2"]).fails(2, &["--prompt-ids", "is no token id"]);
     let tokenizer = tokenizer(scratch.path());
     generate(&["--prompt", "", "--tokenizer", tokenizer.to_str().unwrap()]).fails(2, &["no tokens"]);
+    let second = ["--prompt", "w1", "--prompt", "", "--tokenizer", tokenizer.to_str().unwrap()];
+    generate(&second).fails(2, &["prompt 2 has no tokens"]);
 }

@@ -3,6 +3,7 @@
 mod any_ranks;
 mod bench;
 mod bisect;
+mod c_api;
 mod calibrate;
 mod check;
 mod check_files;
@@ -20,6 +21,7 @@ mod launch;
 mod report_page;
 mod requests;
 mod shard_and_run;
+mod slots;
 mod split_all;
 mod support;
 mod traffic;

@@ -1,4 +1,4 @@
-//! `tpshard generate`: continues a prompt with a sharded decoder, text as it comes.
+//! `tpshard generate`: continues a prompt with a sharded decoder, text as it comes, or several prompts at once.
 
 pub(crate) mod lead;
 mod sampling;
@@ -20,8 +20,9 @@ pub(crate) fn generate(arguments: &GenerateArguments, json: bool, quiet: bool) -
     let folder = Folder::open(&arguments.folder)?;
     // What the model is not is said before any rank is started.
     Decoder::new(&RankFile::read(&folder.executable(0))?.program)?;
-    let prompt = prompt(arguments)?;
-    let capacity = prompt.len().saturating_add(arguments.max_tokens);
+    let prompts = prompts(arguments)?;
+    let longest = prompts.iter().map(Vec::len).max().unwrap_or(0);
+    let state = Some((prompts.len(), longest.saturating_add(arguments.max_tokens)));
     let results = Results::new()?;
     let kind = JobKind::Generate {
         most: arguments.max_tokens,
@@ -34,9 +35,9 @@ pub(crate) fn generate(arguments: &GenerateArguments, json: bool, quiet: bool) -
         },
         tokenizer: arguments.tokenizer.as_deref().map(absolute),
         silent: json,
-        prompt,
+        prompts,
     };
-    let job = Job { kind, state: Some((1, capacity)), results: results.0.clone() };
+    let job = Job { kind, state, results: results.0.clone() };
     let flags =
         TensorArguments { inputs: None, outputs: None, ranks: arguments.ranks.clone(), device: "cpu".into() };
     spawn(job.commands(&folder, |command| add_flags(command, &flags, false))?)?;
@@ -64,26 +65,32 @@ fn absolute(path: &Path) -> std::path::PathBuf {
     std::path::absolute(path).unwrap_or_else(|_| path.to_path_buf())
 }
 
-/// The token ids of the prompt.
-fn prompt(arguments: &GenerateArguments) -> Outcome<Vec<i64>> {
-    let ids = match (&arguments.prompt, &arguments.tokenizer) {
-        (None, _) => arguments.prompt_ids.clone(),
-        (Some(text), Some(path)) => {
-            let encoded = tokenizer(path)?.encode(text.as_str(), true);
-            let encoded = encoded.map_err(|e| {
-                Failure::new(Kind::Usage, format!("{}: cannot encode the prompt: {e}", path.display()))
-            })?;
-            encoded.get_ids().iter().map(|&id| id.into()).collect()
+/// The token ids of the prompts.
+fn prompts(arguments: &GenerateArguments) -> Outcome<Vec<Vec<i64>>> {
+    let prompts: Vec<Vec<i64>> = match (arguments.prompt.as_slice(), &arguments.tokenizer) {
+        ([], _) => arguments.prompt_ids.iter().map(|ids| ids.0.clone()).collect(),
+        (texts, Some(path)) => {
+            let tokenizer = tokenizer(path)?;
+            let encode = |text: &String| {
+                let encoded = tokenizer.encode(text.as_str(), true).map_err(|e| {
+                    Failure::new(Kind::Usage, format!("{}: cannot encode the prompt: {e}", path.display()))
+                })?;
+                Ok(encoded.get_ids().iter().map(|&id| id.into()).collect())
+            };
+            texts.iter().map(encode).collect::<Outcome<_>>()?
         }
-        (Some(_), None) => {
+        (_, None) => {
             let message = "a prompt of text needs a tokenizer\nhelp: --tokenizer FILE, or --prompt-ids 1,2,3";
             return Err(Failure::new(Kind::Usage, message));
         }
     };
-    if ids.is_empty() {
-        return Err(Failure::new(Kind::Usage, "the prompt has no tokens\nhelp: give one that has"));
+    match prompts.iter().position(Vec::is_empty) {
+        None => Ok(prompts),
+        Some(at) => {
+            let which = if prompts.len() > 1 { format!("prompt {}", at + 1) } else { "the prompt".into() };
+            Err(Failure::new(Kind::Usage, format!("{which} has no tokens\nhelp: give one that has")))
+        }
     }
-    Ok(ids)
 }
 
 pub(crate) fn tokenizer(path: &Path) -> Outcome<Tokenizer> {

@@ -63,7 +63,8 @@ pub(crate) fn spawn(commands: Vec<Command>) -> Outcome<()> {
     })
 }
 
-fn kind_of(code: i32) -> Kind {
+/// The kind of failure that an exit code stands for.
+pub(crate) fn kind_of(code: i32) -> Kind {
     [Kind::Internal, Kind::Usage, Kind::Model, Kind::Mismatch, Kind::Resource]
         .into_iter()
         .find(|&kind| kind as i32 == code)

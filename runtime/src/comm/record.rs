@@ -99,6 +99,16 @@ impl CommStats {
         CommStats { kinds: self.kinds.iter().map(added).collect() }
     }
 
+    /// Counts what other counters say besides.
+    pub fn add(&mut self, other: &CommStats) {
+        for (&kind, more) in &other.kinds {
+            let stats = self.kinds.entry(kind).or_default();
+            stats.collectives += more.collectives;
+            stats.bytes += more.bytes;
+            stats.nanos += more.nanos;
+        }
+    }
+
     /// All kinds together.
     pub fn total(&self) -> KindStats {
         self.kinds.values().fold(KindStats::default(), |a, b| KindStats {

@@ -16,7 +16,7 @@ pub use compare::{Comparison, OutputResult, Tolerance, Tolerances, Verdict, comp
 pub use error::IoError;
 pub use npy::{read_npy, write_npy};
 pub use npz::{read_npz, write_npz};
-pub use safetensors::{SafeTensorsFile, TensorView};
+pub use safetensors::{KeyValues, SafeTensorsFile, TensorView, read_safetensors, write_safetensors};
 
 use indexmap::IndexMap;
 use std::path::Path;

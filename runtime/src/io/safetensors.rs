@@ -5,13 +5,16 @@
 
 use super::IoError;
 use super::map::{map, release};
-use ::safetensors::tensor::{Dtype, Metadata, SafeTensors, TensorInfo};
+use ::safetensors::tensor::{Dtype, Metadata, SafeTensors, TensorInfo, TensorView as StoredView};
 use memmap2::Mmap;
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::path::Path;
 use tpshard_ir::weight::{logical_dtype_key, logical_shape_key};
 use tpshard_ir::{DType, Tensor, tensor::element_count};
+
+/// What a file says besides its tensors.
+pub type KeyValues = BTreeMap<String, String>;
 
 /// Length of the field in front of the header.
 const PREFIX: usize = 8;
@@ -23,7 +26,7 @@ pub struct SafeTensorsFile {
     /// Where the tensors' bytes start.
     data: usize,
     header: Metadata,
-    metadata: BTreeMap<String, String>,
+    metadata: KeyValues,
 }
 
 /// A tensor in a file.
@@ -61,7 +64,7 @@ impl SafeTensorsFile {
     }
 
     /// The file's own key-value pairs.
-    pub fn metadata(&self) -> &BTreeMap<String, String> {
+    pub fn metadata(&self) -> &KeyValues {
         &self.metadata
     }
 
@@ -123,27 +126,68 @@ fn parse_shape(text: &str) -> Option<Vec<usize>> {
     text.split(',').map(|dim| dim.trim().parse().ok()).collect()
 }
 
+/// Element types and what the format calls them.
+const STORED: [(Dtype, DType); 19] = [
+    (Dtype::BOOL, DType::Bool),
+    (Dtype::F4, DType::F4E2M1),
+    (Dtype::U8, DType::U8),
+    (Dtype::I8, DType::I8),
+    (Dtype::F8_E5M2, DType::F8E5M2),
+    (Dtype::F8_E4M3, DType::F8E4M3FN),
+    (Dtype::F8_E8M0, DType::F8E8M0),
+    (Dtype::F8_E4M3FNUZ, DType::F8E4M3FNUZ),
+    (Dtype::F8_E5M2FNUZ, DType::F8E5M2FNUZ),
+    (Dtype::I16, DType::I16),
+    (Dtype::U16, DType::U16),
+    (Dtype::F16, DType::F16),
+    (Dtype::BF16, DType::BF16),
+    (Dtype::I32, DType::I32),
+    (Dtype::U32, DType::U32),
+    (Dtype::F32, DType::F32),
+    (Dtype::F64, DType::F64),
+    (Dtype::I64, DType::I64),
+    (Dtype::U64, DType::U64),
+];
+
 fn stored_dtype(dtype: Dtype) -> Option<DType> {
-    Some(match dtype {
-        Dtype::BOOL => DType::Bool,
-        Dtype::F4 => DType::F4E2M1,
-        Dtype::U8 => DType::U8,
-        Dtype::I8 => DType::I8,
-        Dtype::F8_E5M2 => DType::F8E5M2,
-        Dtype::F8_E4M3 => DType::F8E4M3FN,
-        Dtype::F8_E8M0 => DType::F8E8M0,
-        Dtype::F8_E4M3FNUZ => DType::F8E4M3FNUZ,
-        Dtype::F8_E5M2FNUZ => DType::F8E5M2FNUZ,
-        Dtype::I16 => DType::I16,
-        Dtype::U16 => DType::U16,
-        Dtype::F16 => DType::F16,
-        Dtype::BF16 => DType::BF16,
-        Dtype::I32 => DType::I32,
-        Dtype::U32 => DType::U32,
-        Dtype::F32 => DType::F32,
-        Dtype::F64 => DType::F64,
-        Dtype::I64 => DType::I64,
-        Dtype::U64 => DType::U64,
-        _ => return None,
-    })
+    STORED.iter().find(|(stored, _)| *stored == dtype).map(|(_, dtype)| *dtype)
+}
+
+/// The bytes of a file with these tensors and one key-value pair. More than one would come in no fixed order.
+///
+/// # Errors
+/// [`IoError::Unsupported`] for element types that the format does not have.
+pub fn write_safetensors(
+    tensors: &BTreeMap<String, Tensor>,
+    metadata: (String, String),
+) -> Result<Vec<u8>, IoError> {
+    let bytes: Vec<Vec<u8>> = tensors.values().map(|tensor| tensor.data().to_le_bytes()).collect();
+    let mut views = Vec::with_capacity(tensors.len());
+    for ((name, tensor), bytes) in tensors.iter().zip(&bytes) {
+        let dtype = STORED.iter().find(|(_, dtype)| *dtype == tensor.dtype()).map(|(stored, _)| *stored);
+        let dtype = dtype
+            .ok_or_else(|| IoError::unsupported(name, format!("the format has no {}", tensor.dtype())))?;
+        let view = StoredView::new(dtype, tensor.shape().to_vec(), bytes);
+        views.push((name, view.map_err(|e| IoError::invalid(name, e))?));
+    }
+    ::safetensors::serialize(views, Some([metadata].into())).map_err(|e| IoError::invalid("safetensors", e))
+}
+
+/// What [`write_safetensors`] wrote: tensors and key-value pairs. The bytes are hostile until read.
+///
+/// # Errors
+/// [`IoError`] if they are not of the format, or hold what [`Tensor`]s cannot.
+pub fn read_safetensors(bytes: &[u8]) -> Result<(BTreeMap<String, Tensor>, KeyValues), IoError> {
+    let invalid = |e: ::safetensors::SafeTensorError| IoError::invalid("safetensors", e);
+    let (_, header) = SafeTensors::read_metadata(bytes).map_err(invalid)?;
+    let metadata = header.metadata().iter().flatten().map(|(k, v)| (k.clone(), v.clone())).collect();
+    let mut tensors = BTreeMap::new();
+    for (name, view) in SafeTensors::deserialize(bytes).map_err(invalid)?.iter() {
+        let dtype = stored_dtype(view.dtype());
+        let dtype = dtype
+            .ok_or_else(|| IoError::unsupported(name, format!("type {} is not supported", view.dtype())))?;
+        let tensor = Tensor::from_le_bytes(dtype, view.shape().to_vec(), view.data());
+        tensors.insert(name.to_owned(), tensor.map_err(|e| IoError::invalid(name, e))?);
+    }
+    Ok((tensors, metadata))
 }

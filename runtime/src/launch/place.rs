@@ -85,6 +85,16 @@ pub enum LaunchError {
     Comm(#[from] crate::comm::CommError),
 }
 
+impl LaunchError {
+    /// As [`SessionError::exit_code`](crate::session::SessionError::exit_code).
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            LaunchError::Refused { .. } | LaunchError::Rendezvous { .. } => 6,
+            _ => 2,
+        }
+    }
+}
+
 /// Variables of one launcher.
 struct Variables {
     source: Source,

@@ -52,6 +52,27 @@ pub enum SessionError {
 }
 
 impl SessionError {
+    /// The number by which the tool and the C interface tell this kind of error from others: 2 usage, 4 mismatch,
+    /// 5 resources, 6 a rank or a collective failed.
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            SessionError::Inputs(_)
+            | SessionError::UnknownInput { .. }
+            | SessionError::NoEntry { .. }
+            | SessionError::Index { .. }
+            | SessionError::Usage { .. } => 2,
+            SessionError::Program { .. } | SessionError::Lowering { .. } | SessionError::Weights { .. } => 4,
+            SessionError::Plan(_)
+            | SessionError::Memory { .. }
+            | SessionError::Resources { .. }
+            | SessionError::State { .. } => 5,
+            SessionError::Refused { .. }
+            | SessionError::Collective(_)
+            | SessionError::Poisoned { .. }
+            | SessionError::Closed => 6,
+        }
+    }
+
     /// True if the session cannot be used any more.
     pub fn is_fatal(&self) -> bool {
         matches!(self, SessionError::Collective(_) | SessionError::Poisoned { .. } | SessionError::Closed)

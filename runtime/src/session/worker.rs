@@ -1,8 +1,11 @@
 //! What every rank does for a request.
 
+mod opening;
+mod slots;
+
 use super::agree::agree;
 use super::timeline::{StepTime, Timeline};
-use super::{InputHeader, Output, Request, Results, SessionError, SessionOptions, Tap};
+use super::{InputHeader, Output, Request, Results, RunPart, SessionError, SessionOptions, Tap};
 use crate::comm::{CommStats, Communicator, Group, Tag};
 use crate::cpu::WeightSource;
 use crate::cpu::constants::Constants;
@@ -10,16 +13,16 @@ use crate::cpu::convert::{Place, StepError, convert};
 use crate::cpu::deferred::Deferred;
 use crate::cpu::exec::{Failed, Finished, Prepared, Run, Slots};
 use crate::cpu::value::Value;
-use crate::state::{Change, SlotId, StateStore};
+use crate::state::{SlotId, StateStore};
+use opening::{available_memory, check, check_evaluator, least_limit, same_program};
 use std::collections::{BTreeMap, BTreeSet};
 use std::str::FromStr;
 use std::sync::Arc;
-use tpshard_ir::deferred::{SharedEvaluator, no_evaluator};
+use tpshard_ir::deferred::SharedEvaluator;
 use tpshard_ir::dim::{Bindings, Dim};
-use tpshard_ir::layout::Monoid;
 use tpshard_ir::program::{Determinism, Entry, Family, MemoryPlan, Port, RankProgram, lower_keeping};
 use tpshard_ir::tensor::element_count;
-use tpshard_ir::{AxisLayout, Conversion, DType, Op, StepId, Tensor, ValueId};
+use tpshard_ir::{AxisLayout, Conversion, DType, StepId, Tensor, ValueId};
 
 pub(super) struct Worker {
     program: RankProgram,
@@ -108,27 +111,6 @@ impl Worker {
         self.timeline.as_mut().map(Timeline::take).unwrap_or_default()
     }
 
-    pub(super) fn change_state(&mut self, change: &Change) -> Result<(), SessionError> {
-        let own = match &mut self.state {
-            Some(state) => state.change(change),
-            None => Err(SessionError::State { what: "the session keeps no state".into() }),
-        };
-        agree(&*self.communicator, &mut self.sequence, own)
-    }
-
-    /// Refuses a step that would overflow the state.
-    pub(super) fn check_capacity(
-        &self,
-        entry: usize,
-        bindings: &Bindings,
-        slots: &[SlotId],
-    ) -> Result<(), SessionError> {
-        match (&self.state, self.program.entries.get(entry)) {
-            (Some(state), Some(entry)) => state.check_capacity(entry, bindings, slots),
-            _ => Ok(()),
-        }
-    }
-
     /// Rank 0 sends its request, the others receive it.
     pub(super) fn announce(&mut self, request: Option<&Request>) -> Result<Request, SessionError> {
         if self.communicator.world_size() == 1 {
@@ -147,27 +129,54 @@ impl Worker {
         Tag { sequence: self.sequence, node: u32::MAX }
     }
 
+    /// Runs the parts of a request one after another; all of them are found to be possible before the first runs. The
+    /// tensors that go with them are given on rank 0 only.
     pub(super) fn run(
         &mut self,
-        entry: usize,
-        bindings: Bindings,
-        headers: &[InputHeader],
-        given: &BTreeMap<String, Tensor>,
+        parts: &[RunPart],
+        given: Vec<BTreeMap<String, Tensor>>,
         taps: &[u32],
-        slots: Option<&[SlotId]>,
     ) -> Result<Results, SessionError> {
-        let ready = self.ready(entry, &bindings, headers, taps);
-        let (plan, tapped) = agree(&*self.communicator, &mut self.sequence, ready)?;
-        let inputs = self.receive(headers, given)?;
-        let taken = match (slots, &mut self.state) {
-            (Some(slots), Some(state)) => state.take(slots).map(Some),
-            _ => Ok(None),
-        };
-        let mut taken = agree(&*self.communicator, &mut self.sequence, taken)?;
+        let ready = parts.iter().map(|part| self.ready(part, taps)).collect();
+        let ready: Vec<_> = agree(&*self.communicator, &mut self.sequence, ready)?;
+        let slots = parts.iter().flat_map(|part| part.slots.iter().flatten().copied().map(SlotId));
+        let before = self.state.as_ref().map(|state| state.lengths(slots)).unwrap_or_default();
+        let mut given = given.into_iter();
+        let mut results = Vec::with_capacity(parts.len());
+        for (part, ready) in parts.iter().zip(ready) {
+            match self.run_part(part, ready, given.next().unwrap_or_default(), taps) {
+                Ok(part) => results.push(part),
+                Err(error) => {
+                    if let Some(state) = &mut self.state {
+                        state.restore(&before)?;
+                    }
+                    return Err(error);
+                }
+            }
+        }
+        if parts.len() == 1 {
+            return Ok(results.pop().unwrap_or_default());
+        }
+        let joined = self.join(parts, results);
+        agree(&*self.communicator, &mut self.sequence, joined)
+    }
+
+    fn run_part(
+        &mut self,
+        part: &RunPart,
+        (plan, tapped): (MemoryPlan, Option<Prepared>),
+        given: BTreeMap<String, Tensor>,
+        taps: &[u32],
+    ) -> Result<Results, SessionError> {
+        let bindings = part.bindings();
+        let inputs = self.receive(&part.inputs, given)?;
+        let slots: Option<Vec<SlotId>> =
+            part.slots.as_ref().map(|slots| slots.iter().copied().map(SlotId).collect());
+        let mut taken = self.take(slots.as_deref())?;
         let (Some(program_entry), Some(prepared)) =
-            (self.program.entries.get(entry), tapped.as_ref().or(self.prepared.get(entry)))
+            (self.program.entries.get(part.entry), tapped.as_ref().or(self.prepared.get(part.entry)))
         else {
-            return Err(SessionError::Program { what: format!("there is no entry {entry}") });
+            return Err(SessionError::Program { what: format!("there is no entry {}", part.entry) });
         };
         let run = Run {
             entry: program_entry,
@@ -193,7 +202,7 @@ impl Worker {
             run.run(&mut states, &mut self.slots, &wanted, &*self.communicator, &mut self.sequence)?;
         let traffic = self.communicator.stats().since(&before);
         if let Some(timeline) = &mut self.timeline {
-            timeline.add(entry, &finished.times);
+            timeline.add(part.entry, &finished.times);
         }
         let bindings = std::mem::take(&mut finished.bindings);
         let failure = finished.failure.take();
@@ -223,18 +232,14 @@ impl Worker {
     }
 
     /// Everything a run needs that can fail on this rank alone.
-    fn ready(
-        &self,
-        entry: usize,
-        bindings: &Bindings,
-        headers: &[InputHeader],
-        taps: &[u32],
-    ) -> Result<(MemoryPlan, Option<Prepared>), SessionError> {
+    fn ready(&self, part: &RunPart, taps: &[u32]) -> Result<(MemoryPlan, Option<Prepared>), SessionError> {
         let program = |what: String| SessionError::Program { what };
-        let (Some(entry), Some(prepared)) = (self.program.entries.get(entry), self.prepared.get(entry))
+        let (Some(entry), Some(prepared)) =
+            (self.program.entries.get(part.entry), self.prepared.get(part.entry))
         else {
-            return Err(program(format!("there is no entry {entry}")));
+            return Err(program(format!("there is no entry {}", part.entry)));
         };
+        let bindings = &part.bindings();
         let tapped = if taps.is_empty() {
             None
         } else {
@@ -256,7 +261,7 @@ impl Worker {
         };
         let mut needed =
             plan.bytes.saturating_add(bytes(&entry.inputs)).saturating_add(bytes(&entry.outputs));
-        for header in headers {
+        for header in &part.inputs {
             element_count(&header.shape)
                 .ok_or_else(|| program(format!("input `{}` is too large", header.name)))?;
         }
@@ -274,13 +279,13 @@ impl Worker {
     fn receive(
         &mut self,
         headers: &[InputHeader],
-        given: &BTreeMap<String, Tensor>,
+        mut given: BTreeMap<String, Tensor>,
     ) -> Result<BTreeMap<Arc<str>, Value>, SessionError> {
         let group = Group::world(self.communicator.world_size());
         let mut inputs = BTreeMap::new();
         for header in headers {
-            let mut tensor = match given.get(&header.name) {
-                Some(tensor) => tensor.clone(),
+            let mut tensor = match given.remove(&header.name) {
+                Some(tensor) => tensor,
                 None => DType::from_str(&header.dtype)
                     .map_err(|e| e.to_string())
                     .and_then(|d| Tensor::zeros(d, header.shape.clone()).map_err(|e| e.to_string()))
@@ -296,152 +301,15 @@ impl Worker {
     }
 }
 
+impl RunPart {
+    fn bindings(&self) -> Bindings {
+        self.bindings.iter().map(|(name, value)| (Arc::from(name.as_str()), *value)).collect()
+    }
+}
+
 fn port_bytes(port: &Port, bindings: &Bindings) -> u64 {
     let elements = port.ty.elements().eval(bindings).unwrap_or(i64::MAX);
     port.ty.dtype.byte_len(u64::try_from(elements).unwrap_or(u64::MAX)).unwrap_or(u64::MAX)
-}
-
-/// All ranks hold rank 0's program and weights hashes against their own.
-fn same_program(
-    program: &RankProgram,
-    communicator: &dyn Communicator,
-    sequence: &mut u64,
-) -> Result<(), SessionError> {
-    let own = format!(
-        "program {} weights {} mesh {} entries {}",
-        program.program_hash,
-        program.weights_hash,
-        program.mesh,
-        program.entries.len()
-    );
-    *sequence += 1;
-    let tag = Tag { sequence: *sequence, node: u32::MAX };
-    let group = Group::world(communicator.world_size());
-    let root = communicator.broadcast_bytes(&group, tag, 0, own.as_bytes())?;
-    let verdict = if root == own.as_bytes() {
-        Ok(())
-    } else {
-        let what = format!(
-            "rank {} runs {own}, rank 0 runs {}\n  help: start all ranks from one folder",
-            communicator.rank(),
-            String::from_utf8_lossy(&root)
-        );
-        Err(SessionError::Usage { what })
-    };
-    agree(communicator, sequence, verdict)
-}
-
-/// Refuses operations that wait for their operands where nothing can evaluate them.
-fn check_evaluator(program: &RankProgram, evaluator: &SharedEvaluator) -> Result<(), SessionError> {
-    let nodes = program.entries.iter().flat_map(|entry| entry.graph.nodes());
-    let call = nodes.filter_map(|node| match &node.op {
-        Op::Deferred { call, .. } => Some((call, &node.origin)),
-        _ => None,
-    });
-    match call.into_iter().next() {
-        Some((call, origin)) if evaluator.0.is_none() => {
-            let what =
-                format!("{} ({origin})\n  help: open the session with an evaluator", no_evaluator(call));
-            Err(SessionError::Usage { what })
-        }
-        _ => Ok(()),
-    }
-}
-
-/// The least memory limit of all ranks; each its own where no size depends on data.
-fn least_limit(
-    program: &RankProgram,
-    communicator: &dyn Communicator,
-    sequence: &mut u64,
-    own: u64,
-) -> Result<u64, SessionError> {
-    let decides = program.entries.iter().any(|entry| !entry.graph.data_symbols().is_empty());
-    if !decides || communicator.world_size() == 1 {
-        return Ok(own);
-    }
-    let mut least = Tensor::scalar(i64::try_from(own).unwrap_or(i64::MAX));
-    *sequence += 1;
-    let tag = Tag { sequence: *sequence, node: u32::MAX };
-    communicator.all_reduce(
-        &Group::world(communicator.world_size()),
-        tag,
-        crate::comm::Monoid::Min,
-        &mut least,
-    )?;
-    Ok(least.as_slice::<i64>().ok().and_then(|v| v.first()).map_or(own, |&limit| limit.unsigned_abs()))
-}
-
-/// Checks a program before anything of it is used.
-fn check(
-    program: &RankProgram,
-    weights: &dyn WeightSource,
-    communicator: &dyn Communicator,
-) -> Result<(), SessionError> {
-    let fail = |what: String| Err(SessionError::Program { what });
-    let (rank, world) = (communicator.rank(), communicator.world_size());
-    if program.rank != rank || program.mesh.ranks() != world {
-        return Err(SessionError::Usage {
-            what: format!(
-                "this is the program of rank {} of {}, started as rank {rank} of {world}\n  \
-                 help: start every rank with its own program",
-                program.rank,
-                program.mesh.ranks()
-            ),
-        });
-    }
-    if let Some(found) = weights.weights_hash().filter(|h| *h != program.weights_hash) {
-        let place = weights.place();
-        return Err(SessionError::Weights {
-            what: format!(
-                "{}the weights have hash {found}, the program expects {}\n  help: use the weights written with this program",
-                place.map(|place| format!("{place}: ")).unwrap_or_default(),
-                program.weights_hash
-            ),
-        });
-    }
-    for entry in &program.entries {
-        let graph = &entry.graph;
-        if let Some((value, _)) = graph.values().find(|(v, n)| n.args.iter().any(|a| a >= v)) {
-            return fail(format!("entry `{}`: {value} uses a later value", entry.name));
-        }
-        if entry.families.len() != graph.len() || graph.outputs.iter().any(|o| o.value.index() >= graph.len())
-        {
-            return fail(format!("entry `{}`: layouts or outputs do not fit its graph", entry.name));
-        }
-        for (family, (value, node)) in entry.families.iter().zip(graph.values()) {
-            let dims_exist =
-                family.layout.0.iter().all(|a| a.sharded_dim().is_none_or(|d| d < family.ty.rank()));
-            if family.layout.0.len() != program.mesh.axes()
-                || !dims_exist
-                || family.ty.rank() != node.ty.rank()
-            {
-                return fail(format!("entry `{}`: the layout of {value} does not fit", entry.name));
-            }
-        }
-        if program.determinism == Determinism::Tp
-            && let Some((step, _)) = entry.families.iter().enumerate().find(|(_, f)| is_rounded_apart(f))
-        {
-            return fail(format!(
-                "entry `{}`: %{step} is summed over ranks, which rounds, but the program is to give the same bits for \
-                 every number of ranks",
-                entry.name
-            ));
-        }
-        let checked = entry.lowering.check(graph);
-        checked.map_err(|error| SessionError::Lowering { entry: entry.name.clone(), error })?;
-    }
-    Ok(())
-}
-
-/// What is fused with what depends on the number of ranks.
-fn round_each(program: &RankProgram) -> bool {
-    program.determinism == Determinism::Tp
-}
-
-/// True if ranks hold parts whose combination rounds.
-fn is_rounded_apart(family: &Family) -> bool {
-    let rounds = |part: &AxisLayout| matches!(part, AxisLayout::Partial(Monoid::Sum | Monoid::Prod));
-    family.ty.dtype.is_float() && family.layout.0.iter().any(rounds)
 }
 
 /// Brings every output to all ranks, except those that stay sharded. The outer error is a failed collective, the inner
@@ -498,6 +366,11 @@ fn gather_outputs(
     Ok(failure.map_or(Ok(results), Err))
 }
 
+/// Whether 16-bit results are rounded after every operation: what is fused with what depends on the number of ranks.
+fn round_each(program: &RankProgram) -> bool {
+    program.determinism == Determinism::Tp
+}
+
 /// A family's logical value, the innermost mesh axis first.
 fn gather(
     value: Value,
@@ -523,11 +396,4 @@ fn gather(
         from = to;
     }
     Ok(value)
-}
-
-/// Bytes that can be had without swapping, as Linux estimates them.
-fn available_memory() -> Option<u64> {
-    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let line = text.lines().find(|l| l.starts_with("MemAvailable:"))?;
-    line.split_whitespace().nth(1)?.parse::<u64>().ok()?.checked_mul(1024)
 }

@@ -118,7 +118,7 @@ fn decoding(
     let mut measured = Measured { prompt: Some((prompts.len(), length)), ..Measured::default() };
     let slots: Vec<SlotId> = (0..prompts.len() as u64).map(SlotId).collect();
     for run in 0..warm_up + samples {
-        let fed = decoder.inputs(&prompts, 0)?;
+        let fed = decoder.inputs(&prompts, &vec![0; prompts.len()])?;
         let start = now();
         let mut results = session.run_step(&slots, &fed).map_err(|e| session_failure(&e))?;
         measured.run_traffic = carried(&results.traffic);
@@ -126,7 +126,7 @@ fn decoding(
         for past in length..length + decode {
             let next = decoder.next(&results, prompts.len())?;
             let tokens: Vec<Vec<i64>> = next.iter().map(|next| vec![next.greedy()]).collect();
-            let fed = decoder.inputs(&tokens, past)?;
+            let fed = decoder.inputs(&tokens, &vec![past; tokens.len()])?;
             let start = now();
             results = session.run_step(&slots, &fed).map_err(|e| session_failure(&e))?;
             measured.token_traffic = carried(&results.traffic);
