@@ -1,7 +1,7 @@
 //! Attention, one block of query rows at a time: the scores of a block against all keys, softmax, and the product with
 //! the values. Scores never leave a small buffer per task, and queries, keys and values are read where they lie.
 //!
-//! A score is summed along the depth in lanes, a result along the keys in one chain, so both have the same bits whatever
+//! A score is summed along the depth in lanes, a result along the keys as every product is, so both have the same bits whatever
 //! other queries and heads are computed with them.
 
 use super::gemm::{Matrix, Right, multiply};

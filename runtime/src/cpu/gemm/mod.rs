@@ -1,8 +1,9 @@
 //! Matrix products.
 //!
-//! Every element of a product is one chain of fused multiply-adds along the depth, from its first step to its last. So
-//! its bits depend on its row, its column and nothing else: not on the shape of the matrices, the number of threads or
-//! ranks, or the instructions of the machine.
+//! The depth is cut into blocks of 128 steps. Every element of a product is one chain of fused multiply-adds per block, and
+//! the blocks are added in order (which also rounds less than one long chain would). So its bits depend on its row, its
+//! column and nothing else: not on the shape of the matrices, the number of threads or ranks, or the instructions of the
+//! machine.
 //!
 //! The second operand is laid out in panels: 48 columns next to each other, one step of the depth after the other.
 //! Weights are packed once; other operands are read in place if their columns lie next to each other, and packed panel by
@@ -21,8 +22,11 @@ use rayon::prelude::*;
 use std::ops::Range;
 use tile::{InPanel, InPlace, multiply_rows};
 
-/// Steps of the depth that are done for a whole rectangle before the next: a panel of them stays in a core's cache.
-const DEPTH: usize = 2048;
+/// Steps of the depth that are summed in one chain.
+const BLOCK: usize = 128;
+/// Steps of the depth that are done for a whole rectangle before the next, in whole blocks: a panel of them stays in a
+/// core's second cache.
+const DEPTH: usize = 16 * BLOCK;
 /// Multiplications from which on a product is worth a second thread.
 const SHARED_FROM: usize = 32 * 1024;
 
@@ -215,21 +219,23 @@ mod tests {
     }
 
     /// What every element is by definition.
-    fn chain(a: &[f32], b: &[f32], [rows, depth, columns]: [usize; 3]) -> Vec<f32> {
+    fn by_definition(a: &[f32], b: &[f32], [rows, depth, columns]: [usize; 3]) -> Vec<f32> {
         let element = |i: usize| {
             let (row, column) = (i / columns, i % columns);
-            (0..depth).fold(0f32, |sum, k| a[row * depth + k].mul_add(b[k * columns + column], sum))
+            let steps: Vec<usize> = (0..depth).collect();
+            let one = |sum: f32, &k: &usize| a[row * depth + k].mul_add(b[k * columns + column], sum);
+            steps.chunks(128).map(|block| block.iter().fold(0f32, one)).fold(0f32, |sum, block| sum + block)
         };
         (0..rows * columns).map(element).collect()
     }
 
     #[test]
-    fn every_element_is_one_chain_whatever_the_shapes_and_strides() {
+    fn every_element_is_the_same_sum_whatever_the_shapes_and_strides() {
         let shapes =
             [[1, 1, 1], [1, 7, 16], [3, 33, 50], [9, 5, 48], [17, 64, 97], [2, 2100, 49], [40, 3, 200]];
         for shape @ [rows, depth, columns] in shapes {
             let (a, b) = (numbers(rows * depth, 1), numbers(depth * columns, 2));
-            let expected = chain(&a, &b, shape);
+            let expected = by_definition(&a, &b, shape);
             let left = Matrix::new(&a, [rows, depth], [depth, 1]).unwrap();
             let right = Matrix::new(&b, [depth, columns], [columns, 1]).unwrap();
             let turned: Vec<f32> = (0..columns * depth).map(|i| b[i % depth * columns + i / depth]).collect();
@@ -253,7 +259,7 @@ mod tests {
     fn all_instructions_give_the_same_bits() {
         let [rows, depth, columns] = [13, 70, 112];
         let (a, b) = (numbers(rows * depth, 3), numbers(depth * columns, 4));
-        let expected = chain(&a, &b, [rows, depth, columns]);
+        let expected = by_definition(&a, &b, [rows, depth, columns]);
         let left = Matrix::new(&a, [rows, depth], [depth, 1]).unwrap();
         let packed = Packed::new(&Matrix::new(&b, [depth, columns], [columns, 1]).unwrap());
         for isa in Isa::ALL.into_iter().filter(|isa| isa.is_there()) {

@@ -2,7 +2,7 @@
 #![allow(clippy::needless_range_loop, reason = "loops over constant ranges become straight code")]
 
 use super::plane::Rectangle;
-use super::{LANES, Lanes, Matrix};
+use super::{BLOCK, LANES, Lanes, Matrix};
 use std::ops::Range;
 
 /// Some columns of the second operand, over some steps of the depth.
@@ -48,7 +48,7 @@ impl Panel for InPlace<'_> {
     }
 }
 
-/// Adds the product of all rows with a panel over some steps of the depth, or begins with it at step 0. The result has
+/// Adds the product of all rows with a panel over some blocks of the depth, or begins with it at step 0. The result has
 /// room for whole vectors.
 #[inline(always)]
 pub(super) fn multiply_rows<P: Panel>(
@@ -113,28 +113,24 @@ impl<P: Panel> Work<'_, P> {
             #[inline(always)]
             |r| &self.left.row_and_rest(row + r)[start..start + count],
         );
-        let mut sums = [[Lanes::ZERO; C]; R];
-        if start > 0 {
+        for block in (0..count).step_by(BLOCK) {
+            let mut sums = [[Lanes::ZERO; C]; R];
+            for step in block..(block + BLOCK).min(count) {
+                let right = self.panel.row::<C>(step, first);
+                for r in 0..R {
+                    let factor = rows[r][step];
+                    for c in 0..C {
+                        sums[r][c].add_scaled(factor, &right[c]);
+                    }
+                }
+            }
             for r in 0..R {
                 let row = out.row(row + r, self.columns_from::<C>(first));
                 for c in 0..C {
-                    sums[r][c] = Lanes::load(&row[c * LANES..]);
+                    let to = &mut row[c * LANES..];
+                    let before = if start + block > 0 { Lanes::load(to) } else { Lanes::ZERO };
+                    (before + sums[r][c]).store(to);
                 }
-            }
-        }
-        for step in 0..count {
-            let right = self.panel.row::<C>(step, first);
-            for r in 0..R {
-                let factor = rows[r][step];
-                for c in 0..C {
-                    sums[r][c].add_scaled(factor, &right[c]);
-                }
-            }
-        }
-        for r in 0..R {
-            let row = out.row(row + r, self.columns_from::<C>(first));
-            for c in 0..C {
-                sums[r][c].store(&mut row[c * LANES..]);
             }
         }
     }
