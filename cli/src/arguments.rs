@@ -114,7 +114,8 @@ pub(crate) struct ModelArguments {
 pub(crate) struct PricingArguments {
     /// The dims to plan for: `batch=1,seq=128`, by role, symbol or `input[axis]`. Given several times, the program has
     /// an entry for each, e.g. `--dim decode*100:seq=1 --dim prefill:seq=2..2048`: name and weight may come first.
-    /// A range LOW..HIGH is a limit; numbers are what is planned for, and results are right for all others.
+    /// A range LOW..HIGH is a limit; numbers are what is planned for, and results are right for all others. Where a bool
+    /// input chooses between graphs, `INPUT=true` or `INPUT=false` among the dims means only that graph.
     #[arg(long, value_name = "[NAME[*WEIGHT]:]DIM=N,…")]
     pub(crate) dim: Vec<String>,
     /// Hardware to plan for: a built-in profile or a file.

@@ -3,12 +3,13 @@
 //! Nothing is told about a model but its types: the dim of its state that grows says which inputs are as long as the
 //! new tokens and which as long as all of them.
 
-use crate::failure::{Failure, Kind, Outcome};
+use crate::failure::{Classify, Failure, Kind, Outcome};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
-use tpshard_ir::program::{Entry, Port, RankProgram};
-use tpshard_ir::{DType, Data, Dim, Tensor};
+use tpshard_ir::program::{Entry, Port, RankProgram, StateSpec};
+use tpshard_ir::{Case, DType, Data, Dim, Tensor};
 use tpshard_runtime::session::Results;
+use tpshard_runtime::state::grows;
 
 /// What an input is fed with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -25,11 +26,22 @@ enum Feed {
 /// How to step a decoder.
 #[derive(Debug)]
 pub(crate) struct Decoder {
-    inputs: Vec<(Arc<str>, DType, usize, Feed)>,
+    /// The steps there are, those that begin first.
+    steps: Vec<StepInputs>,
     /// The output that holds logits, or tokens already.
     output: String,
     /// True if sequences of different lengths can step together.
     pub(crate) together: bool,
+}
+
+/// What one kind of step is given.
+#[derive(Debug, PartialEq)]
+struct StepInputs {
+    /// What the state holds grows; else it begins, whatever was there.
+    grows: bool,
+    fed: Vec<(Arc<str>, DType, usize, Feed)>,
+    /// The values that choose the graph.
+    chosen: Vec<Case>,
 }
 
 impl Decoder {
@@ -44,18 +56,17 @@ impl Decoder {
         let (Some(entry), Some(state)) = (program.entries.first(), program.states.first()) else {
             return Err(refuse("the model keeps no state between steps".into()));
         };
-        let past = state.ty.shape.get(state.axis).cloned().unwrap_or_else(|| Dim::from(0usize));
-        let is_state = |port: &Port| program.states.iter().any(|s| s.input == port.name);
-        let mut inputs = Vec::new();
-        for port in entry.inputs.iter().filter(|port| !is_state(port)) {
-            let feed = feed_of(port, &past).ok_or_else(|| {
-                refuse(format!("input `{}: {}` is none a decoder is known to have", port.name, port.ty))
-            })?;
-            inputs.push((port.name.clone(), port.ty.dtype, port.ty.rank(), feed));
+        let mut steps: Vec<StepInputs> = Vec::new();
+        for entry in &program.entries {
+            let step = step_inputs(entry, program, state).map_err(refuse)?;
+            if !steps.contains(&step) {
+                steps.push(step);
+            }
         }
-        if inputs.iter().filter(|(_, _, _, feed)| *feed == Feed::Tokens).count() != 1 {
-            return Err(refuse("the model does not have one input of token ids".into()));
+        if !steps.iter().any(|step| step.grows) {
+            return Err(refuse("no graph of the model adds to the state it keeps".into()));
         }
+        steps.sort_by_key(|step| step.grows);
         let output = output_of(entry, program).ok_or_else(|| {
             let names: Vec<&str> = entry.outputs.iter().map(|p| &*p.name).collect();
             refuse(format!("none of the outputs {} holds the next token", names.join(", ")))
@@ -64,9 +75,15 @@ impl Decoder {
         let is_present = |port: &Port| program.states.iter().any(|s| s.output == port.name);
         let mut results = entry.outputs.iter().filter(|port| !is_present(port));
         let together = slots.is_some()
-            && inputs.iter().all(|(_, _, rank, _)| *rank == 2)
+            && steps.iter().flat_map(|step| &step.fed).all(|(_, _, rank, _)| *rank == 2)
             && results.all(|port| port.ty.shape.first() == slots);
-        Ok(Decoder { inputs, output, together })
+        Ok(Decoder { steps, output, together })
+    }
+
+    /// What a step behind `past` tokens is given: a state that holds nothing begins where the model can begin one.
+    fn step(&self, past: usize) -> Outcome<&StepInputs> {
+        let found = self.steps.iter().find(|step| step.grows || past == 0);
+        found.ok_or_else(|| Failure::new(Kind::Internal, "the decoder has no step"))
     }
 
     /// The inputs of a step that adds the tokens of each row, equally many, behind as many others as `past` says for it.
@@ -74,7 +91,12 @@ impl Decoder {
         let new = rows.first().map_or(0, Vec::len);
         let longest = past.iter().copied().max().unwrap_or(0);
         let mut all = BTreeMap::new();
-        for (name, dtype, rank, feed) in &self.inputs {
+        let step = self.step(longest)?;
+        for case in &step.chosen {
+            let value = Tensor::new(vec![1; case.ty.rank()], Data::Bool(vec![case.value]));
+            all.insert(case.input.to_string(), value.or_fail(Kind::Internal)?);
+        }
+        for (name, dtype, rank, feed) in &step.fed {
             // Inputs without rows are the same for all of them.
             let repeated = if *rank < 2 { 1 } else { rows.len() };
             let positions = |&past: &usize| (past..past + new).map(|p| p as i64);
@@ -97,7 +119,8 @@ impl Decoder {
 
     /// The token ids among the inputs of a model, a row for each sequence.
     pub(crate) fn tokens_of(&self, inputs: &BTreeMap<String, Tensor>) -> Outcome<Vec<Vec<i64>>> {
-        let name = self.inputs.iter().find(|(_, _, _, feed)| *feed == Feed::Tokens).map(|(name, ..)| &**name);
+        let fed = &self.step(0)?.fed;
+        let name = fed.iter().find(|(_, _, _, feed)| *feed == Feed::Tokens).map(|(name, ..)| &**name);
         let tensor = name.and_then(|name| inputs.get(name));
         let tensor = tensor.ok_or_else(|| {
             let name = name.unwrap_or("token ids");
@@ -166,6 +189,28 @@ impl Next {
             }
         }
     }
+}
+
+/// What the steps of an entry are given besides state.
+fn step_inputs(entry: &Entry, program: &RankProgram, state: &StateSpec) -> Result<StepInputs, String> {
+    let past = state.ty.shape.get(state.axis).cloned().unwrap_or_else(|| Dim::from(0usize));
+    let present = entry.outputs.iter().find(|port| port.name == state.output);
+    let chosen = entry.graph.cases.clone();
+    let is_fed = |port: &&Port| {
+        let is_state = program.states.iter().any(|s| s.input == port.name);
+        !is_state && !chosen.iter().any(|case| case.input == port.name)
+    };
+    let mut fed = Vec::new();
+    for port in entry.inputs.iter().filter(is_fed) {
+        let feed = feed_of(port, &past).ok_or_else(|| {
+            format!("input `{}: {}` is none a decoder is known to have", port.name, port.ty)
+        })?;
+        fed.push((port.name.clone(), port.ty.dtype, port.ty.rank(), feed));
+    }
+    if fed.iter().filter(|(_, _, _, feed)| *feed == Feed::Tokens).count() != 1 {
+        return Err("the model does not have one input of token ids".into());
+    }
+    Ok(StepInputs { grows: present.is_none_or(|present| grows(state, &present.ty)), fed, chosen })
 }
 
 fn feed_of(port: &Port, past: &Dim) -> Option<Feed> {

@@ -4,13 +4,14 @@ use crate::failure::{Classify, Failure, Kind, Outcome};
 use std::path::Path;
 use tpshard_codegen::build::weight_file;
 use tpshard_ir::Tensor;
-use tpshard_ir::program::{RankProgram, WeightTensor};
+use tpshard_ir::program::{Entry, Port, RankProgram, WeightTensor};
 use tpshard_runtime::cpu::WeightSource;
 use tpshard_runtime::io::SafeTensorsFile;
 
 /// A decoded rank program.
 pub(crate) struct RankFile {
     pub(crate) program: RankProgram,
+    /// Of all entries.
     pub(crate) input_names: Vec<String>,
     pub(crate) output_names: Vec<String>,
 }
@@ -18,10 +19,17 @@ pub(crate) struct RankFile {
 impl RankFile {
     pub(crate) fn decode(payload: &[u8]) -> Outcome<RankFile> {
         let program = RankProgram::decode(payload).or_fail(Kind::Mismatch)?;
-        let names = |ports: &[tpshard_ir::program::Port]| ports.iter().map(|p| p.name.to_string()).collect();
-        let entry = program.entries.first();
-        let input_names = entry.map(|e| names(&e.inputs)).unwrap_or_default();
-        let output_names = entry.map(|e| names(&e.outputs)).unwrap_or_default();
+        let names = |ports: fn(&Entry) -> &[Port]| {
+            let mut names: Vec<String> = Vec::new();
+            for port in program.entries.iter().flat_map(ports) {
+                if !names.contains(&port.name.to_string()) {
+                    names.push(port.name.to_string());
+                }
+            }
+            names
+        };
+        let input_names = names(|entry| &entry.inputs);
+        let output_names = names(|entry| &entry.outputs);
         Ok(RankFile { program, input_names, output_names })
     }
 

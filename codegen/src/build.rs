@@ -37,8 +37,16 @@ pub fn certified_entry(part: &str) -> Option<String> {
 
 /// The part that marks `run`, which starts the rank's own executable.
 pub const PART_LAUNCHER: &str = "launcher";
-/// The imported logical graph.
+/// The imported logical graph; the first, where the model chooses between several.
 pub const MODEL_TEXT: &str = "model.tir";
+/// Most graphs of a model.
+pub const MAX_GRAPHS: usize = 4;
+
+/// The file of the imported graph number `index`.
+pub fn model_text(index: usize) -> String {
+    if index == 0 { MODEL_TEXT.to_owned() } else { format!("model-{index}.tir") }
+}
+
 /// The plan for people.
 pub const PLAN_TEXT: &str = "plan.txt";
 /// The plan for browsers.
@@ -46,9 +54,9 @@ pub const REPORT_PAGE: &str = "report.html";
 
 /// Everything that goes into a folder.
 pub struct Build<'a> {
-    /// The graph as imported, which the certificates start from.
-    pub imported: &'a Graph,
-    /// The programs, by entry name; all have the same mesh.
+    /// The graphs as imported, which the certificates start from: one, or one for each case of the model.
+    pub imported: &'a [&'a Graph],
+    /// The programs, by entry name; all have the same mesh, and are for one of the graphs each.
     pub entries: &'a [(String, Spmd)],
     pub plan_text: &'a str,
     /// What the plan promises about equal results.
@@ -111,13 +119,14 @@ pub fn build(
     let files = (0..ranks).map(|rank| folder.file(&weight_file(rank))).collect::<Result<Vec<_>, _>>()?;
     let written = write_shards(&layouts, &files, build.source, progress)?;
 
-    let model_text = tpshard_ir::text::print_graph(build.imported);
+    let model_texts: Vec<String> =
+        build.imported.iter().map(|graph| tpshard_ir::text::print_graph(graph)).collect();
     let certificates: Vec<(String, String)> = build
         .entries
         .iter()
         .map(|(name, program)| (certificate_part(name), tpshard_ir::text::print_program(program)))
         .collect();
-    let program_hash = program_hash(&model_text, &certificates);
+    let program_hash = program_hash(&model_texts, &certificates);
     let mut programs = Vec::with_capacity(ranks);
     for (rank, plan) in plans.iter().enumerate() {
         let program = rank_program(build, rank, plan, &written.weights_hash, &program_hash)?;
@@ -131,7 +140,10 @@ pub fn build(
     }
     let launcher = container::encode(&[(PART_LAUNCHER, ranks.to_string().as_bytes())])?;
     write(folder.executable("run")?, "run", &elf::with_program(build.runner, &launcher)?)?;
-    write(folder.file(MODEL_TEXT)?, MODEL_TEXT, model_text.as_bytes())?;
+    for (index, text) in model_texts.iter().enumerate() {
+        let name = model_text(index);
+        write(folder.file(&name)?, &name, text.as_bytes())?;
+    }
     write(folder.file(PLAN_TEXT)?, PLAN_TEXT, build.plan_text.as_bytes())?;
     write(folder.file(REPORT_PAGE)?, REPORT_PAGE, build.report_html.as_bytes())?;
     let contents = Contents {
@@ -283,9 +295,9 @@ fn payload(program: &RankProgram, certificates: &[(String, String)]) -> Result<V
 }
 
 /// The hash of the plan: the same on all ranks, independent of the weights' bytes.
-pub fn program_hash(model_text: &str, certificates: &[(String, String)]) -> String {
+pub fn program_hash(model_texts: &[String], certificates: &[(String, String)]) -> String {
     let mut hash = Sha256::new();
-    for text in std::iter::once(model_text).chain(certificates.iter().map(|(_, text)| text.as_str())) {
+    for text in model_texts.iter().chain(certificates.iter().map(|(_, text)| text)) {
         hash.update((text.len() as u64).to_le_bytes());
         hash.update(text.as_bytes());
     }
@@ -353,7 +365,11 @@ fn entry_config(name: &str, program: &Spmd) -> Value {
         .inputs()
         .filter(|(value, _, _)| value.index() < program.imported)
         .map(|(value, name, ty)| {
-            json!({ "name": name.as_ref(), "type": ty.to_string(), "layout": entering(value) })
+            // What chooses the entry is read before any step.
+            let chooses = program.logical.cases.iter().any(|case| case.input == *name);
+            let whole = || Layout::replicated(&program.mesh).to_string();
+            let layout = entering(value).or_else(|| chooses.then(whole));
+            json!({ "name": name.as_ref(), "type": ty.to_string(), "layout": layout })
         })
         .collect();
     let leaving = |output: &SpmdOutput| {
@@ -381,5 +397,12 @@ fn entry_config(name: &str, program: &Spmd) -> Value {
         .iter()
         .map(|(symbol, range)| (symbol.to_string(), json!([range.low, range.high])))
         .collect();
-    json!({ "name": name, "ranges": ranges, "inputs": inputs, "outputs": outputs, "states": states })
+    let mut entry =
+        json!({ "name": name, "ranges": ranges, "inputs": inputs, "outputs": outputs, "states": states });
+    let cases: Map<String, Value> =
+        program.logical.cases.iter().map(|case| (case.input.to_string(), case.value.into())).collect();
+    if !cases.is_empty() {
+        entry["cases"] = Value::Object(cases);
+    }
+    entry
 }

@@ -37,8 +37,8 @@ pub use external::Storage;
 pub use limits::Limits;
 pub use load::{IR_VERSIONS, OPSETS, load};
 pub use lower::{
-    Equality, ImportError, ImportOptions, ImportReport, Imported, Named, OutputRequest, OutputRequestError,
-    Part, Role, Selection, import, lower,
+    Equality, ImportError, ImportOptions, ImportReport, Imported, MOST_CHOOSING, Named, OutputRequest,
+    OutputRequestError, Part, Role, Selection, import, import_cases, lower, lower_cases,
 };
 pub use model::{
     Attribute, AttributeType, AttributeValue, Dim, Graph, Model, Node, TensorType, ValueInfo, ValueType,

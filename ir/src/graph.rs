@@ -96,6 +96,22 @@ pub struct StatePair {
     pub axis: usize,
 }
 
+/// A bool input for one value of which alone a graph is the model: what depends on it was folded away. The input stays
+/// among the graph's inputs, and nothing reads it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Case {
+    pub input: Arc<str>,
+    /// One bool, with or without dims.
+    pub ty: Type,
+    pub value: bool,
+}
+
+impl fmt::Display for Case {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}={}", self.input, self.value)
+    }
+}
+
 /// The values a symbol may take, both ends included.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SymbolRange {
@@ -111,6 +127,8 @@ pub struct Graph {
     pub outputs: Vec<Output>,
     pub guards: Vec<Guard>,
     pub states: Vec<StatePair>,
+    /// The inputs whose values the graph is for, in the order of the inputs; a model of one graph has none.
+    pub cases: Vec<Case>,
     /// Symbols of the inputs and their ranges.
     pub symbols: BTreeMap<Arc<str>, SymbolRange>,
 }

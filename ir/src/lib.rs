@@ -28,7 +28,7 @@ pub use decompose::decompose;
 pub use deferred::{DeferredCall, Evaluator};
 pub use dim::{Bindings, Dim, EvalError};
 pub use dtype::{DType, DTypeClass, UnknownDType, float_to_integer};
-pub use graph::{Graph, Guard, Node, Output, Relation, StatePair, SymbolRange, Type, ValueId};
+pub use graph::{Case, Graph, Guard, Node, Output, Relation, StatePair, SymbolRange, Type, ValueId};
 pub use infer::{InferError, infer};
 pub use layout::{AxisLayout, Layout, Mesh, Monoid};
 pub use op::{Conversion, Op, Scalar};

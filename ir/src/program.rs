@@ -77,7 +77,7 @@ pub struct RankProgram {
     pub rank: usize,
     pub mesh: Mesh,
     pub determinism: Determinism,
-    /// Tried in order; the first whose ranges hold the dims of the inputs runs.
+    /// Tried in order; the first whose cases hold the values and whose ranges hold the dims of the inputs runs.
     pub entries: Vec<Entry>,
     /// Past inputs and the present outputs that succeed them, the same in all entries.
     pub states: Vec<StateSpec>,
@@ -171,6 +171,13 @@ impl Entry {
                 inputs.push(port(name, value));
             }
         }
+        // What chooses the entry is given like any input, though no step reads it.
+        inputs.extend(graph.cases.iter().map(|case| Port {
+            name: case.input.clone(),
+            ty: case.ty.clone(),
+            layout: Layout::replicated(&program.mesh),
+            keep_sharded: false,
+        }));
         let outputs = graph.outputs.iter().map(|o| port(&o.name, o.value)).collect();
         let lowering = lower(&graph);
         let ranges = graph.symbols.clone();

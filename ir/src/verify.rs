@@ -1,11 +1,12 @@
 //! Verified is a type: a [`Verified<Graph>`] can only be made by [`verify`], so code that takes one need not ask again.
 //!
 //! Verification collects all errors. Operands come earlier, every type is the inferred one (inputs and conversions
-//! declare theirs), names are unique and symbols declared, states name an input and an output that fit. For programs
-//! [`verify_program`] checks structure only; whether a step's layouts are right is the checker's judgement.
+//! declare theirs), names are unique and symbols declared, states name an input and an output that fit, cases an input that nothing
+//! reads. For programs [`verify_program`] checks structure only; whether a step's layouts are right is the checker's judgement.
 
 use crate::dim::Dim;
-use crate::graph::{Graph, Node, StatePair, Type, ValueId};
+use crate::dtype::DType;
+use crate::graph::{Case, Graph, Node, StatePair, Type, ValueId};
 use crate::infer::infer;
 use crate::layout::{AxisLayout, Layout, Mesh};
 use crate::op::{Conversion, Op};
@@ -170,6 +171,9 @@ fn check_graph(graph: &Graph, errors: &mut Errors) {
     for state in &graph.states {
         check_state(graph, state, errors);
     }
+    for (index, case) in graph.cases.iter().enumerate() {
+        check_case(graph, index, case, errors);
+    }
 }
 
 fn place(value: ValueId, node: &Node) -> String {
@@ -282,6 +286,28 @@ fn check_state(graph: &Graph, state: &StatePair, errors: &mut Errors) {
         && (0..past.rank()).all(|d| d == state.axis || past.shape[d] == present.shape[d]);
     if !fits {
         errors.add(&place, format!("{past} cannot grow into {present} along axis {}", state.axis));
+    }
+}
+
+/// A case names an input of its type that nothing reads.
+fn check_case(graph: &Graph, index: usize, case: &Case, errors: &mut Errors) {
+    let place = format!("case `{}`", case.input);
+    let one = case.ty.shape.iter().all(|dim| dim.as_const() == Some(1));
+    if case.ty.dtype != DType::Bool || !one {
+        errors.add(&place, format!("{} is not one bool", case.ty));
+    }
+    if graph.cases.iter().take(index).any(|other| other.input == case.input) {
+        errors.add(&place, "is named twice");
+    }
+    let Some((value, _, ty)) = graph.inputs().find(|(_, name, _)| **name == case.input) else {
+        errors.add(&place, "does not name an input");
+        return;
+    };
+    if *ty != case.ty {
+        errors.add(&place, format!("the input is {ty}, not {}", case.ty));
+    }
+    if graph.values().any(|(_, node)| node.args.contains(&value)) {
+        errors.add(&place, "is read, though it was folded");
     }
 }
 

@@ -142,6 +142,11 @@ fn graph() -> Graph {
         graph.guards.push(Guard { left, relation, right: c(i64::MIN), reason: reason.into() });
     }
     graph.states.push(StatePair { input: "past.0".into(), output: "present.0".into(), axis: 2 });
+    graph.cases.push(Case {
+        input: "use \"it\"".into(),
+        ty: Type::new(DType::Bool, vec![c(1)]),
+        value: true,
+    });
     for (i, op) in every_op().into_iter().enumerate() {
         let shape = vec![s("seq") * c(4) - c(i as i64), s("floordiv").ceil_div(&s("min")), c(i64::MAX)];
         let ty = Type::new(DType::ALL[i % DType::ALL.len()], shape);

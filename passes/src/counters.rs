@@ -42,3 +42,18 @@ pub struct Counters {
     /// The searches on the chosen mesh, of all entries.
     pub effort: Effort,
 }
+
+impl std::iter::Sum for Counters {
+    fn sum<I: Iterator<Item = Counters>>(all: I) -> Counters {
+        all.fold(Counters::default(), |a, b| Counters {
+            values: a.values + b.values,
+            sizes: Sizes {
+                groups: a.sizes.groups + b.sizes.groups,
+                classes: a.sizes.classes + b.sizes.classes,
+                productions: a.sizes.productions + b.sizes.productions,
+                conversions: a.sizes.conversions + b.sizes.conversions,
+            },
+            effort: a.effort + b.effort,
+        })
+    }
+}

@@ -19,8 +19,8 @@ pub struct Extended {
     pub imported: usize,
     /// In the order they were derived.
     pub equations: Vec<Equation>,
-    /// What the program is to compute now: first the values that define sizes, since what has such a size depends on them
-    /// without naming them; then what equals `graph.outputs`, name by name.
+    /// What the program is to compute now: first state that nothing reads, and the values that define sizes, since what
+    /// has such a size depends on them without naming them; then what equals `graph.outputs`, name by name.
     pub outputs: Vec<Output>,
 }
 
@@ -34,7 +34,21 @@ impl Extended {
         let mut extended = Extended { graph, imported, equations: Vec::new(), outputs };
         let sizes: Vec<Output> = extended.inputs_for_sizes().into_iter().map(defines).collect();
         extended.outputs.splice(0..0, sizes);
+        let pasts = extended.unread_pasts();
+        extended.outputs.splice(0..0, pasts);
         extended
+    }
+
+    /// The pasts that nothing reads, where a state begins anew instead of growing: each has to lie where the present
+    /// that succeeds it does, and so is a part of the plan. It goes by the name of its present, like a past that is only
+    /// read.
+    fn unread_pasts(&self) -> Vec<Output> {
+        let live: BTreeSet<ValueId> = self.live().into_iter().collect();
+        let unread = |(value, name, _): (ValueId, &Arc<str>, &Type)| {
+            let pair = self.graph.states.iter().find(|pair| pair.input == *name)?;
+            (!live.contains(&value)).then(|| Output { name: pair.output.clone(), value })
+        };
+        self.graph.inputs().filter_map(unread).collect()
     }
 
     /// Inputs of which nothing but their sizes is needed, and no other input has those.
@@ -58,7 +72,7 @@ impl Extended {
         found
     }
 
-    /// How many of `outputs` only define sizes; they are the first.
+    /// How many of `outputs` are none of the graph's; they are the first.
     pub fn hidden(&self) -> usize {
         self.outputs.len().saturating_sub(self.graph.outputs.len())
     }

@@ -4,6 +4,7 @@
 
 mod balance;
 pub mod canonical;
+mod cases;
 pub mod cost;
 pub mod counters;
 pub mod egraph;
@@ -22,6 +23,7 @@ pub mod sharding;
 mod unplanned;
 
 pub use balance::Balance;
+pub use cases::{CasePlanning, plan_cases};
 pub use cost::price::Entry;
 pub use emit::EmitError;
 pub use layout_graph::{Pin, PinError};

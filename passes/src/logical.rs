@@ -152,6 +152,7 @@ impl Alternatives {
         graph.outputs = extended.graph.outputs.clone();
         graph.guards = extended.graph.guards.clone();
         graph.states = extended.graph.states.clone();
+        graph.cases = extended.graph.cases.clone();
         graph.symbols = extended.graph.symbols.clone();
         for (value, node) in extended.graph.values() {
             if value.index() >= base && !used.contains(&value) {

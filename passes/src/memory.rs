@@ -2,11 +2,13 @@
 //! less than another.
 
 use crate::cost::price::{complete, extents};
+use crate::layout_graph::StoredName;
 use crate::plan::Plan;
+use crate::report::EntryReport;
 use std::collections::{BTreeMap, BTreeSet};
 use tpshard_ir::program::lower;
 use tpshard_ir::spmd::instantiate;
-use tpshard_ir::{AxisLayout, Bindings, DType, Graph, Layout, Mesh, Op, Spmd, Step, StepKind, Type, ValueId};
+use tpshard_ir::{AxisLayout, Bindings, DType, Graph, Layout, Mesh, Spmd, Step, StepKind, Type, ValueId};
 
 /// Most steps that are lowered to learn what the buffers of ranks unlike rank 0 take.
 const LOWERED: usize = 200_000;
@@ -28,14 +30,14 @@ impl RankMemory {
 
 /// A tensor of known size and how it is dealt out on every mesh axis: dim and unit.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-struct Dealt {
+pub(crate) struct Dealt {
     bits: usize,
     extents: Vec<u64>,
     deals: Vec<Option<(usize, u64)>>,
 }
 
 impl Dealt {
-    fn new(graph: &Graph, ty: &Type, layout: &Layout, sizes: &Bindings) -> Dealt {
+    pub(crate) fn new(graph: &Graph, ty: &Type, layout: &Layout, sizes: &Bindings) -> Dealt {
         let deal = |part: &AxisLayout| match part {
             AxisLayout::Shard { dim, unit } => {
                 let unit = unit.eval(sizes).ok().and_then(|u| u64::try_from(u).ok()).unwrap_or(1);
@@ -50,7 +52,7 @@ impl Dealt {
         }
     }
 
-    fn bytes(&self, mesh: &Mesh, coordinates: &[usize]) -> u64 {
+    pub(crate) fn bytes(&self, mesh: &Mesh, coordinates: &[usize]) -> u64 {
         let mut local = self.extents.clone();
         for ((deal, &ranks), &at) in self.deals.iter().zip(&mesh.0).zip(coordinates) {
             if let Some((dim, unit)) = deal
@@ -65,25 +67,38 @@ impl Dealt {
     }
 }
 
-/// A tensor that a plan keeps between steps.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) struct Stored<'a> {
-    pub(crate) value: ValueId,
-    pub(crate) layout: &'a Layout,
-    pub(crate) is_state: bool,
-}
+/// Weights and state that lie in memory between steps, each in every layout in which it does, with a value that it is.
+pub(crate) type Stored<'a> = BTreeMap<(StoredName, &'a Layout), ValueId>;
 
 /// The weights and the state that `steps` read, each once however many entries share it.
-pub(crate) fn stored<'a>(graph: &Graph, steps: impl Iterator<Item = &'a Step>) -> BTreeSet<Stored<'a>> {
-    let of_step = |step: &'a Step| {
-        let is_state = match &graph.node(step.value).op {
-            Op::Weight(_) => false,
-            Op::Input { name } if graph.states.iter().any(|s| s.input == *name) => true,
-            _ => return None,
+pub(crate) fn stored<'a>(graph: &Graph, steps: impl Iterator<Item = &'a Step>) -> Stored<'a> {
+    let mut stored = Stored::new();
+    for step in steps.filter(|s| s.kind == StepKind::Compute) {
+        if let Some(name) = StoredName::of(graph, step.value) {
+            stored.entry((name, &step.layout)).or_insert(step.value);
+        }
+    }
+    stored
+}
+
+/// Steps of one graph, and the sizes under which they run.
+pub(crate) struct Part<'a> {
+    pub(crate) graph: &'a Graph,
+    pub(crate) steps: Vec<&'a Step>,
+    /// The largest of every entry.
+    pub(crate) sizes: Vec<Bindings>,
+}
+
+impl<'a> Part<'a> {
+    /// A part for every program of a plan.
+    pub(crate) fn of_programs(programs: &'a [(String, Spmd)], entries: &[EntryReport]) -> Vec<Part<'a>> {
+        let part = |((_, program), found): (&'a (String, Spmd), &EntryReport)| Part {
+            graph: &program.logical,
+            steps: program.steps.iter().collect(),
+            sizes: vec![complete(&program.logical, &found.entry.largest)],
         };
-        Some(Stored { value: step.value, layout: &step.layout, is_state })
-    };
-    steps.filter(|s| s.kind == StepKind::Compute).filter_map(of_step).collect()
+        programs.iter().zip(entries).map(part).collect()
+    }
 }
 
 /// A stored tensor under every entry.
@@ -97,15 +112,18 @@ struct Kind {
 pub(crate) struct Holdings(BTreeMap<Kind, u64>);
 
 impl Holdings {
-    /// `sizes` are the largest of every entry.
-    pub(crate) fn of<'a>(
-        graph: &Graph,
-        steps: impl Iterator<Item = &'a Step>,
-        sizes: &[Bindings],
-    ) -> Holdings {
+    /// What several parts read lies there once.
+    pub(crate) fn of(parts: &[Part<'_>]) -> Holdings {
+        let mut all: BTreeMap<(StoredName, &Layout), Vec<Dealt>> = BTreeMap::new();
+        for Part { graph, steps, sizes } in parts {
+            for ((name, layout), value) in stored(graph, steps.iter().copied()) {
+                let by_entry = sizes.iter().map(|s| Dealt::new(graph, graph.ty(value), layout, s));
+                all.entry((name, layout)).or_default().extend(by_entry);
+            }
+        }
         let mut kinds: BTreeMap<Kind, u64> = BTreeMap::new();
-        for Stored { value, layout, is_state } in stored(graph, steps) {
-            let by_entry = sizes.iter().map(|s| Dealt::new(graph, graph.ty(value), layout, s)).collect();
+        for ((name, _), by_entry) in all {
+            let is_state = matches!(name, StoredName::State(_));
             *kinds.entry(Kind { is_state, by_entry }).or_default() += 1;
         }
         Holdings(kinds)
@@ -124,11 +142,7 @@ impl Holdings {
 /// What each rank holds, rank 0 first.
 pub fn rank_memory(plan: &Plan) -> Vec<RankMemory> {
     let mesh = &plan.report.mesh;
-    let holdings = plan.programs.first().map(|(_, first)| {
-        let sizes = plan.report.entries.iter().map(|e| complete(&first.logical, &e.entry.largest));
-        let steps = plan.programs.iter().flat_map(|(_, program)| &program.steps);
-        Holdings::of(&first.logical, steps, &sizes.collect::<Vec<_>>())
-    });
+    let holdings = Holdings::of(&Part::of_programs(&plan.programs, &plan.report.entries));
     let buffers = buffers(plan);
     // The bytes of all kinds of buffers tell what the buffers of a rank take.
     let mut known: BTreeMap<Vec<u64>, u64> = BTreeMap::new();
@@ -137,7 +151,7 @@ pub fn rank_memory(plan: &Plan) -> Vec<RankMemory> {
     let of_rank = |rank: usize| {
         let coordinates = mesh.coordinates(rank);
         let mut memory = RankMemory::default();
-        for (is_state, bytes, count) in holdings.iter().flat_map(|h| h.on(mesh, &coordinates)) {
+        for (is_state, bytes, count) in holdings.on(mesh, &coordinates) {
             let sum = if is_state { &mut memory.state } else { &mut memory.weights };
             *sum = sum.saturating_add(bytes.saturating_mul(count));
         }
@@ -170,7 +184,7 @@ fn buffers(plan: &Plan) -> BTreeSet<Dealt> {
 
 /// What the buffers of `rank` take, the most over all entries.
 fn activations(plan: &Plan, rank: usize) -> Option<u64> {
-    let of_entry = |((_, program), entry): (&(String, Spmd), &crate::report::EntryReport)| {
+    let of_entry = |((_, program), entry): (&(String, Spmd), &EntryReport)| {
         let local = instantiate(program, rank).ok()?;
         let sizes = complete(&program.logical, &entry.entry.largest);
         Some(lower(&local).plan(&local, &sizes).ok()?.bytes)

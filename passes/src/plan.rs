@@ -5,7 +5,9 @@ use crate::cost::{Cost, Pricer, Profile};
 use crate::emit::{EmitError, Source, emit};
 use crate::extended::Extended;
 use crate::extract::{Budget, ExtractError, Extraction, Joint, Limits, extract_entries};
-use crate::layout_graph::{BuildError, Classes, LayoutGraph, Model, Pin, PinError, apply_pins, build};
+use crate::layout_graph::{
+    BuildError, Classes, Kept, KeptError, LayoutGraph, Model, Pin, PinError, apply_kept, apply_pins, build,
+};
 use crate::logical::{Alternatives, alternatives, no_alternatives};
 use crate::report::{OnMesh, PlanReport, Summary, program_cost, report};
 use crate::sharding::{Units, candidate_units};
@@ -47,6 +49,8 @@ pub struct PlanOptions {
     pub limits: Limits,
     /// Layouts that are not to be decided.
     pub pins: Vec<Pin>,
+    /// What other graphs of the model have in memory.
+    pub kept: Option<Kept>,
     /// Split every value that a rule can split, whatever time it takes: for tests of the rules.
     pub split_all: bool,
     /// At `Tp` no sum of floats is split over ranks, and every value is computed by the operations of the canonical graph:
@@ -65,6 +69,7 @@ impl PlanOptions {
             reserve: 0,
             limits: Limits::default(),
             pins: Vec::new(),
+            kept: None,
             split_all: false,
             determinism: Determinism::default(),
         }
@@ -104,6 +109,8 @@ pub enum PlanError {
     Build(#[from] BuildError),
     #[error(transparent)]
     Pin(#[from] PinError),
+    #[error(transparent)]
+    Kept(#[from] KeptError),
     #[error(transparent)]
     Extract(#[from] ExtractError),
     #[error(transparent)]
@@ -255,7 +262,11 @@ impl Planner<'_> {
         let mut considered = Vec::new();
         // A plan on another mesh may be better than the best one found there, too.
         let mut bound: Option<Cost> = None;
-        for mesh in meshes(&self.found.extended.graph, self.options.ranks) {
+        let meshes = match &self.options.kept {
+            Some(kept) => vec![kept.mesh.clone()],
+            None => meshes(&self.found.extended.graph, self.options.ranks),
+        };
+        for mesh in meshes {
             let next = match self.candidate(&mesh, self.options.memory, reserve) {
                 // The flat mesh comes first and has the message; a factored one need not allow every pin.
                 Err(PlanError::Pin(_) | PlanError::Extract(ExtractError::Impossible)) if best.is_some() => {
@@ -304,6 +315,9 @@ impl Planner<'_> {
             let mut built = build(&Model { pricer, ..model })?;
             if mesh.ranks() > 1 {
                 apply_pins(&mut built, &options.pins)?;
+            }
+            if let Some(kept) = options.kept.as_ref().filter(|kept| kept.mesh == *mesh) {
+                apply_kept(&mut built, graph, kept)?;
             }
             Ok(built)
         };

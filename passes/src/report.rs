@@ -7,13 +7,11 @@ use crate::cost::price::Entry;
 use crate::cost::{Cost, Parts, Pricer};
 use crate::counters::Counters;
 use crate::extract::Extraction;
-use crate::layout_graph::LayoutGraph;
-use crate::memory::{self, Holdings, Stored};
+use crate::layout_graph::{LayoutGraph, StoredName};
+use crate::memory::{self, Holdings, Part};
 use crate::plan::{Emitted, PlanOptions};
 use std::collections::BTreeMap;
 use std::fmt::{self, Write};
-use tpshard_ir::op::Op;
-use tpshard_ir::weight::WeightExpr;
 pub use tpshard_ir::wording::{Bytes, Seconds, without_numbers};
 use tpshard_ir::{Graph, Layout, Mesh, SpmdOutput, Step, StepId, StepKind};
 
@@ -97,6 +95,19 @@ pub struct OnMesh {
     pub bytes: u64,
 }
 
+/// A graph of a model that chooses between several.
+#[derive(Clone, Debug, PartialEq)]
+pub struct GraphReport {
+    /// The values of the inputs that choose it.
+    pub case: String,
+    /// Its entries, by name.
+    pub entries: Vec<String>,
+    /// How far its plan may be above the best one for what lies in memory.
+    pub gap: f64,
+    /// It decided what lies in memory.
+    pub first: bool,
+}
+
 /// What a plan is and what it is predicted to cost.
 #[derive(Clone, Debug, PartialEq)]
 pub struct PlanReport {
@@ -119,6 +130,8 @@ pub struct PlanReport {
     pub stored: Vec<StoredKind>,
     /// How far the plan may be above the optimum, as a share.
     pub gap: f64,
+    /// Of a model of several graphs, each of them.
+    pub graphs: Vec<GraphReport>,
     /// Everything was to be split, whatever time that takes.
     pub split_all: bool,
     pub segments: (usize, usize),
@@ -175,15 +188,15 @@ pub(crate) fn report(
         .filter_map(|g| g.productions.first())
         .map(|p| p.bytes)
         .fold(summary.reserved, u64::saturating_add);
-    let steps = programs.iter().flat_map(|p| &p.steps);
-    let holdings = Holdings::of(graph, steps, pricer.largest_bindings());
+    let steps = programs.iter().flat_map(|p| &p.steps).collect();
+    let holdings = Holdings::of(&[Part { graph, steps, sizes: pricer.largest_bindings().to_vec() }]);
     PlanReport {
         profile: options.profile.name.clone(),
         mesh: mesh.clone(),
         entries,
         seconds: summary.cost.seconds(),
         seconds_alone: summary.alone.seconds(),
-        verdict: verdict(options, summary.cost, summary.alone, bytes_alone),
+        verdict: Verdict::of(options, summary.cost.seconds(), summary.alone.seconds(), bytes_alone),
         weight_bytes: bytes(false),
         state_bytes: bytes(true),
         activation_bytes: summary.activations,
@@ -194,6 +207,7 @@ pub(crate) fn report(
         meshes: summary.meshes.to_vec(),
         stored,
         gap: gap(summary.cost, summary.bound),
+        graphs: Vec::new(),
         split_all: options.split_all,
         segments: extraction.segments,
         counters: Counters { values: graph.len(), sizes: layouts.sizes(), effort: extraction.effort },
@@ -283,27 +297,25 @@ fn outputs(program: &Emitted) -> Vec<(String, Layout)> {
     program.outputs.iter().filter_map(layout).collect()
 }
 
-fn verdict(options: &PlanOptions, cost: Cost, alone: Cost, bytes_alone: u64) -> Verdict {
-    let fits = bytes_alone.saturating_add(options.reserve) as f64 <= options.profile.memory_bytes;
-    match () {
-        () if options.ranks == 1 => Verdict::OneRank,
-        () if cost.picoseconds() < alone.picoseconds() => Verdict::Faster,
-        () if fits => Verdict::DoNotShard,
-        () => Verdict::ForMemory,
+impl Verdict {
+    /// About a plan that takes so many seconds, and so many on one rank, which needs so many bytes.
+    pub(crate) fn of(options: &PlanOptions, seconds: f64, alone: f64, bytes_alone: u64) -> Verdict {
+        let fits = bytes_alone.saturating_add(options.reserve) as f64 <= options.profile.memory_bytes;
+        match () {
+            () if options.ranks == 1 => Verdict::OneRank,
+            () if seconds < alone => Verdict::Faster,
+            () if fits => Verdict::DoNotShard,
+            () => Verdict::ForMemory,
+        }
     }
 }
 
 fn stored(graph: &Graph, programs: &[Emitted], pricer: &Pricer<'_>, mesh: &Mesh) -> Vec<StoredKind> {
     let mut kinds: BTreeMap<(bool, String, String, Layout), (usize, u64)> = BTreeMap::new();
     let steps = programs.iter().flat_map(|p| &p.steps);
-    for Stored { value, layout, is_state } in memory::stored(graph, steps) {
-        let node = graph.node(value);
-        let name = match &node.op {
-            Op::Weight(expression) => weight_name(expression),
-            Op::Input { name } => name.to_string(),
-            _ => continue,
-        };
-        let key = (is_state, without_numbers(&name), node.ty.to_string(), layout.clone());
+    for ((name, layout), value) in memory::stored(graph, steps) {
+        let is_state = matches!(name, StoredName::State(_));
+        let key = (is_state, without_numbers(&name.to_string()), graph.ty(value).to_string(), layout.clone());
         let entry = kinds.entry(key).or_default();
         entry.0 += 1;
         entry.1 = entry.1.saturating_add(pricer.local_bytes(value, layout, mesh));
@@ -317,11 +329,6 @@ fn stored(graph: &Graph, programs: &[Emitted], pricer: &Pricer<'_>, mesh: &Mesh)
         bytes,
     };
     kinds.into_iter().map(kind).collect()
-}
-
-fn weight_name(expression: &WeightExpr) -> String {
-    let names: Vec<&str> = expression.initializers().into_iter().collect();
-    names.join("+")
 }
 
 impl fmt::Display for PlanReport {
@@ -403,7 +410,20 @@ impl PlanReport {
             self.gap * 100.0,
             self.segments.0,
             self.segments.1
-        )
+        )?;
+        self.write_graphs(f)
+    }
+
+    /// Several graphs are planned one after the other, so each has a gap of its own besides that of all together.
+    fn write_graphs(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if !self.graphs.is_empty() {
+            writeln!(f, "  graphs, and the gap of each for weights and state as they lie in memory:")?;
+        }
+        for GraphReport { case, entries, gap, first } in &self.graphs {
+            let first = if *first { ", decided how they lie" } else { "" };
+            writeln!(f, "    {case} ({}): gap {:.2} %{first}", entries.join(", "), gap * 100.0)?;
+        }
+        Ok(())
     }
 
     fn write_memory(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -301,9 +301,14 @@ impl Session {
                 what: format!("there is no step {tap}, the entry has {steps}"),
             });
         }
-        let part = run_part(entry, &bindings, inputs, None);
+        let part = run_part(entry, &bindings, inputs, &self.takes(entry), None);
         let taps = taps.iter().map(|t| t.0).collect();
         Ok((Request::Run { parts: vec![part], taps }, vec![inputs.clone()]))
+    }
+
+    /// Whether an entry has an input of some name.
+    fn takes(&self, entry: usize) -> impl Fn(&str) -> bool {
+        move |name| self.signatures.get(entry).is_some_and(|signature| signature.takes(name))
     }
 
     /// Checks a step on rank 0, all parts of it before any runs.
@@ -323,7 +328,8 @@ impl Session {
                 state.check_capacity(entry, &bindings, part.length)?;
             }
             let own = part.rows.iter().filter_map(|&row| slots.get(row)).map(|slot| slot.0).collect();
-            run_parts.push(run_part(entry, &bindings, inputs, Some((own, part.rows.clone()))));
+            let slots = Some((own, part.rows.clone()));
+            run_parts.push(run_part(entry, &bindings, inputs, &self.takes(entry), slots));
         }
         Ok((Request::Run { parts: run_parts, taps: Vec::new() }, of_parts))
     }

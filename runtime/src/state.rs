@@ -178,6 +178,13 @@ impl StateStore {
         for spec in &self.specs {
             let port = entry.outputs.iter().find(|p| p.name == spec.output);
             let port = port.ok_or_else(|| refuse(format!("the entry has no output `{}`", spec.output)))?;
+            if length > 0 && !grows(spec, &port.ty) {
+                return Err(refuse(format!(
+                    "the step would begin state `{}` anew, whose slots hold {length} entries\n  \
+                     help: drop the slots first, or choose the entry that continues them",
+                    spec.input
+                )));
+            }
             let grown = port.ty.shape.get(spec.axis).map_or(Ok(0), |d| d.eval(bindings));
             let grown = grown.map_err(|e| refuse(e.to_string()))?;
             if grown > self.options.capacity as i64 {
@@ -405,6 +412,13 @@ impl StateStore {
         }
         Ok(())
     }
+}
+
+/// True if a present of this type is the past with something appended, and not a state that begins.
+pub fn grows(spec: &StateSpec, present: &Type) -> bool {
+    let extent = |ty: &Type| ty.shape.get(spec.axis).map(Dim::symbols).unwrap_or_default();
+    let present = extent(present);
+    extent(&spec.ty).iter().all(|symbol| present.contains(symbol))
 }
 
 /// The type of a state with `entries` entries for `slots` slots.

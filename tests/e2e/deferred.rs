@@ -282,7 +282,8 @@ fn control() -> GraphProto {
             value("x", FLOAT, &[2, 4]),
             value("trips", INT, &[]),
             value("limit", FLOAT, &[]),
-            value("flag", BOOL, &[]),
+            // A number: a bool would choose between two graphs.
+            value("flag", INT, &[]),
         ],
         output: vec![
             value("sum", FLOAT, &[2, 4]),
@@ -298,9 +299,10 @@ fn control() -> GraphProto {
                 &["", "sums"],
                 vec![graph_attribute("body", scan), int("num_scan_inputs", 1)],
             ),
+            node("Cast", &["flag"], &["condition"], vec![int("to", i64::from(BOOL))]),
             node(
                 "If",
-                &["flag"],
+                &["condition"],
                 &["chosen"],
                 vec![
                     graph_attribute("then_branch", branch("Add")),
@@ -330,7 +332,7 @@ fn data_decides_what_is_run() {
                 ("x", x.clone()),
                 ("trips", Tensor::scalar(trips)),
                 ("limit", Tensor::scalar(limit)),
-                ("flag", Tensor::scalar(flag)),
+                ("flag", Tensor::scalar(i64::from(flag))),
             ];
             let (ended, made) = run(&folder, &inputs, &scratch);
             ended.ok();

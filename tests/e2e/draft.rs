@@ -155,7 +155,7 @@ impl Draft {
         let text = tpshard_ir::text::print_program(&self.certificate);
         let certificate = (certificate_part("main"), text);
         let model = fs::read_to_string(self.folder.join(MODEL_TEXT)).unwrap();
-        let hash = program_hash(&model, std::slice::from_ref(&certificate));
+        let hash = program_hash(std::slice::from_ref(&model), std::slice::from_ref(&certificate));
         for (rank, program) in self.programs.iter_mut().enumerate() {
             program.weights_hash = weights.into();
             program.program_hash = hash.clone();

@@ -5,6 +5,7 @@ mod bench;
 mod bisect;
 mod c_api;
 mod calibrate;
+mod cases;
 mod check;
 mod check_files;
 mod crash;

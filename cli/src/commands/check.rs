@@ -6,8 +6,10 @@
 //! with the original as well.
 
 mod files;
+mod graphs;
 
-use super::planning::import_model;
+use super::cases;
+use super::planning::import_graphs;
 use super::shard::{ModelWeights, file_sha256, hex};
 use super::verify::as_built;
 use crate::arguments::CheckArguments;
@@ -19,7 +21,7 @@ use serde_json::Value;
 use sha2::{Digest, Sha256};
 use std::collections::{BTreeMap, BTreeSet};
 use tpshard_codegen::build::{
-    Contents, MODEL_TEXT, certificate_part, certified_entry, config, entry, planned_shards, planned_weights,
+    Contents, certificate_part, certified_entry, config, entry, model_text, planned_shards, planned_weights,
     program_hash, weight_file,
 };
 use tpshard_codegen::folder::CONFIG;
@@ -28,7 +30,7 @@ use tpshard_codegen::weights::region::{Loader, RegionReader};
 use tpshard_codegen::weights::{ShardLayout, ShardTensor, TensorRecord};
 use tpshard_ir::container;
 use tpshard_ir::program::RankProgram;
-use tpshard_ir::verify::{verify, verify_program};
+use tpshard_ir::verify::verify_program;
 use tpshard_ir::{Graph, Spmd};
 use tpshard_runtime::io::SafeTensorsFile;
 
@@ -88,16 +90,7 @@ fn examine(folder: &Folder, arguments: &CheckArguments, found: &mut Found) -> Ou
         ((), Some(format!("launcher: starts {} ranks; plan.txt: as it was written", folder.ranks)))
     });
     found.subject(|findings| ((), files::check_strays(folder, findings)));
-    let model_text = folder.text(MODEL_TEXT)?;
-    let imported = tpshard_ir::text::parse_graph(&model_text).map_err(|e| e.to_string());
-    let imported = imported.and_then(|graph| Ok(verify(graph).map_err(|e| e.to_string())?.into_inner()));
-    let imported = match imported {
-        Ok(graph) => graph,
-        Err(error) => {
-            found.findings.push(format!("{MODEL_TEXT}: {error}"));
-            return Ok(());
-        }
-    };
+    let Some(graphs) = graphs::read(folder, &mut found.findings)? else { return Ok(()) };
     let (programs, certificates) = read_programs(folder, &mut found.findings);
     if certificates.is_empty() {
         return Ok(());
@@ -116,8 +109,15 @@ fn examine(folder: &Folder, arguments: &CheckArguments, found: &mut Found) -> Ou
     }
     for (index, (name, program)) in entries.iter().enumerate() {
         let several = (entries.len() > 1).then_some(name.as_str());
-        check_certificate(several, index, program, &imported, &programs, found);
+        match cases::of(&graphs, |(graph, _)| graph, &program.logical.cases) {
+            Some((imported, _)) => check_certificate(several, index, program, imported, &programs, found),
+            None => found.findings.push(format!(
+                "entry {name}: is for {}, of which the folder has no graph",
+                cases::text(&program.logical.cases)
+            )),
+        }
     }
+    graphs::check_cases(&graphs, &entries, &mut found.findings);
     if found.findings.len() > before || programs.len() != folder.ranks {
         // What follows instantiates the programs and may rely on what was just refuted.
         return Ok(());
@@ -125,7 +125,8 @@ fn examine(folder: &Folder, arguments: &CheckArguments, found: &mut Found) -> Ou
     check_agreement(&entries, &mut found.findings);
     let parts: Vec<(String, String)> =
         certificates.into_iter().map(|(name, text)| (certificate_part(&name), text)).collect();
-    let expected = program_hash(&model_text, &parts);
+    let texts: Vec<String> = graphs.iter().map(|(_, text)| text.clone()).collect();
+    let expected = program_hash(&texts, &parts);
     for rank_program in &programs {
         if rank_program.program_hash != expected {
             let rank = rank_program.rank;
@@ -140,12 +141,24 @@ fn examine(folder: &Folder, arguments: &CheckArguments, found: &mut Found) -> Ou
         ((), Some(format!("{CONFIG}: as it follows from the certificate and the files")))
     });
     if let Some(model) = &arguments.model {
-        let original = import_model(model, &as_built(folder), true)?;
+        let originals = import_graphs(model, &as_built(folder), true)?;
+        let source = ModelWeights::of(&originals)?;
         found.subject(|findings| {
-            if tpshard_ir::text::print_graph(&original.graph) != model_text {
-                findings.push(format!("{MODEL_TEXT}: is not what {} imports to", model.display()));
+            if originals.len() != graphs.len() {
+                let (own, other) = (graphs.len(), originals.len());
+                findings
+                    .push(format!("{}: imports to {other} graphs, the folder has {own}", model.display()));
             }
-            let compared = compare_with_model(&ModelWeights { imported: &original }, &shards, findings);
+            for (index, (original, text)) in originals.iter().zip(&texts).enumerate() {
+                if tpshard_ir::text::print_graph(&original.graph) != *text {
+                    findings.push(format!(
+                        "{}: is not what {} imports to",
+                        model_text(index),
+                        model.display()
+                    ));
+                }
+            }
+            let compared = compare_with_model(&source, &shards, findings);
             ((), Some(format!("model: {compared} shards are its own bytes")))
         });
         let same = folder.config.pointer("/build/model/sha256").and_then(Value::as_str)
@@ -285,6 +298,7 @@ fn check_tables(entries: &[(String, Spmd)], found: &RankProgram, findings: &mut 
             ("layouts", own.families == derived.families),
             ("ranges of dims", own.ranges == derived.ranges),
             ("guards", own.graph.guards == derived.graph.guards),
+            ("cases", own.graph.cases == derived.graph.cases),
             ("states", found.states == derived.states()),
             ("mesh", found.mesh == program.mesh),
         ];

@@ -8,7 +8,7 @@ use std::fmt;
 use std::sync::Arc;
 use tpshard_frontend::{Imported, Role};
 use tpshard_ir::graph::{Guard, SymbolRange};
-use tpshard_ir::{Bindings, Dim, Relation};
+use tpshard_ir::{Bindings, Dim, Graph, Op, Relation, StatePair};
 
 /// What is given for one dim: a size, or the middle of a range of sizes.
 #[derive(Clone, Copy, PartialEq)]
@@ -46,7 +46,7 @@ pub(super) fn dims(imported: &Imported, text: &str) -> Outcome<Dims> {
         let keys = keys(imported, symbol, &given);
         let role = imported.report.roles.get(symbol);
         let value = match keys.as_slice() {
-            [] => default_size(role, !graph.states.is_empty()).clamp(range.low, range.high),
+            [] => default_size(role, Use::of(graph)).clamp(range.low, range.high),
             [first, rest @ ..] => {
                 if let Some(other) = rest.iter().find(|key| given[*key] != given[first]) {
                     let what = format!("{first}={} is the same dim", given[first]);
@@ -255,12 +255,38 @@ fn derived_by_guards(
     Ok(())
 }
 
-/// Decode with a filled cache for models with state, one sequence of 128 otherwise.
-fn default_size(role: Option<&Role>, has_state: bool) -> i64 {
-    match role {
-        Some(Role::Batch) => 1,
-        Some(Role::Sequence) if has_state => 1,
-        Some(Role::Past) => 2048,
-        Some(Role::Sequence | Role::Total) | None => 128,
+/// What a graph is for, by its state.
+#[derive(Clone, Copy, PartialEq)]
+enum Use {
+    /// It has no state.
+    Whole,
+    /// Its state begins.
+    Prefill,
+    /// Its state grows.
+    Decode,
+}
+
+impl Use {
+    fn of(graph: &Graph) -> Use {
+        let appends = |pair: &StatePair| {
+            let output = graph.outputs.iter().find(|output| output.name == pair.output);
+            output.is_some_and(|output| matches!(graph.node(output.value).op, Op::Append { .. }))
+        };
+        match () {
+            () if graph.states.is_empty() => Use::Whole,
+            () if graph.states.iter().any(appends) => Use::Decode,
+            () => Use::Prefill,
+        }
+    }
+}
+
+/// Decode with a filled cache for graphs whose state grows, a prompt where it begins, one sequence of 128 otherwise.
+fn default_size(role: Option<&Role>, of: Use) -> i64 {
+    match (role, of) {
+        (Some(Role::Batch), _) => 1,
+        (Some(Role::Sequence), Use::Decode) => 1,
+        (Some(Role::Sequence), Use::Prefill) => 512,
+        (Some(Role::Past), _) => 2048,
+        (Some(Role::Sequence | Role::Total) | None, _) => 128,
     }
 }

@@ -1,4 +1,4 @@
-//! The entries of a program: one per `--dim`, and which of them takes which sizes.
+//! The entries of a program: one per `--dim` and graph, and which of them takes which sizes.
 //!
 //! Sizes given as ranges are limits. Sizes given as numbers are what time is predicted for; if several entries differ
 //! in them, each takes the sizes next to its own on a logarithmic scale, so that together they take all. Beside a range
@@ -12,11 +12,71 @@ use tpshard_frontend::{Imported, Role};
 use tpshard_ir::graph::SymbolRange;
 use tpshard_passes::Entry;
 
-/// Most entries of a program.
+/// Most entries of a graph.
 const MOST: usize = 16;
+/// The entry of a graph that has only one, where nobody calls it otherwise.
+const MAIN: &str = "main";
+
+/// The entries of every graph of a model. Flags are for all graphs, unless they name the value of an input that chooses
+/// between them. Entries of several graphs that are called the same get the values to their names.
+pub(super) fn entries_of_graphs(graphs: &[Imported], flags: &[String]) -> Outcome<Vec<Vec<Entry>>> {
+    let mut all = Vec::new();
+    for imported in graphs {
+        let own = flags.iter().map(|flag| of_case(imported, flag)).collect::<Outcome<Vec<_>>>()?;
+        all.push(entries(imported, &own.into_iter().flatten().collect::<Vec<_>>())?);
+    }
+    let count = |name: &str| all.iter().flatten().filter(|entry: &&Entry| entry.name == name).count();
+    let several: BTreeSet<String> =
+        all.iter().flatten().map(|entry| entry.name.clone()).filter(|name| count(name) > 1).collect();
+    for (imported, entries) in graphs.iter().zip(&mut all) {
+        let values = suffix(imported);
+        for entry in entries.iter_mut().filter(|entry| several.contains(&entry.name)) {
+            entry.name = if entry.name == MAIN { values.clone() } else { format!("{}-{values}", entry.name) };
+        }
+    }
+    Ok(all)
+}
+
+/// `with-use_cache_branch`.
+fn suffix(imported: &Imported) -> String {
+    let plain = |name: &str| -> String {
+        let known = |c: char| c.is_ascii_alphanumeric() || c == '_' || c == '-';
+        name.chars().take(48).map(|c| if known(c) { c } else { '_' }).collect()
+    };
+    let values = imported.graph.cases.iter().map(|case| {
+        let how = if case.value { "with" } else { "without" };
+        format!("{how}-{}", plain(&case.input))
+    });
+    values.collect::<Vec<_>>().join("-")
+}
+
+/// A flag without the values of inputs that choose; none if it is for another graph.
+fn of_case(imported: &Imported, flag: &str) -> Outcome<Option<String>> {
+    let (head, body) = match flag.split_once(':') {
+        Some((head, body)) => (Some(head), body),
+        None => (None, flag),
+    };
+    let mut rest: Vec<&str> = Vec::new();
+    for item in body.split(',') {
+        let named = item.split_once('=').and_then(|(name, value)| {
+            let case = imported.graph.cases.iter().find(|case| *case.input == *name.trim())?;
+            Some((case, value.trim()))
+        });
+        match named {
+            None => rest.push(item),
+            Some((case, value)) if value == case.value.to_string() => {}
+            Some((_, "true" | "false")) => return Ok(None),
+            Some(_) => {
+                return Err(refuse(flag, &format!("{item} is neither true nor false"), "give one of them"));
+            }
+        }
+    }
+    let body = rest.join(",");
+    Ok(Some(head.map_or(body.clone(), |head| format!("{head}:{body}"))))
+}
 
 /// The entries that the `--dim` flags ask for: one by default sizes if there is none.
-pub(super) fn entries(imported: &Imported, flags: &[String]) -> Outcome<Vec<Entry>> {
+fn entries(imported: &Imported, flags: &[String]) -> Outcome<Vec<Entry>> {
     if flags.len() > MOST {
         let message =
             format!("--dim is given {} times\nhelp: a program has at most {MOST} entries", flags.len());
@@ -68,7 +128,7 @@ fn name_and_weight(flag: &str, head: &str) -> Outcome<(Option<String>, f64)> {
 fn usual_name(imported: &Imported, dims: &Dims, count: usize) -> String {
     let sequence = dims.bindings.iter().find(|(s, _)| imported.report.roles.get(*s) == Some(&Role::Sequence));
     match sequence {
-        _ if count == 1 => "main",
+        _ if count == 1 => MAIN,
         Some((_, 1)) if !imported.graph.states.is_empty() => "decode",
         Some(_) if !imported.graph.states.is_empty() => "prefill",
         _ => "entry",

@@ -3,9 +3,10 @@
 
 mod text;
 
+use super::cases::import_one;
 use super::names::{Names, Pattern, Sort, shown};
 use super::pins::Resolver;
-use super::planning::{Planning, check_ranks, import_model};
+use super::planning::{Planning, check_ranks};
 use crate::arguments::ExplainArguments;
 use crate::failure::{Failure, Kind, Outcome};
 use crate::output;
@@ -23,9 +24,9 @@ pub(crate) fn explain(arguments: &ExplainArguments, json: bool) -> Outcome<()> {
         let help = "help: choose --tp 2 or more";
         return Err(Failure::new(Kind::Usage, format!("--tp 1: one rank holds everything whole\n{help}")));
     }
-    let imported = import_model(&arguments.model, &arguments.from, false)?;
-    let planning = Planning::new(&imported, &arguments.pricing, &[arguments.tp])?;
-    let resolver = Resolver::new(&imported, planning.extended());
+    let imported = import_one(&arguments.model, &arguments.from)?;
+    let planning = Planning::new(std::slice::from_ref(&imported), &arguments.pricing, &[arguments.tp])?;
+    let resolver = Resolver::new(&imported, planning.extended()?);
     let tensor = tensor(arguments, &resolver)?;
     let Some((dtype, dims)) = resolver.names.shape(&tensor) else {
         let help = "help: it is a constant, a size, or nothing that the outputs need";
@@ -182,7 +183,7 @@ impl Explainer<'_> {
     }
 
     fn plan(&self, options: &PlanOptions) -> Outcome<Result<Plan, PlanError>> {
-        Ok(tpshard_passes::plan(self.planning.extended().clone(), options))
+        Ok(tpshard_passes::plan(self.planning.extended()?.clone(), options))
     }
 
     /// The best plan with the tensor at `places`, whatever else was wanted of its `values`.

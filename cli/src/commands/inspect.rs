@@ -1,6 +1,7 @@
 //! `tpshard inspect`: what a model, a folder or an executable consists of.
 
-use super::planning::import_model;
+use super::cases;
+use super::planning::import_graphs;
 use crate::arguments::{InspectArguments, ModelArguments};
 use crate::failure::{Classify, Failure, Kind, Outcome};
 use crate::folder::Folder;
@@ -155,22 +156,33 @@ fn executable(path: &Path, tir: bool, json: bool) -> Outcome<()> {
 fn model(path: &Path, tir: bool, json: bool) -> Outcome<()> {
     let none =
         ModelArguments { bind: vec![], output: vec![], role: vec![], max_nodes: Limits::default().nodes };
-    let imported = import_model(path, &none, false)?;
+    let graphs = import_graphs(path, &none, false)?;
     if tir {
-        return tir_text(&tpshard_ir::text::print_graph(&imported.graph), json);
+        let texts: Vec<String> =
+            graphs.iter().map(|imported| tpshard_ir::text::print_graph(&imported.graph)).collect();
+        return tir_text(&texts.join("\n"), json);
     }
-    let summary = summary(&imported).ok_or_else(|| Failure::new(Kind::Internal, "no summary"))?;
     if json {
-        return output::line(summary);
+        let all: Vec<Value> = graphs.iter().map(summary).collect();
+        return match <[Value; 1]>::try_from(all) {
+            Ok([only]) => output::line(only),
+            Err(all) => output::line(json!({ "graphs": all })),
+        };
     }
-    output::text(description(&imported))
+    let texts: Vec<String> = graphs.iter().map(description).collect();
+    output::text(texts.join("\n"))
 }
 
 /// What a model consists of, for people.
 fn description(imported: &Imported) -> String {
     let graph = &imported.graph;
-    let mut text = format!(
-        "{} ONNX nodes, {} values, {} weights\n",
+    let mut text = String::new();
+    if !graph.cases.is_empty() {
+        let _ = writeln!(text, "graph for {}", cases::text(&graph.cases));
+    }
+    let _ = writeln!(
+        text,
+        "{} ONNX nodes, {} values, {} weights",
         imported.report.nodes,
         graph.len(),
         imported.tensors.len()
@@ -197,7 +209,7 @@ fn description(imported: &Imported) -> String {
     text
 }
 
-fn summary(imported: &Imported) -> Option<Value> {
+fn summary(imported: &Imported) -> Value {
     let graph = &imported.graph;
     let mut ops: BTreeMap<&str, usize> = BTreeMap::new();
     for node in graph.nodes() {
@@ -214,7 +226,7 @@ fn summary(imported: &Imported) -> Option<Value> {
     let ports = |list: Vec<(String, String)>| -> Value {
         list.into_iter().map(|(name, ty)| json!({ "name": name, "type": ty })).collect()
     };
-    Some(json!({
+    let mut summary = json!({
         "onnx_nodes": imported.report.nodes,
         "values": graph.len(),
         "ops": ops,
@@ -223,5 +235,11 @@ fn summary(imported: &Imported) -> Option<Value> {
         "outputs": ports(graph.outputs.iter().map(|o| (o.name.to_string(), graph.ty(o.value).to_string())).collect()),
         "roles": imported.report.roles.iter().map(|(s, r)| (s.to_string(), Value::from(r.name()))).collect::<Value>(),
         "states": graph.states.iter().map(|s| json!([s.input.as_ref(), s.output.as_ref()])).collect::<Vec<_>>(),
-    }))
+    });
+    let cases: serde_json::Map<String, Value> =
+        graph.cases.iter().map(|case| (case.input.to_string(), case.value.into())).collect();
+    if !cases.is_empty() {
+        summary["cases"] = Value::Object(cases);
+    }
+    summary
 }

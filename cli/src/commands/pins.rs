@@ -114,35 +114,56 @@ impl Wishes {
         Ok(Wishes { lines, annotations })
     }
 
-    /// What is wanted of the values of the canonical graph, per number of ranks.
+    /// What is wanted of the values of every canonical graph, per number of ranks. What is fixed in none of several graphs
+    /// is refused; a graph need not have all of it.
     pub(crate) fn pins(
         &self,
-        imported: &Imported,
-        extended: &Extended,
+        graphs: &[Imported],
+        extended: &[Extended],
         ranks: &[usize],
-    ) -> Outcome<BTreeMap<usize, Vec<Pin>>> {
+    ) -> Outcome<Vec<BTreeMap<usize, Vec<Pin>>>> {
         if self.lines.is_empty() && self.annotations.is_empty() {
-            return Ok(BTreeMap::new());
+            return Ok(vec![BTreeMap::new(); graphs.len()]);
         }
-        let resolver = Resolver::new(imported, extended);
-        let mut fixed = Fixed::default();
+        let mut resolvers: Vec<(Resolver<'_>, Fixed)> = graphs
+            .iter()
+            .zip(extended)
+            .map(|(imported, extended)| (Resolver::new(imported, extended), Fixed::default()))
+            .collect();
         for line in &self.lines {
-            resolver.line(line, &mut fixed)?;
+            let tried = resolvers.iter_mut().map(|(resolver, fixed)| resolver.line(line, fixed));
+            let absent = tried.collect::<Outcome<Vec<Option<Failure>>>>()?;
+            if absent.iter().all(Option::is_some)
+                && let Some(failure) = absent.into_iter().flatten().next()
+            {
+                return Err(failure);
+            }
         }
-        let mut found = BTreeMap::new();
+        let mut found = vec![BTreeMap::new(); graphs.len()];
         for &ranks in ranks {
-            let mut fixed = fixed.clone();
-            self.annotated(ranks, &resolver, &mut fixed)?;
-            found.insert(ranks, fixed.pins());
+            let mut fixed: Vec<Fixed> = resolvers.iter().map(|(_, fixed)| fixed.clone()).collect();
+            self.annotated(ranks, &resolvers, &mut fixed)?;
+            found.iter_mut().zip(fixed).for_each(|(found, fixed)| {
+                found.insert(ranks, fixed.pins());
+            });
         }
         self.warn_of_other_numbers(ranks);
         Ok(found)
     }
 
-    fn annotated(&self, ranks: usize, resolver: &Resolver<'_>, fixed: &mut Fixed) -> Outcome<()> {
+    fn annotated(
+        &self,
+        ranks: usize,
+        resolvers: &[(Resolver<'_>, Fixed)],
+        fixed: &mut [Fixed],
+    ) -> Outcome<()> {
         let mut without_place: Vec<&Annotation> = Vec::new();
         for annotation in self.annotations.iter().filter(|a| a.devices == ranks as i64 && ranks > 1) {
-            if !resolver.annotation(annotation, fixed)? {
+            let mut placed = false;
+            for ((resolver, _), fixed) in resolvers.iter().zip(fixed.iter_mut()) {
+                placed |= resolver.annotation(annotation, fixed)?;
+            }
+            if !placed {
                 without_place.push(annotation);
             }
         }
@@ -272,10 +293,11 @@ impl<'a> Resolver<'a> {
         }
     }
 
-    fn line(&self, line: &Line, fixed: &mut Fixed) -> Outcome<()> {
+    /// Fixes what a line is about; why not, if the graph has nothing of it.
+    fn line(&self, line: &Line, fixed: &mut Fixed) -> Outcome<Option<Failure>> {
         let tensors = self.names.matching(line.sort, &line.pattern);
         if tensors.is_empty() {
-            return Err(self.names.unknown(&line.place, line.sort, &line.pattern));
+            return Ok(Some(self.names.unknown(&line.place, line.sort, &line.pattern)));
         }
         let mut refused = None;
         let mut found = 0;
@@ -288,10 +310,9 @@ impl<'a> Resolver<'a> {
         }
         match refused {
             // Patterns also match what has no place in a plan.
-            Some((name, error)) if found == 0 || error != PlaceError::Folded => {
-                Err(unplaced(&name, line.wanted, &error))
-            }
-            _ => Ok(()),
+            Some((name, error)) if error != PlaceError::Folded => Err(unplaced(&name, line.wanted, &error)),
+            Some((name, error)) if found == 0 => Ok(Some(unplaced(&name, line.wanted, &error))),
+            _ => Ok(None),
         }
     }
 

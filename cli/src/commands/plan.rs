@@ -1,7 +1,7 @@
 //! `tpshard plan`: what more ranks would bring, without writing anything.
 
 use super::diff::diff;
-use super::planning::{Planning, check_ranks, import_model};
+use super::planning::{Planning, check_ranks, import_graphs};
 use super::reporting::{Row, report_json, table};
 use crate::arguments::PlanArguments;
 use crate::failure::{Failure, Kind, Outcome};
@@ -27,8 +27,8 @@ pub(crate) fn plan(arguments: &PlanArguments, json: bool) -> Outcome<()> {
     // Clap sees to it that there is a model otherwise.
     let model = arguments.model.as_deref().unwrap_or(Path::new(""));
     let ranks = rank_list(&arguments.ranks)?;
-    let imported = import_model(model, &arguments.from, false)?;
-    let planning = Planning::new(&imported, &arguments.pricing, &ranks)?;
+    let graphs = import_graphs(model, &arguments.from, false)?;
+    let planning = Planning::new(&graphs, &arguments.pricing, &ranks)?;
     let mut rows: Vec<Row> = Vec::new();
     let mut last = None;
     for &ranks in &ranks {

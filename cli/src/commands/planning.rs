@@ -1,6 +1,6 @@
 //! From a model file to a checked plan: what `tpshard MODEL` and `tpshard plan` have in common.
 
-use super::entries::entries;
+use super::entries::entries_of_graphs;
 use super::pins::{Wishes, annotation_help};
 use crate::arguments::{ModelArguments, PricingArguments};
 use crate::failure::{Classify, Failure, Kind, Outcome};
@@ -8,15 +8,20 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 use tpshard_frontend::error::ErrorKind;
-use tpshard_frontend::{ImportOptions, Imported, Limits, OutputRequest, Role, import};
-use tpshard_ir::{Data, Tensor};
+use tpshard_frontend::{ImportOptions, Imported, Limits, OutputRequest, Role, import_cases};
+use tpshard_ir::{Case, Data, Tensor};
 use tpshard_passes::cost::Profile;
 use tpshard_passes::extended::Extended;
 use tpshard_passes::extract::ExtractError;
-use tpshard_passes::{MemoryGoal, Pin, Plan, PlanError, PlanOptions, fit};
+use tpshard_passes::{CasePlanning, Entry, MemoryGoal, Pin, Plan, PlanError, PlanOptions, fit, plan_cases};
 
-/// Imports a model as the flags say. Planning alone needs no weights.
-pub(crate) fn import_model(path: &Path, arguments: &ModelArguments, need_data: bool) -> Outcome<Imported> {
+/// Imports a model as the flags say: one graph, or one for each case of a model that chooses between several. Planning
+/// alone needs no weights.
+pub(crate) fn import_graphs(
+    path: &Path,
+    arguments: &ModelArguments,
+    need_data: bool,
+) -> Outcome<Vec<Imported>> {
     let nodes = arguments.max_nodes;
     let limits = Limits { nodes, allow_missing_data: !need_data, ..Limits::default() };
     let mut options = ImportOptions { limits, ..ImportOptions::default() };
@@ -39,7 +44,7 @@ pub(crate) fn import_model(path: &Path, arguments: &ModelArguments, need_data: b
     for text in &arguments.output {
         options.outputs.push(text.parse::<OutputRequest>().or_fail(Kind::Usage)?);
     }
-    import(path, &options).map_err(|error| {
+    import_cases(path, &options).map_err(|error| {
         let kind = match error.kind() {
             ErrorKind::Invalid | ErrorKind::Unsupported | ErrorKind::DataDependent => Kind::Model,
             ErrorKind::Resource | ErrorKind::Io => Kind::Resource,
@@ -47,6 +52,12 @@ pub(crate) fn import_model(path: &Path, arguments: &ModelArguments, need_data: b
         };
         Failure::new(kind, error)
     })
+}
+
+/// How to take one of several graphs.
+pub(crate) fn binding_help(cases: &[Case]) -> String {
+    let flags: Vec<String> = cases.iter().map(|case| format!("--bind {case}")).collect();
+    format!("help: fix the inputs that choose, e.g. {}", flags.join(" "))
 }
 
 pub(super) fn twice(flag: &str, text: &str) -> Failure {
@@ -150,52 +161,83 @@ fn memory(text: &Option<String>) -> Outcome<MemoryGoal> {
 
 /// An imported model ready to be planned for any number of ranks.
 pub(crate) struct Planning {
-    extended: Extended,
+    /// At least one.
+    graphs: Vec<GraphPlanning>,
     options: PlanOptions,
+}
+
+/// A graph of the model.
+struct GraphPlanning {
+    extended: Extended,
+    entries: Vec<Entry>,
     /// By number of ranks.
     pins: BTreeMap<usize, Vec<Pin>>,
     roles: BTreeMap<Arc<str>, Role>,
 }
 
+impl GraphPlanning {
+    fn pins(&self, ranks: usize) -> Vec<Pin> {
+        self.pins.get(&ranks).cloned().unwrap_or_default()
+    }
+}
+
 impl Planning {
-    /// Reads the flags, for these numbers of ranks, and brings the graph to the planner's form.
+    /// Reads the flags, for these numbers of ranks, and brings the graphs to the planner's form.
     pub(crate) fn new(
-        imported: &Imported,
+        graphs: &[Imported],
         arguments: &PricingArguments,
         ranks: &[usize],
     ) -> Outcome<Planning> {
-        let wishes = Wishes::read(arguments, imported)?;
+        let first = graphs.first().ok_or_else(|| Failure::new(Kind::Internal, "a model without a graph"))?;
+        let wishes = Wishes::read(arguments, first)?;
         let mut options = PlanOptions::new(1, profile(&arguments.profile)?);
         options.memory = memory(&arguments.memory)?;
         options.split_all = arguments.split_all;
         options.determinism = arguments.determinism;
-        options.entries = entries(imported, &arguments.dim)?;
-        let mut extended = Extended::new(imported.graph.clone());
-        tpshard_passes::canonical::canonicalise(&mut extended);
-        let pins = wishes.pins(imported, &extended, ranks)?;
-        Ok(Planning { extended, options, pins, roles: imported.report.roles.clone() })
+        let entries = entries_of_graphs(graphs, &arguments.dim)?;
+        let extended: Vec<Extended> = graphs.iter().map(canonical).collect();
+        let pins = wishes.pins(graphs, &extended, ranks)?;
+        let parts = graphs.iter().zip(extended).zip(entries).zip(pins);
+        let graph = |(((imported, extended), entries), pins): (((&Imported, _), _), _)| {
+            let roles = imported.report.roles.clone();
+            GraphPlanning { extended, entries, pins, roles }
+        };
+        Ok(Planning { graphs: parts.map(graph).collect(), options })
     }
 
-    /// What is asked of the planner for `ranks`.
+    /// What is asked of the planner for `ranks`, in a model of one graph.
     pub(crate) fn options(&self, ranks: usize) -> PlanOptions {
-        let pins = self.pins.get(&ranks).cloned().unwrap_or_default();
-        PlanOptions { ranks, pins, ..self.options.clone() }
+        let first = self.graphs.first();
+        let pins = first.map(|graph| graph.pins(ranks)).unwrap_or_default();
+        let entries = first.map(|graph| graph.entries.clone()).unwrap_or_default();
+        PlanOptions { ranks, pins, entries, ..self.options.clone() }
     }
 
-    /// The canonical graph.
-    pub(crate) fn extended(&self) -> &Extended {
-        &self.extended
+    /// The canonical graph of a model of one; the first of several.
+    pub(crate) fn extended(&self) -> Outcome<&Extended> {
+        let first = self.graphs.first().map(|graph| &graph.extended);
+        first.ok_or_else(|| Failure::new(Kind::Internal, "a model without a graph"))
     }
 
     /// The plan for `ranks`.
     pub(crate) fn plan(&self, ranks: usize) -> Result<Plan, PlanError> {
-        tpshard_passes::plan(self.extended.clone(), &self.options(ranks))
+        self.plan_with(ranks, self.options.clone())
     }
 
     /// As [`Planning::plan`], with less search: for comparisons only.
     pub(crate) fn sketch(&self, ranks: usize) -> Result<Plan, PlanError> {
         let limits = tpshard_passes::extract::Limits { states: 256, labels: 256 };
-        tpshard_passes::plan(self.extended.clone(), &PlanOptions { limits, ..self.options(ranks) })
+        self.plan_with(ranks, PlanOptions { limits, ..self.options.clone() })
+    }
+
+    fn plan_with(&self, ranks: usize, options: PlanOptions) -> Result<Plan, PlanError> {
+        let case = |graph: &GraphPlanning| CasePlanning {
+            extended: graph.extended.clone(),
+            entries: graph.entries.clone(),
+            pins: graph.pins(ranks),
+        };
+        let cases: Vec<CasePlanning> = self.graphs.iter().map(case).collect();
+        plan_cases(&cases, &PlanOptions { ranks, ..options })
     }
 
     /// What a device of the profile has.
@@ -206,9 +248,11 @@ impl Planning {
     /// Why there is no plan for `ranks`, with what would fit if memory is too small.
     pub(crate) fn failure(&self, ranks: usize, error: &PlanError) -> Failure {
         let kind = match error {
-            PlanError::Ranks { .. } | PlanError::NoEntry | PlanError::Range { .. } | PlanError::Pin(_) => {
-                Kind::Usage
-            }
+            PlanError::Ranks { .. }
+            | PlanError::NoEntry
+            | PlanError::Range { .. }
+            | PlanError::Pin(_)
+            | PlanError::Kept(_) => Kind::Usage,
             PlanError::Extract(_) | PlanError::Memory(_) => Kind::Resource,
             PlanError::NotLogical { .. }
             | PlanError::Build(_)
@@ -230,14 +274,17 @@ impl Planning {
 
     /// What fits a budget that `ranks` do not keep.
     fn advice(&self, ranks: usize, budget: u64) -> String {
+        let [graph] = self.graphs.as_slice() else {
+            return "help: take more ranks, or shorter sequences (--dim)".to_owned();
+        };
         let options = self.options(ranks);
         let mut found = Vec::new();
-        if let Ok(Some(ranks)) = fit::smallest_ranks(&self.extended, &options, budget) {
+        if let Ok(Some(ranks)) = fit::smallest_ranks(&graph.extended, &options, budget) {
             found.push(format!("{ranks} ranks are the fewest that fit"));
         }
         for wanted in [Role::Past, Role::Sequence, Role::Batch] {
-            for (symbol, _) in self.roles.iter().filter(|(_, role)| **role == wanted) {
-                if let Ok(Some(size)) = fit::largest_size(&self.extended, &options, symbol, budget) {
+            for (symbol, _) in graph.roles.iter().filter(|(_, role)| **role == wanted) {
+                if let Ok(Some(size)) = fit::largest_size(&graph.extended, &options, symbol, budget) {
                     found.push(format!("with {ranks} ranks {symbol} up to {size} fits"));
                 }
             }
@@ -247,6 +294,13 @@ impl Planning {
             found => format!("what would fit: {}", found.join("; ")),
         }
     }
+}
+
+/// The graph in the planner's form.
+fn canonical(imported: &Imported) -> Extended {
+    let mut extended = Extended::new(imported.graph.clone());
+    tpshard_passes::canonical::canonicalise(&mut extended);
+    extended
 }
 
 /// A number of ranks that can be asked for.

@@ -4,7 +4,7 @@ use crate::output;
 use serde_json::{Value, json};
 use std::fmt::Write;
 use tpshard_passes::PlanReport;
-use tpshard_passes::report::{Bytes, EntryReport, OnMesh, Seconds, Verdict};
+use tpshard_passes::report::{Bytes, EntryReport, GraphReport, OnMesh, Seconds, Verdict};
 
 /// One line that says what was decided.
 pub(crate) fn summary(report: &PlanReport) -> String {
@@ -168,7 +168,7 @@ pub(crate) fn report_json(report: &PlanReport) -> Value {
         .collect();
     let on_mesh = |m: &OnMesh| json!({ "mesh": m.mesh.0, "seconds": m.seconds, "bytes_per_rank": m.bytes });
     let meshes: Vec<Value> = report.meshes.iter().map(on_mesh).collect();
-    json!({
+    let mut found = json!({
         "profile": report.profile,
         "mesh": report.mesh.0,
         "entries": entries,
@@ -188,7 +188,13 @@ pub(crate) fn report_json(report: &PlanReport) -> Value {
         "imbalance": report.balance.ratio(),
         "idle_ranks": report.balance.idle,
         "meshes": meshes,
-    })
+    });
+    if !report.graphs.is_empty() {
+        let graph =
+            |g: &GraphReport| json!({ "case": g.case, "entries": g.entries, "gap": g.gap, "first": g.first });
+        found["graphs"] = report.graphs.iter().map(graph).collect();
+    }
+    found
 }
 
 fn entry_json(found: &EntryReport) -> Value {

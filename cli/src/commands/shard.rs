@@ -1,7 +1,8 @@
 //! `tpshard MODEL --tp N`: the main job.
 
+use super::cases;
 use super::pins;
-use super::planning::{Planning, check_ranks, findings_text, import_model, profile_text};
+use super::planning::{Planning, check_ranks, findings_text, import_graphs, profile_text};
 use super::report_page::report_page;
 use super::reporting::{report_json, summary, warn};
 use crate::arguments::ShardArguments;
@@ -18,7 +19,7 @@ use tpshard_codegen::folder::{FolderError, OutputFolder};
 use tpshard_codegen::weights::{SourceError, WeightError, WeightSource};
 use tpshard_frontend::Imported;
 use tpshard_ir::graph::Node;
-use tpshard_ir::{Op, Spmd};
+use tpshard_ir::{Graph, Op, Spmd};
 use tpshard_passes::Plan;
 
 pub(crate) fn shard(arguments: &ShardArguments, json: bool, quiet: bool) -> Outcome<()> {
@@ -34,19 +35,20 @@ pub(crate) fn shard(arguments: &ShardArguments, json: bool, quiet: bool) -> Outc
     let runners = (runner.len() as u64).saturating_mul(arguments.tp as u64 + 1);
     let folder = OutputFolder::create(&target, arguments.overwrite, runners, &[model_folder]);
     let folder = folder.or_fail(Kind::Resource)?;
-    let imported = import_model(&arguments.model, &arguments.from, true)?;
-    let planning = Planning::new(&imported, &arguments.pricing, &[arguments.tp])?;
+    let graphs = import_graphs(&arguments.model, &arguments.from, true)?;
+    let planning = Planning::new(&graphs, &arguments.pricing, &[arguments.tp])?;
     let plan = planning.plan(arguments.tp).map_err(|error| planning.failure(arguments.tp, &error))?;
-    check(&plan, &imported, arguments)?;
+    check(&plan, &graphs, arguments)?;
     let plan_text = plan.report.to_string();
     let report_html = report_page(&file_name(&arguments.model), &planning, &plan);
-    let needed = Sizes::of(&plan, &imported, &runner).folder(arguments.tp);
+    let needed = Sizes::of(&plan, &graphs, &runner).folder(arguments.tp);
     let needed = needed.saturating_add(report_html.len() as u64);
     folder.require_space(needed).or_fail(Kind::Resource)?;
-    let source = ModelWeights { imported: &imported };
-    let inputs = build_inputs(arguments, &imported, &plan, &runner)?;
+    let source = ModelWeights::of(&graphs)?;
+    let inputs = build_inputs(arguments, source.imported, &plan, &runner)?;
+    let imported: Vec<&Graph> = graphs.iter().map(|imported| &imported.graph).collect();
     let request = Build {
-        imported: &imported.graph,
+        imported: &imported,
         entries: &plan.programs,
         plan_text: &plan_text,
         determinism: arguments.pricing.determinism,
@@ -118,7 +120,7 @@ struct Sizes {
     runner: u64,
     /// The certificates, which every rank has.
     certificate: u64,
-    /// The model's graph.
+    /// The model's graphs.
     model: u64,
     /// Tensors of a weight file.
     tensors: u64,
@@ -127,13 +129,13 @@ struct Sizes {
 }
 
 impl Sizes {
-    fn of(plan: &Plan, imported: &Imported, runner: &[u8]) -> Sizes {
+    fn of(plan: &Plan, graphs: &[Imported], runner: &[u8]) -> Sizes {
         let is_weight = |node: &&Node| matches!(node.op, Op::Weight(_));
         let sum = |size: &dyn Fn(&Spmd) -> u64| plan.programs.iter().map(|(_, program)| size(program)).sum();
         Sizes {
             runner: runner.len() as u64,
             certificate: sum(&|program| tpshard_ir::text::print_program(program).len() as u64),
-            model: tpshard_ir::text::print_graph(&imported.graph).len() as u64,
+            model: graphs.iter().map(|i| tpshard_ir::text::print_graph(&i.graph).len() as u64).sum(),
             tensors: sum(&|program| program.logical.nodes().iter().filter(is_weight).count() as u64),
             weights: plan.report.weight_bytes,
         }
@@ -187,9 +189,11 @@ fn weight_kind(error: &WeightError) -> Kind {
 }
 
 /// The certificate is checked before anything is written: a planner's mistake never leaves the house.
-fn check(plan: &Plan, imported: &Imported, arguments: &ShardArguments) -> Outcome<()> {
-    for (_, program) in &plan.programs {
-        tpshard_checker::check(program, &imported.graph)
+fn check(plan: &Plan, graphs: &[Imported], arguments: &ShardArguments) -> Outcome<()> {
+    for (name, program) in &plan.programs {
+        let imported = cases::of(graphs, |imported| &imported.graph, &program.logical.cases);
+        let missing = || Failure::new(Kind::Internal, format!("entry {name} is for no graph of the model"));
+        tpshard_checker::check(program, &imported.ok_or_else(missing)?.graph)
             .map_err(|findings| refuted(&findings, &arguments.from.output))?;
     }
     Ok(())
@@ -285,6 +289,14 @@ pub(crate) fn hex(bytes: &[u8]) -> String {
 /// The model's initializers, mapped on demand.
 pub(crate) struct ModelWeights<'a> {
     pub(crate) imported: &'a Imported,
+}
+
+impl ModelWeights<'_> {
+    /// The graphs of a model name their weights alike, so the first has those of all.
+    pub(crate) fn of(graphs: &[Imported]) -> Outcome<ModelWeights<'_>> {
+        let first = graphs.first().ok_or_else(|| Failure::new(Kind::Internal, "a model without a graph"))?;
+        Ok(ModelWeights { imported: first })
+    }
 }
 
 impl WeightSource for ModelWeights<'_> {

@@ -4,7 +4,8 @@ mod bisect;
 mod reference;
 mod selection;
 
-use super::planning::import_model;
+use super::cases;
+use super::planning::import_graphs;
 use super::{check_tolerances, comparison_json, tolerances};
 use crate::arguments::{MOST_NODES, ModelArguments, VerifyArguments};
 use crate::failure::{Classify, Failure, Kind, Outcome};
@@ -37,9 +38,10 @@ pub(crate) fn verify(arguments: &VerifyArguments, json: bool) -> Outcome<()> {
         }
         (_, Some(model)) => {
             let pairs = chosen_inputs(arguments, &folder)?;
-            let imported = reference_model(&folder, model)?;
+            let graphs = reference_model(&folder, model)?;
             for (label, inputs) in pairs {
-                let expected = reference::evaluate(&imported, &imported.graph, &inputs)?;
+                let imported = cases::chosen(&graphs, &inputs)?;
+                let expected = reference::evaluate(imported, &imported.graph, &inputs)?;
                 let inputs = only_inputs(&folder, inputs);
                 report.add(label, Some(result(&folder, &inputs, &expected, &tolerances)?));
             }
@@ -137,26 +139,28 @@ fn model_outputs(folder: &Folder) -> Vec<String> {
     names.unwrap_or_else(|| folder.names("outputs"))
 }
 
-/// The model with its own outputs, as far as the folder's are made of them.
-fn reference_model(folder: &Folder, model: &Path) -> Outcome<Imported> {
+/// The graphs of the model with its own outputs, as far as the folder's are made of them.
+fn reference_model(folder: &Folder, model: &Path) -> Outcome<Vec<Imported>> {
     let built = as_built(folder);
     let selections = Selections::parse(&built.output)?;
-    let mut imported = import_model(model, &ModelArguments { output: vec![], ..built }, true)?;
+    let mut graphs = import_graphs(model, &ModelArguments { output: vec![], ..built }, true)?;
     let names = folder.names("outputs");
     let mut wanted: BTreeSet<&str> = selections.sources();
     wanted.extend(names.iter().map(String::as_str));
-    imported.graph.outputs.retain(|output| wanted.contains(output.name.as_ref()));
-    imported.graph.states.clear();
-    Ok(imported)
+    for imported in &mut graphs {
+        imported.graph.outputs.retain(|output| wanted.contains(output.name.as_ref()));
+        imported.graph.states.clear();
+    }
+    Ok(graphs)
 }
 
 /// Without inputs that the ranks do not take: they were fixed when the folder was built, or no output depends on them.
 fn only_inputs(folder: &Folder, inputs: NamedTensors) -> NamedTensors {
-    let listed = folder.config.pointer("/entries/0/inputs").and_then(serde_json::Value::as_array);
+    let entries = folder.config.get("entries").and_then(serde_json::Value::as_array);
+    let listed: Vec<&serde_json::Value> =
+        entries.into_iter().flatten().filter_map(|entry| entry["inputs"].as_array()).flatten().collect();
     // An input of the model that no step of the program reads is listed without a layout.
-    let taken = |name: &str| {
-        listed.is_some_and(|list| list.iter().any(|port| port["name"] == name && port["layout"].is_string()))
-    };
+    let taken = |name: &str| listed.iter().any(|port| port["name"] == name && port["layout"].is_string());
     inputs.into_iter().filter(|(name, _)| taken(name)).collect()
 }
 

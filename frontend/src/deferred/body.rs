@@ -7,7 +7,7 @@ use super::captures::captured;
 use super::{Evaluated, OnnxEvaluator, Operands, bare_model, tensor_info};
 use crate::ImportOptions;
 use crate::error::LoadError;
-use crate::lower::Imported;
+use crate::lower::{Imported, Manner, lower_as};
 use crate::model::{Dim, Graph, ValueInfo};
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -96,7 +96,7 @@ impl OnnxEvaluator {
             ..body.graph.clone()
         };
         let options = ImportOptions { bindings: body.constants.clone(), ..ImportOptions::default() };
-        let lowered = crate::lower::lower_as(bare_model("body", graph), &options, true);
+        let lowered = lower_as(bare_model("body", graph), &options, Manner::default());
         let imported = Arc::new(lowered.map_err(|error| faults_text(&error))?);
         let mut kept = kept();
         if kept.len() >= KEPT {

@@ -21,6 +21,7 @@ pub(crate) use captures::{captured, lift_initializers, operand_names};
 pub(crate) use code::encode;
 
 use crate::ImportOptions;
+use crate::lower::{Manner, lower_as};
 use crate::model::{Graph, Model, Node, TensorType, ValueInfo, ValueType};
 use body::{Bodies, constant_bindings, run_imported, static_info};
 use std::collections::BTreeMap;
@@ -128,7 +129,8 @@ impl OnnxEvaluator {
                 ..Graph::default()
             };
             let options = ImportOptions { bindings, ..ImportOptions::default() };
-            match crate::lower::lower_as(bare_model(&node.op_type, graph), &options, false) {
+            let manner = Manner { may_defer: false, ..Manner::default() };
+            match lower_as(bare_model(&node.op_type, graph), &options, manner) {
                 Ok(imported) => {
                     let mut results = run_imported(&imported, operands, limit, self)?.into_iter();
                     let named = |name: &String| match name.is_empty() {

@@ -76,6 +76,8 @@ pub(crate) struct Lowering<'m> {
     fold_budget: usize,
     /// Whether what depends on data may wait until the model runs.
     pub(crate) may_defer: bool,
+    /// Inputs that are taken for these values and stay inputs.
+    pub(super) cases: BTreeMap<String, bool>,
     /// How many more subgraphs may be looked into.
     pub(crate) probes: usize,
     /// How many extents were found that change from round to round of a loop.
@@ -106,6 +108,7 @@ impl<'m> Lowering<'m> {
             seen: HashMap::new(),
             fold_budget: FOLD_BUDGET,
             may_defer: true,
+            cases: BTreeMap::new(),
             probes: PROBE_LIMIT,
             changing: 0,
             probe_fault: None,

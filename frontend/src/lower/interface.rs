@@ -34,7 +34,7 @@ impl Lowering<'_> {
         for input in &model.graph.inputs {
             let ty = self.input_type(input)?;
             let value = match options.bindings.get(&input.name) {
-                None => Value::Data(self.graph.input(&input.name, ty)),
+                None => self.given(&input.name, ty),
                 Some(tensor) => self.bound(&ty, tensor).map_err(|fault| fault.at_value(&input.name))?,
             };
             self.define(&input.name, value);
@@ -52,6 +52,17 @@ impl Lowering<'_> {
             }
         }
         Ok(())
+    }
+
+    /// An input that is given when the model runs. One that chooses between graphs is known in each of them.
+    fn given(&mut self, name: &str, ty: Type) -> Value {
+        let shape = vec![1; ty.rank()];
+        let known = self.cases.get(name).and_then(|&value| {
+            let tensor = Tensor::new(shape, tpshard_ir::Data::Bool(vec![value])).ok()?;
+            Known::from_tensor(&tensor)
+        });
+        let input = self.graph.input(name, ty);
+        known.map_or(Value::Data(input), |known| Value::Known(Arc::new(known)))
     }
 
     fn input_type(&mut self, input: &ValueInfo) -> Lowered<Type> {
@@ -90,6 +101,10 @@ impl Lowering<'_> {
     }
 
     fn bound(&mut self, ty: &Type, tensor: &Tensor) -> Lowered<Value> {
+        // One value is meant for an input of one element, however many dims that has.
+        let one = tensor.shape().is_empty() && ty.shape.iter().all(|dim| dim.as_const() == Some(1));
+        let reshaped = one.then(|| Tensor::new(vec![1; ty.rank()], tensor.data().clone()).ok()).flatten();
+        let tensor = reshaped.as_ref().unwrap_or(tensor);
         let shape: Vec<Dim> = tensor.shape().iter().map(|&extent| Dim::from(extent)).collect();
         if tensor.dtype() != ty.dtype || shape.len() != ty.rank() {
             let found = Type::new(tensor.dtype(), shape);

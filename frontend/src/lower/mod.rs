@@ -6,6 +6,7 @@
 //! be lowered are collected, so that one run names them all.
 
 mod bodies;
+mod cases;
 mod context;
 mod defer;
 mod elementwise;
@@ -28,6 +29,7 @@ pub(crate) fn can_be_known(tensor: &Tensor) -> bool {
     Known::from_tensor(tensor).is_some()
 }
 
+pub use cases::{MOST_CHOOSING, import_cases, lower_cases};
 pub use context::Equality;
 pub use outputs::{OutputRequest, OutputRequestError, Part, Selection};
 pub use state::Role;
@@ -125,19 +127,37 @@ pub fn import(path: &Path, options: &ImportOptions) -> Result<Imported, ImportEr
 /// # Errors
 /// Every node that is not supported or breaks its operator's rules.
 pub fn lower(model: Model, options: &ImportOptions) -> Result<Imported, ImportError> {
-    lower_as(model, options, true)
+    lower_as(model, options, Manner::default())
 }
 
-/// As [`lower`]; if nothing may be deferred, what depends on data is refused.
+/// In what way a model is lowered.
+pub(crate) struct Manner {
+    /// Whether what depends on data may wait until the model runs; else it is refused.
+    pub(crate) may_defer: bool,
+    /// Inputs that are taken for these values and stay inputs.
+    pub(crate) cases: BTreeMap<String, bool>,
+    /// Names of tensors that stand for nothing else.
+    pub(crate) tensors: BTreeMap<String, TensorRef>,
+}
+
+impl Default for Manner {
+    fn default() -> Manner {
+        Manner { may_defer: true, cases: BTreeMap::new(), tensors: BTreeMap::new() }
+    }
+}
+
+/// As [`lower`], in another manner.
 pub(crate) fn lower_as(
     model: Model,
     options: &ImportOptions,
-    may_defer: bool,
+    manner: Manner,
 ) -> Result<Imported, ImportError> {
     let file = model.path.clone();
     let (graph, tensors, report) = {
         let mut lowering = Lowering::new(&model);
-        lowering.may_defer = may_defer;
+        lowering.may_defer = manner.may_defer;
+        lowering.cases = manner.cases;
+        lowering.tensors = manner.tensors;
         let mut faults = Faults::default();
         let mut report = ImportReport::default();
         lowering.find_state();

@@ -2,7 +2,7 @@
 
 use super::TextError;
 use super::scan::{Parsed, Scanner};
-use crate::graph::{Graph, Guard, Node, Output, Relation, StatePair, SymbolRange, ValueId};
+use crate::graph::{Case, Graph, Guard, Node, Output, Relation, StatePair, SymbolRange, ValueId};
 use crate::layout::{AxisLayout, Layout, Mesh};
 use crate::spmd::{Equation, Spmd, SpmdOutput, Step, StepId, StepKind};
 use crate::tensor::Tensor;
@@ -71,6 +71,13 @@ impl Scanner<'_> {
             let output = self.string()?.into();
             self.need_word("axis")?;
             graph.states.push(StatePair { input, output, axis: self.number()? });
+        }
+        while self.eat_word("case") {
+            let input = self.string()?.into();
+            self.need(":")?;
+            let ty = self.ty()?;
+            self.need("=")?;
+            graph.cases.push(Case { input, ty, value: self.boolean()? });
         }
         while self.peek("%") {
             let node = self.node(graph.len())?;

@@ -25,6 +25,9 @@ pub fn print_graph(graph: &Graph) -> String {
         let (input, output) = (quote(&state.input), quote(&state.output));
         text.push_str(&format!("state {input} -> {output} axis {}\n", state.axis));
     }
+    for case in &graph.cases {
+        text.push_str(&format!("case {} : {} = {}\n", quote(&case.input), case.ty, case.value));
+    }
     for (value, node) in graph.values() {
         text.push_str(&format!("{value} = {}{} : {}", op::print(&node.op), operands(&node.args), node.ty));
         if !node.origin.is_empty() {

@@ -100,6 +100,9 @@ fn same_model(program: &Spmd, imported: &Graph) -> Vec<Finding> {
     if logical.states != imported.states {
         wrong("its state is not that of the model");
     }
+    if logical.cases != imported.cases {
+        wrong("it is for other values of the model's inputs");
+    }
     for ((value, own), other) in logical.values().zip(imported.nodes()) {
         if own != other {
             let what = "is not what the model has there".into();

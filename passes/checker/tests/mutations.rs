@@ -378,3 +378,20 @@ fn equations_hold_where_they_should() {
     };
     assert_eq!(equal("times zero", pad).unwrap().executed_in_field, 1);
 }
+
+#[test]
+fn a_program_for_other_values_of_the_inputs_is_found() {
+    let case = |value: bool| {
+        let ty = Type::new(DType::Bool, vec![]);
+        tpshard_ir::Case { input: "cached".into(), ty, value }
+    };
+    let (mut imported, _) = model();
+    let mut program = program();
+    for (own, found) in [(vec![case(true)], vec![case(false)]), (vec![case(true)], vec![])] {
+        (imported.cases, program.logical.cases) = (own, found);
+        let findings = tpshard_checker::check(&program, &imported).unwrap_err();
+        assert!(findings.iter().any(|f| f.to_string().contains("other values")), "{findings:?}");
+    }
+    program.logical.cases = imported.cases.clone();
+    tpshard_checker::check(&program, &imported).unwrap();
+}

@@ -134,7 +134,8 @@ fn leaders(graph: &Graph, equal: &[(ValueId, ValueId)]) -> Vec<ValueId> {
 /// The classes that `outputs` need, operands first, each as late as its first user allows. The first member of a class
 /// is older than all others, so what first members are computed from never leads back to them: every class comes after
 /// the operands of its first member. Operands of other members come before it unless they are computed from it; then
-/// that member closes a circle and is not offered as a production.
+/// that member closes a circle and is not offered as a production. The past of a state comes before its present also
+/// where nothing reads it, because the present is left where the past lies.
 fn order(
     graph: &Graph,
     outputs: &[ValueId],
@@ -142,15 +143,20 @@ fn order(
     members: &BTreeMap<ValueId, Vec<ValueId>>,
 ) -> Vec<ValueId> {
     let needed = |class: ValueId| graph.node(class).args.iter().map(|a| leader[a.index()]);
+    let pasts = unread_pasts(graph, outputs, leader);
     // Operands, each with whether the first member has it.
     let operands = |class: ValueId| -> Vec<(ValueId, bool)> {
         let values = members.get(&class).map_or(&[][..], Vec::as_slice);
         let of = |&m: &ValueId| graph.node(m).args.iter().map(move |a| (leader[a.index()], m == class));
-        values.iter().flat_map(of).collect()
+        let mut all: Vec<(ValueId, bool)> = values.iter().flat_map(of).collect();
+        all.extend(pasts.get(&class).into_iter().flatten().map(|&past| (past, true)));
+        all
     };
+    let is_past = |output: &&ValueId| pasts.values().flatten().any(|past| *past == leader[output.index()]);
     let mut sorted = Vec::new();
     let mut states: BTreeMap<ValueId, Visit> = BTreeMap::new();
-    for output in outputs {
+    let others = outputs.iter().filter(|output| !is_past(output));
+    for output in others.chain(outputs.iter().filter(is_past)) {
         let class = leader[output.index()];
         if states.contains_key(&class) {
             continue;
@@ -174,6 +180,22 @@ fn order(
         }
     }
     sorted
+}
+
+/// By the class of a present, the pasts that are wanted for themselves. The last of `outputs` are the graph's, in order.
+fn unread_pasts(graph: &Graph, outputs: &[ValueId], leader: &[ValueId]) -> BTreeMap<ValueId, Vec<ValueId>> {
+    let mut pasts: BTreeMap<ValueId, Vec<ValueId>> = BTreeMap::new();
+    for pair in &graph.states {
+        let input = graph.inputs().find(|(_, name, _)| **name == pair.input).map(|(value, ..)| value);
+        let place = graph.outputs.iter().position(|output| output.name == pair.output);
+        let hidden = outputs.len().saturating_sub(graph.outputs.len());
+        let present = place.and_then(|place| outputs.get(hidden + place));
+        let wanted = input.filter(|value| outputs.get(..hidden).is_some_and(|o| o.contains(value)));
+        if let (Some(input), Some(present)) = (wanted, present) {
+            pasts.entry(leader[present.index()]).or_default().push(leader[input.index()]);
+        }
+    }
+    pasts
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -12,11 +12,14 @@
 mod build;
 mod classes;
 mod entries;
+mod kept;
 mod pins;
 
 pub use entries::Unfolded;
+pub use kept::{Kept, KeptError, StoredName};
 pub use pins::{Pin, PinError};
 
+pub(crate) use kept::apply as apply_kept;
 pub(crate) use pins::apply as apply_pins;
 
 pub use build::{BuildError, Model, build};

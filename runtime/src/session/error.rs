@@ -17,6 +17,8 @@ pub enum SessionError {
     Inputs(#[from] InterpError),
     #[error("there is no input `{name}`; the inputs are {known}\n  help: rename it or leave it out")]
     UnknownInput { name: String, known: String },
+    #[error("input `{input}` is {value}, for which the program has no entry\n  help: build it again")]
+    Case { input: String, value: bool },
     #[error(
         "no entry of the program takes these inputs:\n{reasons}\nhelp: give inputs within these limits, or shard the model for others (--dim)"
     )]
@@ -59,6 +61,7 @@ impl SessionError {
             SessionError::Inputs(_)
             | SessionError::UnknownInput { .. }
             | SessionError::NoEntry { .. }
+            | SessionError::Case { .. }
             | SessionError::Index { .. }
             | SessionError::Usage { .. } => 2,
             SessionError::Program { .. } | SessionError::Lowering { .. } | SessionError::Weights { .. } => 4,

@@ -71,6 +71,7 @@ pub(super) fn run_part(
     entry: usize,
     bindings: &Bindings,
     inputs: &BTreeMap<String, Tensor>,
+    takes: &dyn Fn(&str) -> bool,
     slots: Option<(Vec<u64>, Vec<usize>)>,
 ) -> RunPart {
     let header = |(name, tensor): (&String, &Tensor)| InputHeader {
@@ -82,7 +83,7 @@ pub(super) fn run_part(
     RunPart {
         entry,
         bindings: bindings.iter().map(|(name, value)| (name.to_string(), *value)).collect(),
-        inputs: inputs.iter().map(header).collect(),
+        inputs: inputs.iter().filter(|(name, _)| takes(name)).map(header).collect(),
         slots,
         rows,
     }

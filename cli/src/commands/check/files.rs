@@ -7,7 +7,7 @@ use crate::rank_program::payload;
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 use std::collections::BTreeSet;
-use tpshard_codegen::build::{MODEL_TEXT, PART_LAUNCHER, PLAN_TEXT, REPORT_PAGE, weight_file};
+use tpshard_codegen::build::{MAX_GRAPHS, PART_LAUNCHER, PLAN_TEXT, REPORT_PAGE, model_text, weight_file};
 use tpshard_codegen::folder::CONFIG;
 use tpshard_ir::container;
 
@@ -59,8 +59,10 @@ pub(super) fn check_plan(folder: &Folder, findings: &mut Vec<String>) {
 
 /// A file of a rank that there is not is a finding; what is not ours at all is only named, in the line returned.
 pub(super) fn check_strays(folder: &Folder, findings: &mut Vec<String>) -> Option<String> {
-    let mut known: BTreeSet<String> =
-        [CONFIG, MODEL_TEXT, PLAN_TEXT, REPORT_PAGE, "run"].map(str::to_owned).into();
+    let mut known: BTreeSet<String> = [CONFIG, PLAN_TEXT, REPORT_PAGE, "run"].map(str::to_owned).into();
+    let cases = folder.config.pointer("/entries/0/cases").and_then(Value::as_object);
+    let graphs = cases.map_or(1, |cases| 1 << cases.len().min(MAX_GRAPHS));
+    known.extend((0..MAX_GRAPHS.min(graphs)).map(model_text));
     for rank in 0..folder.ranks {
         known.extend([format!("rank{rank}"), weight_file(rank)]);
     }

@@ -10,13 +10,14 @@ use super::reference::evaluate;
 use super::selection::{at, at_axis};
 use super::{as_built, chosen_inputs, only_inputs};
 use crate::arguments::VerifyArguments;
-use crate::commands::planning::import_model;
+use crate::commands::cases;
+use crate::commands::planning::import_graphs;
 use crate::failure::{Failure, Kind, Outcome};
 use crate::folder::Folder;
 use crate::in_process::{Observed, observe, program_for};
 use crate::output;
 use std::collections::{BTreeMap, HashMap};
-use tpshard_codegen::build::MODEL_TEXT;
+use tpshard_codegen::build::model_text;
 use tpshard_frontend::Imported;
 use tpshard_ir::graph::Output;
 use tpshard_ir::{Graph, Op, Spmd, StepId, StepKind, Tensor, ValueId};
@@ -67,16 +68,16 @@ pub(super) fn bisect(
             return Err(Failure::new(Kind::Usage, message));
         }
     };
-    let imported = import_model(&model, &as_built(folder), true)?;
-    same_text(folder, &imported)?;
+    let graphs = import_graphs(&model, &as_built(folder), true)?;
+    same_texts(folder, &graphs)?;
     let mut tally = Tally::default();
     let pairs = chosen_inputs(arguments, folder)?;
     for (label, inputs) in &pairs {
         let program = program_for(folder, &only_inputs(folder, inputs.clone()))?;
-        same_graph(&program, &imported)?;
+        let imported = cases::chosen(&graphs, inputs)?;
+        same_graph(&program, imported)?;
         let points = points(&program);
-        if let Some(found) =
-            compare_all(folder, &imported, &program, &points, inputs, tolerances, &mut tally)?
+        if let Some(found) = compare_all(folder, imported, &program, &points, inputs, tolerances, &mut tally)?
         {
             return Err(told(label, &found, json));
         }
@@ -116,9 +117,16 @@ fn told(label: &str, found: &Difference, json: bool) -> Failure {
     Failure::new(Kind::Mismatch, format!("{label}: {}\n{}", found.place, found.detail)).with_result(result)
 }
 
-/// The folder's imported graph is the model's, or there is nothing to bisect.
-fn same_text(folder: &Folder, imported: &Imported) -> Outcome<()> {
-    let (own, model) = (folder.text(MODEL_TEXT)?, tpshard_ir::text::print_graph(&imported.graph));
+/// The folder's imported graphs are the model's, or there is nothing to bisect.
+fn same_texts(folder: &Folder, graphs: &[Imported]) -> Outcome<()> {
+    graphs
+        .iter()
+        .enumerate()
+        .try_for_each(|(index, imported)| same_text(folder, &model_text(index), imported))
+}
+
+fn same_text(folder: &Folder, name: &str, imported: &Imported) -> Outcome<()> {
+    let (own, model) = (folder.text(name)?, tpshard_ir::text::print_graph(&imported.graph));
     if own == model {
         return Ok(());
     }
@@ -134,7 +142,7 @@ fn same_text(folder: &Folder, imported: &Imported) -> Outcome<()> {
     Err(Failure::new(
         Kind::Mismatch,
         format!(
-            "{MODEL_TEXT} is not what the model imports to; line {number} is the first that differs\n  \
+            "{name} is not what the model imports to; line {number} is the first that differs\n  \
              the folder: {a}\n  the model:  {b}\nhelp: name the model the folder was built from, or build it again"
         ),
     ))
