@@ -76,7 +76,7 @@ pub(crate) fn run_kernel(
             empty_rows_zero: *empty_rows_zero,
         }
         .run(args, spare)?,
-        (Kernel::Move | Kernel::Append, op) => movement(context, op, args)?,
+        (Kernel::Move | Kernel::Append, op) => movement(context, op, args, spare)?,
         (Kernel::Conv, Op::Conv { window, groups }) => {
             let [x, w] = args else { return Err("a convolution of other than two operands".into()) };
             conv::conv(window, *groups, [x, w], &shape, spare)?
@@ -123,7 +123,7 @@ fn view(context: &Context<'_>, op: &Op, args: &[Value], shape: &[usize]) -> Resu
     }
 }
 
-fn movement(context: &Context<'_>, op: &Op, args: &[Value]) -> Result<Value, StepError> {
+fn movement(context: &Context<'_>, op: &Op, args: &[Value], spare: Vec<f32>) -> Result<Value, StepError> {
     match (op, args) {
         (Op::Concat { axis } | Op::Append { axis }, parts) => Ok(movement::concat(parts, *axis)?),
         (Op::Gather { axis, window }, [table, indices]) => {
@@ -131,7 +131,7 @@ fn movement(context: &Context<'_>, op: &Op, args: &[Value]) -> Result<Value, Ste
                 Some(w) => Some((context.dim(&w.start)?, context.dim(&w.extent)?)),
                 None => None,
             };
-            movement::gather(table, indices, *axis, window)
+            movement::gather(table, indices, *axis, window, spare)
         }
         (Op::Pad { low, high, mode: PadMode::Constant(value) }, [x]) => {
             let dims = |dims: &[Dim]| dims.iter().map(|d| context.dim(d)).collect::<Result<Vec<_>, _>>();

@@ -63,6 +63,7 @@ pub(crate) fn gather(
     indices: &Value,
     axis: usize,
     window: Option<(i64, i64)>,
+    spare: Vec<f32>,
 ) -> Result<Value, StepError> {
     let held = *table.shape().get(axis).ok_or("a gather along a dim that does not exist")? as i64;
     let (start, extent) = window.unwrap_or((0, held));
@@ -87,10 +88,12 @@ pub(crate) fn gather(
         table: &Value,
         rows: &[Option<usize>],
         [outer, held, inner]: [usize; 3],
+        mut out: Vec<T>,
         _: &[T],
     ) -> Result<Data, String> {
         let elements = table.slice::<T>()?;
-        let mut out = Vec::with_capacity(outer * rows.len() * inner);
+        out.clear();
+        out.reserve_exact(outer * rows.len() * inner);
         for o in 0..outer {
             for row in rows {
                 match row {
@@ -105,8 +108,11 @@ pub(crate) fn gather(
         Ok(wrap(out))
     }
     let sizes = [outer, held as usize, inner];
-    let data = with_elements!(table.data(), v => pick(&table, &rows, sizes, v)?,
-        dtype, _b => return Err(format!("a gather of the storage type {dtype}").into()));
+    let data = match table.data() {
+        Data::F32(v) => pick(&table, &rows, sizes, spare, v)?,
+        other => with_elements!(other, v => pick(&table, &rows, sizes, Vec::new(), v)?,
+            dtype, _b => return Err(format!("a gather of the storage type {dtype}").into())),
+    };
     Tensor::new(shape, data).map(Value::new).map_err(|e| StepError::Local(e.to_string()))
 }
 

@@ -20,13 +20,15 @@ use pack::{PANEL, pack_panel};
 use plane::{Rectangle, rectangles};
 use rayon::prelude::*;
 use std::ops::Range;
-use tile::{InPanel, InPlace, multiply_rows};
+use tile::{InPanel, InPlace, multiply_long_row, multiply_rows};
 
 /// Steps of the depth that are summed in one chain.
 const BLOCK: usize = 128;
 /// Steps of the depth that are done for a whole rectangle before the next, in whole blocks: a panel of them stays in a
 /// core's second cache.
 const DEPTH: usize = 16 * BLOCK;
+/// Columns that a single row multiplies at once where they are read in place.
+const LONG: usize = 16 * LANES;
 /// Multiplications from which on a product is worth a second thread.
 const SHARED_FROM: usize = 32 * 1024;
 
@@ -142,8 +144,13 @@ pub(crate) fn multiply(out: &mut [f32], left: Matrix<'_>, right: Right<'_>) -> R
 fn fill(mut out: Rectangle<'_>, left: Matrix<'_>, right: Right<'_>) {
     let left = left.rows_within(out.rows.clone());
     let mut scratch: Vec<Lanes> = Vec::new();
-    for column in out.columns.clone().step_by(PANEL) {
-        let end = (column + PANEL).min(out.columns.end);
+    let in_place = matches!(right, Right::Matrix(matrix) if matrix.column_stride == 1);
+    let mut next = out.columns.start;
+    while next < out.columns.end {
+        // A single row reads its columns once, so what matters is that they lie next to each other.
+        let long = in_place && left.rows == 1 && out.columns.end - next >= LONG;
+        let (column, end) = (next, (next + if long { LONG } else { PANEL }).min(out.columns.end));
+        next = end;
         if (end - column).is_multiple_of(LANES) {
             fill_panel(&mut out, column, left, (right, column..end), &mut scratch);
             continue;
@@ -179,7 +186,16 @@ fn fill_panel(
             }
             Right::Matrix(matrix) if matrix.column_stride == 1 && columns.len() == vectors * LANES => {
                 let from = &matrix.elements[start * matrix.row_stride + columns.start..];
-                add_panel(out, column, left, steps, vectors, InPlace { from, stride: matrix.row_stride });
+                let panel = InPlace { from, stride: matrix.row_stride };
+                if columns.len() == LONG {
+                    let row = &left.row_and_rest(0)[start..start + steps.1];
+                    vectorised(
+                        #[inline(always)]
+                        |_| multiply_long_row(out, row, start, column, panel),
+                    );
+                } else {
+                    add_panel(out, column, left, steps, vectors, panel);
+                }
             }
             Right::Matrix(matrix) => {
                 pack_panel(&matrix, start..start + steps.1, columns.clone(), scratch);

@@ -1,6 +1,7 @@
 //! Tiles of a product, kept in registers.
 #![allow(clippy::needless_range_loop, reason = "loops over constant ranges become straight code")]
 
+use super::super::vector::for_lanes;
 use super::plane::Rectangle;
 use super::{BLOCK, LANES, Lanes, Matrix};
 use std::ops::Range;
@@ -71,6 +72,30 @@ pub(super) fn multiply_rows<P: Panel>(
         // Fewer registers: one vector of columns at a time.
         for first in 0..vectors {
             work.blocks::<6, 1>(out, first);
+        }
+    }
+}
+
+/// As [`multiply_rows`] for one row and sixteen vectors of columns.
+#[inline(always)]
+pub(super) fn multiply_long_row(
+    out: &mut Rectangle<'_>,
+    row: &[f32],
+    start: usize,
+    column: usize,
+    panel: InPlace<'_>,
+) {
+    let out = out.row(0, column..column + LANES * LANES);
+    for (block, factors) in row.chunks(BLOCK).enumerate() {
+        let mut sums = [Lanes::ZERO; LANES];
+        for (step, &factor) in factors.iter().enumerate() {
+            let right = &panel.from[(block * BLOCK + step) * panel.stride..][..LANES * LANES];
+            for_lanes!(LANE => sums[LANE].add_scaled(factor, &Lanes::load(&right[LANE * LANES..][..LANES])));
+        }
+        let first = start + block * BLOCK == 0;
+        for (sum, to) in sums.into_iter().zip(out.chunks_exact_mut(LANES)) {
+            let before = if first { Lanes::ZERO } else { Lanes::load(to) };
+            (before + sum).store(to);
         }
     }
 }

@@ -162,6 +162,7 @@ macro_rules! for_lanes {
         })*
     };
 }
+pub(crate) use for_lanes;
 
 /// [`dot`] of a row with sixteen others, of which step `i` holds element `i` of each; the bits are the same.
 #[inline(always)]
