@@ -10,6 +10,7 @@
 //! panel if not. A tile of up to eight rows and one panel is kept in registers.
 
 mod pack;
+mod pages;
 mod plane;
 mod tile;
 

@@ -1,5 +1,6 @@
 //! Second operands laid out for [`multiply`](super::multiply).
 
+use super::pages::zeros;
 use super::{LANES, Lanes, Matrix};
 use rayon::prelude::*;
 use std::ops::Range;
@@ -20,7 +21,7 @@ pub(crate) struct Packed {
 impl Packed {
     pub(crate) fn new(matrix: &Matrix<'_>) -> Packed {
         let (rows, columns) = (matrix.rows, matrix.columns);
-        let mut panels = vec![Lanes::ZERO; rows * columns.div_ceil(LANES)];
+        let mut panels = zeros(rows * columns.div_ceil(LANES));
         panels.par_chunks_mut((rows * VECTORS).max(1)).enumerate().for_each(|(panel, to)| {
             let first = panel * PANEL;
             copy_panel(matrix, 0..rows, first..(first + PANEL).min(columns), to);
