@@ -7,14 +7,14 @@
 use super::contraction::Contraction;
 use super::convert::StepError;
 use super::gemm::Packed;
-use super::kernels::{Context, run_kernel};
+use super::kernels::{Context, Made, run_kernel};
 use super::value::Value;
 use super::weights::WeightSource;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use tpshard_ir::dim::Bindings;
 use tpshard_ir::program::{Kernel, Lowering, RankProgram, Stage, lower};
-use tpshard_ir::{Graph, Op, Type, ValueId};
+use tpshard_ir::{DType, Graph, Op, Type, ValueId};
 
 /// How a constant is laid out for a matrix product: which of its dims are depth and columns, in order.
 type PackKey = (usize, Vec<usize>, Vec<usize>);
@@ -25,6 +25,8 @@ struct Interned {
     ty: Type,
     /// Some step reads it unpacked.
     retained: bool,
+    /// Some step takes rows from it, which columns of its packed form can be.
+    table: bool,
     packs: BTreeMap<PackKey, Contraction>,
 }
 
@@ -47,6 +49,9 @@ impl Constants {
         let mut constants = Constants::default();
         for entry in &program.entries {
             constants.intern(&entry.graph, &entry.lowering)?;
+        }
+        for (id, constant) in constants.interned.iter_mut().enumerate() {
+            constant.retained |= constant.table && !constant.packs.contains_key(&rows_as_columns(id));
         }
         constants.evaluate(program, source, progress)?;
         Ok(constants)
@@ -76,6 +81,12 @@ impl Constants {
         self.packed.get(&(id, depth, columns)).cloned()
     }
 
+    /// A constant table whose rows are the columns of a packed matrix, if it is not there as it is.
+    pub(crate) fn packed_table(&self, id: usize) -> Option<Arc<Packed>> {
+        let packed = self.packed.get(&rows_as_columns(id))?;
+        self.value(id).is_none().then(|| packed.clone())
+    }
+
     fn intern(&mut self, graph: &Graph, lowering: &Lowering) -> Result<(), String> {
         let constant = lowering.constant_values(graph);
         let mut ids: Vec<Option<usize>> = vec![None; graph.len()];
@@ -86,7 +97,14 @@ impl Constants {
             let id = *self.ids.entry((node.op.clone(), args.clone())).or_insert(next);
             if id == next {
                 let (op, ty) = (node.op.clone(), node.ty.clone());
-                self.interned.push(Interned { op, args, ty, retained: false, packs: BTreeMap::new() });
+                self.interned.push(Interned {
+                    op,
+                    args,
+                    ty,
+                    retained: false,
+                    table: false,
+                    packs: BTreeMap::new(),
+                });
             }
             ids[value.index()] = Some(id);
         }
@@ -104,6 +122,7 @@ impl Constants {
                     {
                         self.interned[id].packs.insert((id, depth, dims), c.clone());
                     }
+                    _ if is_table(graph, region.result(), operand) => self.interned[id].table = true,
                     _ => self.interned[id].retained = true,
                 }
             }
@@ -172,6 +191,21 @@ impl Constants {
     }
 }
 
+/// How a table of rows is packed for products with each of them.
+fn rows_as_columns(id: usize) -> PackKey {
+    (id, vec![1], vec![0])
+}
+
+/// True if `value` takes rows of `f32` from `operand`, and needs nothing else of it.
+fn is_table(graph: &Graph, value: ValueId, operand: ValueId) -> bool {
+    let (node, ty) = (graph.node(value), graph.ty(operand));
+    matches!(node.op, Op::Gather { axis: 0, .. })
+        && ty.dtype == DType::F32
+        && ty.rank() == 2
+        && node.args.first() == Some(&operand)
+        && node.args.get(1) != Some(&operand)
+}
+
 /// The contraction of an einsum region that may take a packed operand.
 pub(crate) fn einsum_of(
     graph: &Graph,
@@ -202,7 +236,7 @@ fn compute(op: &Op, ty: &Type, args: &[Value]) -> Result<Value, String> {
     let region = lowering.regions.last().ok_or("a constant without region")?;
     let bindings = Bindings::new();
     let context = Context { bindings: &bindings, graph: &graph };
-    run_kernel(&context, region, args, Vec::new(), None, None).map_err(|error| match error {
+    run_kernel(&context, region, args, Vec::new(), Made::default()).map_err(|error| match error {
         StepError::Local(what) => what,
         StepError::Index { index, extent } => format!("index {index} is outside of a table of {extent}"),
         StepError::Collective(error) => error.to_string(),

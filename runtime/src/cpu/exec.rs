@@ -9,7 +9,7 @@ use super::contraction::Contraction;
 use super::convert::{Place, StepError, convert, held, identity};
 use super::deferred::Deferred;
 use super::gemm::Packed;
-use super::kernels::{Context, run_kernel};
+use super::kernels::{Context, Made, run_kernel};
 use super::movement;
 use super::pointwise::Program;
 use super::value::Value;
@@ -37,6 +37,8 @@ struct PreparedRegion {
     args: Vec<ValueId>,
     program: Option<Program>,
     contraction: Option<(Contraction, Option<Arc<Packed>>)>,
+    /// The table of a gather, if it is there packed only.
+    table: Option<Arc<Packed>>,
     /// Values that nothing needs after this region, views before what they show.
     dropped: Vec<ValueId>,
 }
@@ -145,7 +147,13 @@ impl Prepared {
                 let packed = columns.and_then(|id| constants.packed(id, &c));
                 (c, packed)
             });
-            regions.push(PreparedRegion { args, program, contraction, dropped: Vec::new() });
+            let table = match (&graph.node(region.result()).op, args.first()) {
+                (Op::Gather { .. }, Some(table)) => {
+                    ids[table.index()].and_then(|id| constants.packed_table(id))
+                }
+                _ => None,
+            };
+            regions.push(PreparedRegion { args, program, contraction, table, dropped: Vec::new() });
         }
         for (value, &last) in last_use.iter().enumerate().rev() {
             if let Some(region) = regions.get_mut(last)
@@ -364,11 +372,16 @@ impl<'a> Run<'a> {
                     .map(|(i, &arg)| match (&prepared.contraction, &values[arg.index()]) {
                         // A packed operand need not be there itself; its shape is all that is asked for.
                         (Some((c, Some(_))), None) if c.column_operand() == i => Ok(self.shape_only(arg)?),
+                        (_, None) if i == 0 && prepared.table.is_some() => Ok(self.shape_only(arg)?),
                         _ => get(values, arg),
                     })
                     .collect::<Result<Vec<Value>, String>>()?;
-                let contraction = prepared.contraction.as_ref().map(|(c, packed)| (c, packed.as_deref()));
-                Ok(run_kernel(&context, region, &args, spare, prepared.program.as_ref(), contraction)?)
+                let made = Made {
+                    program: prepared.program.as_ref(),
+                    contraction: prepared.contraction.as_ref().map(|(c, packed)| (c, packed.as_deref())),
+                    table: prepared.table.as_deref(),
+                };
+                Ok(run_kernel(&context, region, &args, spare, made)?)
             }
         }
     }

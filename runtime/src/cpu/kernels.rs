@@ -36,6 +36,16 @@ impl Context<'_> {
     }
 }
 
+/// What was made for a region when the session opened.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct Made<'a> {
+    pub(crate) program: Option<&'a Program>,
+    /// With the operand that plays the columns, if it is constant.
+    pub(crate) contraction: Option<(&'a Contraction, Option<&'a Packed>)>,
+    /// The table of a gather whose rows are the columns of this; the operand then only has its shape.
+    pub(crate) table: Option<&'a Packed>,
+}
+
 /// Executes a region; `args` are the operands of its node (of the region, if it is elementwise), `spare` is memory it
 /// may use for its result.
 pub(crate) fn run_kernel(
@@ -43,8 +53,7 @@ pub(crate) fn run_kernel(
     region: &Region,
     args: &[Value],
     spare: Vec<f32>,
-    program: Option<&Program>,
-    contraction: Option<(&Contraction, Option<&Packed>)>,
+    made: Made<'_>,
 ) -> Result<Value, StepError> {
     let node = context.graph.node(region.result());
     let shape = context.shape(&node.ty)?;
@@ -53,14 +62,14 @@ pub(crate) fn run_kernel(
         return Tensor::zeros(node.ty.dtype, shape).map(Value::new).map_err(|e| e.to_string().into());
     }
     let value = match (region.kernel, &node.op) {
-        (Kernel::Pointwise, _) => match program {
+        (Kernel::Pointwise, _) => match made.program {
             Some(program) => program.run(args, &shape, spare)?,
             None => Program::compile(context.graph, region, true)?.run(args, &shape, spare)?,
         },
         (Kernel::View, op) => view(context, op, args, &shape)?,
         (Kernel::Einsum, Op::Einsum(spec)) => {
             let [a, b] = args else { return Err("a contraction of other than two operands".into()) };
-            match contraction {
+            match made.contraction {
                 Some((contraction, packed)) => contraction.run([a, b], packed, spare)?,
                 None => Contraction::new(spec, [false; 2])?.run([a, b], None, spare)?,
             }
@@ -76,7 +85,7 @@ pub(crate) fn run_kernel(
             empty_rows_zero: *empty_rows_zero,
         }
         .run(args, spare)?,
-        (Kernel::Move | Kernel::Append, op) => movement(context, op, args, spare)?,
+        (Kernel::Move | Kernel::Append, op) => movement(context, op, args, spare, made.table)?,
         (Kernel::Conv, Op::Conv { window, groups }) => {
             let [x, w] = args else { return Err("a convolution of other than two operands".into()) };
             conv::conv(window, *groups, [x, w], &shape, spare)?
@@ -123,7 +132,13 @@ fn view(context: &Context<'_>, op: &Op, args: &[Value], shape: &[usize]) -> Resu
     }
 }
 
-fn movement(context: &Context<'_>, op: &Op, args: &[Value], spare: Vec<f32>) -> Result<Value, StepError> {
+fn movement(
+    context: &Context<'_>,
+    op: &Op,
+    args: &[Value],
+    spare: Vec<f32>,
+    packed: Option<&Packed>,
+) -> Result<Value, StepError> {
     match (op, args) {
         (Op::Concat { axis } | Op::Append { axis }, parts) => Ok(movement::concat(parts, *axis)?),
         (Op::Gather { axis, window }, [table, indices]) => {
@@ -131,7 +146,10 @@ fn movement(context: &Context<'_>, op: &Op, args: &[Value], spare: Vec<f32>) -> 
                 Some(w) => Some((context.dim(&w.start)?, context.dim(&w.extent)?)),
                 None => None,
             };
-            movement::gather(table, indices, *axis, window, spare)
+            match packed {
+                Some(packed) => movement::gather_packed(packed, indices, window, spare),
+                None => movement::gather(table, indices, *axis, window, spare),
+            }
         }
         (Op::Pad { low, high, mode: PadMode::Constant(value) }, [x]) => {
             let dims = |dims: &[Dim]| dims.iter().map(|d| context.dim(d)).collect::<Result<Vec<_>, _>>();

@@ -2,6 +2,7 @@
 //! type that is at least a byte wide.
 
 use super::convert::StepError;
+use super::gemm::Packed;
 use super::value::{Value, copy_strided, row_major, with_elements, wrap};
 use tpshard_ir::tensor::Element;
 use tpshard_ir::{Data, Tensor};
@@ -56,8 +57,46 @@ pub(crate) fn concat(parts: &[Value], axis: usize) -> Result<Value, String> {
     Tensor::new(shape, data).map(Value::new).map_err(|e| e.to_string())
 }
 
-/// Rows of a table. With a window, `start` is the global index of the first row held here, `extent` the global number
-/// of rows, and rows held elsewhere read as zero.
+/// Which of `held` rows each index names; with a window, `start` is the global index of the first row held here, `extent`
+/// the global number of rows, and rows held elsewhere are none.
+fn places(indices: &Value, held: usize, window: Option<(i64, i64)>) -> Result<Vec<Option<usize>>, StepError> {
+    let (start, extent) = window.unwrap_or((0, held as i64));
+    let place = |index: i64| -> Result<Option<usize>, StepError> {
+        let row = if index < 0 { index + extent } else { index };
+        if !(0..extent).contains(&row) {
+            return Err(StepError::Index { index, extent });
+        }
+        Ok(usize::try_from(row - start).ok().filter(|&r| r < held))
+    };
+    match indices.data() {
+        Data::I64(_) => indices.slice::<i64>()?.iter().map(|&i| place(i)).collect(),
+        Data::I32(_) => indices.slice::<i32>()?.iter().map(|&i| place(i.into())).collect(),
+        other => Err(format!("indices of type {}", other.dtype()).into()),
+    }
+}
+
+/// [`gather`] from a table whose rows are the columns of a packed matrix.
+pub(crate) fn gather_packed(
+    table: &Packed,
+    indices: &Value,
+    window: Option<(i64, i64)>,
+    spare: Vec<f32>,
+) -> Result<Value, StepError> {
+    let rows = places(indices, table.columns, window)?;
+    let mut out = spare;
+    out.clear();
+    out.reserve_exact(rows.len() * table.rows);
+    for row in &rows {
+        match row {
+            Some(row) => out.extend(table.column(*row)),
+            None => out.resize(out.len() + table.rows, 0.0),
+        }
+    }
+    let shape = [indices.shape(), &[table.rows]].concat();
+    Ok(Value::from_vec(&shape, out)?)
+}
+
+/// Rows of a table; rows held elsewhere read as zero.
 pub(crate) fn gather(
     table: &Value,
     indices: &Value,
@@ -65,20 +104,8 @@ pub(crate) fn gather(
     window: Option<(i64, i64)>,
     spare: Vec<f32>,
 ) -> Result<Value, StepError> {
-    let held = *table.shape().get(axis).ok_or("a gather along a dim that does not exist")? as i64;
-    let (start, extent) = window.unwrap_or((0, held));
-    let place = |index: i64| -> Result<Option<usize>, StepError> {
-        let row = if index < 0 { index + extent } else { index };
-        if !(0..extent).contains(&row) {
-            return Err(StepError::Index { index, extent });
-        }
-        Ok(usize::try_from(row - start).ok().filter(|&r| (r as i64) < held))
-    };
-    let rows: Vec<Option<usize>> = match indices.data() {
-        Data::I64(_) => indices.slice::<i64>()?.iter().map(|&i| place(i)).collect::<Result<_, _>>()?,
-        Data::I32(_) => indices.slice::<i32>()?.iter().map(|&i| place(i.into())).collect::<Result<_, _>>()?,
-        other => return Err(format!("indices of type {}", other.dtype()).into()),
-    };
+    let held = *table.shape().get(axis).ok_or("a gather along a dim that does not exist")?;
+    let rows = places(indices, held, window)?;
     let mut shape = table.shape().to_vec();
     shape.splice(axis..=axis, indices.shape().iter().copied());
     let table = table.contiguous()?;
@@ -107,7 +134,7 @@ pub(crate) fn gather(
         }
         Ok(wrap(out))
     }
-    let sizes = [outer, held as usize, inner];
+    let sizes = [outer, held, inner];
     let data = match table.data() {
         Data::F32(v) => pick(&table, &rows, sizes, spare, v)?,
         other => with_elements!(other, v => pick(&table, &rows, sizes, Vec::new(), v)?,

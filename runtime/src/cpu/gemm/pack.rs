@@ -29,6 +29,14 @@ impl Packed {
         Packed { panels, rows, columns }
     }
 
+    /// A column, the first step of the depth first.
+    pub(crate) fn column(&self, index: usize) -> impl Iterator<Item = f32> + '_ {
+        let (panel, within) = (index / PANEL, index % PANEL);
+        let vectors = (self.columns - panel * PANEL).min(PANEL).div_ceil(LANES);
+        let from = &self.panels[panel * VECTORS * self.rows..][..self.rows * vectors];
+        from.iter().skip(within / LANES).step_by(vectors).map(move |vector| vector.0[within % LANES])
+    }
+
     /// Some steps of the depth of a panel: the first, and how many.
     pub(super) fn panel(&self, panel: usize, (start, steps): (usize, usize)) -> &[Lanes] {
         let vectors = (self.columns - panel * PANEL).min(PANEL).div_ceil(LANES);
@@ -56,7 +64,7 @@ fn copy_panel(matrix: &Matrix<'_>, steps: Range<usize>, columns: Range<usize>, t
             let first = columns.start + vector * LANES;
             let count = LANES.min(columns.end - first);
             if matrix.column_stride == 1 {
-                *to = Lanes::load(&from[first..first + count]);
+                *to = Lanes::load_part(&from[first..first + count]);
             } else {
                 let column = |lane: usize| from[(first + lane) * matrix.column_stride];
                 *to = Lanes(std::array::from_fn(|lane| if lane < count { column(lane) } else { 0.0 }));

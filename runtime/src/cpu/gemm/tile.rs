@@ -149,13 +149,25 @@ impl<P: Panel> Work<'_, P> {
                     }
                 }
             }
-            for r in 0..R {
-                let row = out.row(row + r, self.columns_from::<C>(first));
-                for c in 0..C {
-                    let to = &mut row[c * LANES..];
-                    let before = if start + block > 0 { Lanes::load(to) } else { Lanes::ZERO };
-                    (before + sums[r][c]).store(to);
-                }
+            // `sums` is only named by constants, so that it stays in registers: what loops over it goes over a copy.
+            self.add(out, row, first, (start + block == 0, sums));
+        }
+    }
+
+    /// Adds sums of a tile to what is there, or puts them there if they are the first.
+    #[inline(always)]
+    fn add<const R: usize, const C: usize>(
+        &self,
+        out: &mut Rectangle<'_>,
+        row: usize,
+        first: usize,
+        (is_first, sums): (bool, [[Lanes; C]; R]),
+    ) {
+        for (r, sums) in sums.iter().enumerate() {
+            let to = out.row(row + r, self.columns_from::<C>(first));
+            for (sum, to) in sums.iter().zip(to.chunks_exact_mut(LANES)) {
+                let before = if is_first { Lanes::ZERO } else { Lanes::load(to) };
+                (before + *sum).store(to);
             }
         }
     }

@@ -22,14 +22,19 @@ pub(crate) struct Lanes(pub(crate) [f32; LANES]);
 impl Lanes {
     pub(crate) const ZERO: Lanes = Lanes([0.0; LANES]);
 
-    /// The first elements of `from`; zeros where it has less.
+    /// The first elements of `from`, which has as many. Not more general on purpose, as [`Lanes::store`].
     #[inline(always)]
     pub(crate) fn load(from: &[f32]) -> Lanes {
         let mut lanes = Lanes::ZERO;
-        match from.first_chunk::<LANES>() {
-            Some(all) => lanes.0 = *all,
-            None => lanes.0[..from.len()].copy_from_slice(from),
-        }
+        lanes.0.copy_from_slice(&from[..LANES]);
+        lanes
+    }
+
+    /// At most sixteen elements, and zeros.
+    #[inline(always)]
+    pub(crate) fn load_part(from: &[f32]) -> Lanes {
+        let mut lanes = Lanes::ZERO;
+        lanes.0[..from.len()].copy_from_slice(from);
         lanes
     }
 
@@ -144,7 +149,7 @@ pub(crate) fn dot(left: &[f32], right: &[f32]) -> f32 {
         sum.add_product(&Lanes(*a), &Lanes(*b));
     }
     if !left_rest.is_empty() {
-        sum.add_product(&Lanes::load(left_rest), &Lanes::load(right_rest));
+        sum.add_product(&Lanes::load_part(left_rest), &Lanes::load_part(right_rest));
     }
     sum.sum()
 }
