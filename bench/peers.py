@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """How fast sharded decoders run beside ONNX Runtime, in one interleaved run.
 
-    bench/onnxruntime.py --tpshard PATH [--rounds N] [--prompt N] [--decode N] [--raw FILE] MODEL.onnx...
+    bench/peers.py --tpshard PATH [--rounds N] [--prompt N] [--decode N] [--raw FILE] MODEL.onnx...
 
 needs `pip install onnxruntime numpy`. A model is a decoder with past and present, as transformers exports it. Every round
 measures, one after another: one rank with one thread against ONNX Runtime with one, then one rank with two threads and two
