@@ -2,7 +2,7 @@
 
 use crate::failure::{Classify, Failure, Kind, Outcome};
 use crate::folder::Folder;
-use crate::rank_program::{RankFile, ShardFile};
+use crate::rank_program::{RankFile, open_weights};
 use crate::runner::session_failure;
 use std::collections::BTreeMap;
 use std::thread;
@@ -68,7 +68,7 @@ fn run_rank(
 ) -> Outcome<(Results, RankSummary)> {
     let file = RankFile::read(&folder.executable(rank))?;
     let summary = RankSummary { mesh: file.program.mesh.clone(), output_names: file.output_names };
-    let mut weights = ShardFile::open(&folder.path, rank)?;
+    let mut weights = open_weights(&folder.path, rank)?;
     let options = SessionOptions {
         threads: Some(1),
         evaluator: crate::runner::evaluator(),

@@ -3,9 +3,8 @@
 use crate::failure::{Classify, Failure, Kind, Outcome};
 use std::path::Path;
 use tpshard_codegen::build::weight_file;
-use tpshard_ir::Tensor;
-use tpshard_ir::program::{Entry, Port, RankProgram, WeightTensor};
-use tpshard_runtime::cpu::WeightSource;
+use tpshard_ir::program::{Entry, Port, RankProgram};
+use tpshard_runtime::cpu::FileWeights;
 use tpshard_runtime::io::SafeTensorsFile;
 
 /// A decoded rank program.
@@ -56,38 +55,7 @@ pub(crate) fn payload(executable: &Path) -> Outcome<Vec<u8>> {
 }
 
 /// The weights of a rank, mapped.
-pub(crate) struct ShardFile {
-    file: SafeTensorsFile,
-    place: String,
-}
-
-impl ShardFile {
-    pub(crate) fn open(folder: &Path, rank: usize) -> Outcome<ShardFile> {
-        let path = folder.join(weight_file(rank));
-        let file = SafeTensorsFile::open(&path).or_fail(Kind::Resource)?;
-        Ok(ShardFile { file, place: path.display().to_string() })
-    }
-}
-
-impl WeightSource for ShardFile {
-    fn place(&self) -> Option<String> {
-        Some(self.place.clone())
-    }
-
-    fn weights_hash(&self) -> Option<String> {
-        self.file.metadata().get("weights_hash").cloned()
-    }
-
-    fn tensor(&mut self, weight: &WeightTensor) -> Result<Tensor, String> {
-        let wrong = |what: String| format!("{}: weight `{}`: {what}", self.place, weight.name);
-        let view = self.file.view(&weight.name).map_err(|e| e.to_string())?;
-        if view.dtype != weight.dtype || view.shape != weight.shape {
-            let (found, wanted) = ((view.dtype, &view.shape), (weight.dtype, &weight.shape));
-            return Err(wrong(format!(
-                "is {}{:?}, the program needs {}{:?}\n  help: programs and weight files are of different builds",
-                found.0, found.1, wanted.0, wanted.1
-            )));
-        }
-        view.to_tensor().map_err(|e| wrong(e.to_string()))
-    }
+pub(crate) fn open_weights(folder: &Path, rank: usize) -> Outcome<FileWeights> {
+    let file = SafeTensorsFile::open(&folder.join(weight_file(rank))).or_fail(Kind::Resource)?;
+    Ok(FileWeights::new(file))
 }

@@ -8,7 +8,7 @@ use crate::failure::{Classify, Failure, Kind, Outcome};
 use crate::folder::Folder;
 use crate::job::Job;
 use crate::output;
-use crate::rank_program::{RankFile, ShardFile};
+use crate::rank_program::{RankFile, open_weights};
 use crate::tensors;
 use clap::Parser;
 use std::collections::BTreeMap;
@@ -135,7 +135,7 @@ pub(crate) fn run_rank(
     }
     let meeting = Rendezvous::of_place(place, &environment(), options).map_err(launch_failure)?;
     let communicator = connect(&meeting, &agreement).map_err(launch_failure)?;
-    let mut weights = ShardFile::open(folder, place.rank)?;
+    let mut weights = open_weights(folder, place.rank)?;
     let session_options = SessionOptions {
         threads: arguments.ranks.threads,
         local_ranks: place.local_world_size,

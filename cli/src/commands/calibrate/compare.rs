@@ -6,7 +6,7 @@ use crate::commands::planning;
 use crate::failure::{Classify, Failure, Kind, Outcome};
 use crate::folder::Folder;
 use crate::output;
-use crate::rank_program::{RankFile, ShardFile};
+use crate::rank_program::{RankFile, open_weights};
 use crate::runner::session_failure;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
@@ -165,7 +165,7 @@ fn run_rank(
         Some(entry) => Steps::of(entry, dims, &folder.path)?,
         None => Steps::default(),
     };
-    let mut weights = ShardFile::open(&folder.path, rank)?;
+    let mut weights = open_weights(&folder.path, rank)?;
     let options = SessionOptions { state: steps.state.clone(), ..SessionOptions::default() };
     let mut session =
         Session::open(file.program, &mut weights, communicator, &options).map_err(|e| session_failure(&e))?;
