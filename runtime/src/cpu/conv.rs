@@ -1,6 +1,6 @@
 //! Convolution as a matrix product over gathered windows, and pooling by direct windows.
 
-use super::gemm::{Matrix, Right, multiply};
+use super::gemm::{Matrix, Rectangle, Right, multiply, rectangles};
 use super::value::Value;
 use rayon::prelude::*;
 use tpshard_ir::op::{PoolKind, Window};
@@ -79,27 +79,35 @@ pub(crate) fn conv(
         out.fill(0.0);
         return Value::from_vec(shape, out);
     }
-    // Positions are the same for every image and channel.
-    let block = (COLUMNS / depth).clamp(1, out_size);
-    out.par_chunks_mut(group_out * out_size).enumerate().try_for_each_init(
+    // Where images and groups are fewer than threads, positions are shared out among them too.
+    let chunks = out.len() / (group_out * out_size);
+    let shares = (2 * rayon::current_num_threads()).div_ceil(chunks);
+    let block = (COLUMNS / depth).clamp(1, out_size.div_ceil(shares));
+    let tasks: Vec<(usize, Rectangle<'_>)> = out
+        .chunks_mut(group_out * out_size)
+        .enumerate()
+        .flat_map(|(chunk, out)| {
+            rectangles(out, out_size, group_out, block).into_iter().map(move |part| (chunk, part))
+        })
+        .collect();
+    tasks.into_par_iter().try_for_each_init(
         || (Vec::new(), Vec::new()),
-        |(columns, product), (chunk, out)| -> Result<(), String> {
+        |(columns, product), (chunk, mut out)| -> Result<(), String> {
             let (image, group) = (chunk / groups, chunk % groups);
             let first = (image * channels + group * group_in) * in_size;
             let source = x.get(first..first + group_in * in_size).ok_or("an image leaves its tensor")?;
             let from = group * group_out * depth;
             let weights = w.get(from..from + group_out * depth).ok_or("filters leave their tensor")?;
-            for start in (0..out_size).step_by(block) {
-                let count = block.min(out_size - start);
-                columns.resize(depth * count, 0.0);
-                gather_columns(&plane, source, start, count, columns);
-                product.resize(group_out * count, 0.0);
-                let left = Matrix::new(weights, [group_out, depth], [depth, 1])?;
-                let right = Right::Matrix(Matrix::new(columns, [depth, count], [count, 1])?);
-                multiply(product, left, right)?;
-                for (row, product) in out.chunks_mut(out_size).zip(product.chunks(count)) {
-                    row[start..start + count].copy_from_slice(product);
-                }
+            let positions = out.columns.clone();
+            let count = positions.len();
+            columns.resize(depth * count, 0.0);
+            gather_columns(&plane, source, positions.start, count, columns);
+            product.resize(group_out * count, 0.0);
+            let left = Matrix::new(weights, [group_out, depth], [depth, 1])?;
+            let right = Right::Matrix(Matrix::new(columns, [depth, count], [count, 1])?);
+            multiply(product, left, right)?;
+            for (row, product) in product.chunks(count).enumerate() {
+                out.row(row, positions.clone()).copy_from_slice(product);
             }
             Ok(())
         },

@@ -15,10 +15,10 @@ mod plane;
 mod tile;
 
 pub(crate) use pack::Packed;
+pub(crate) use plane::{Rectangle, rectangles};
 
 use super::vector::{Isa, LANES, Lanes, vectorised};
 use pack::{PANEL, pack_panel};
-use plane::{Rectangle, rectangles};
 use rayon::prelude::*;
 use std::ops::Range;
 use tile::{InPanel, InPlace, multiply_long_row, multiply_rows};

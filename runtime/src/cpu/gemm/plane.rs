@@ -5,12 +5,12 @@ use std::marker::PhantomData;
 use std::ops::Range;
 
 /// A rectangle of a matrix that nobody else writes.
-pub(super) struct Rectangle<'a> {
+pub(crate) struct Rectangle<'a> {
     first: *mut f32,
     /// From one row to the next.
     stride: usize,
-    pub(super) rows: Range<usize>,
-    pub(super) columns: Range<usize>,
+    pub(crate) rows: Range<usize>,
+    pub(crate) columns: Range<usize>,
     of: PhantomData<&'a mut [f32]>,
 }
 
@@ -20,7 +20,7 @@ unsafe impl Send for Rectangle<'_> {}
 impl Rectangle<'_> {
     /// Elements `columns` of the matrix in row `row` of the rectangle; they must lie within it.
     #[inline(always)]
-    pub(super) fn row(&mut self, row: usize, columns: Range<usize>) -> &mut [f32] {
+    pub(crate) fn row(&mut self, row: usize, columns: Range<usize>) -> &mut [f32] {
         assert!(row < self.rows.len() && columns.start <= columns.end);
         assert!(self.columns.start <= columns.start && columns.end <= self.columns.end);
         // SAFETY: the elements lie within the matrix, which outlives `self`, and in no other rectangle; `self` is
@@ -33,7 +33,7 @@ impl Rectangle<'_> {
 }
 
 /// Cuts a matrix of `columns` columns into rectangles of at most `height` rows and `width` columns.
-pub(super) fn rectangles(
+pub(crate) fn rectangles(
     matrix: &mut [f32],
     columns: usize,
     height: usize,
