@@ -67,6 +67,9 @@ pub(crate) fn conv(
     let plane = Plane { window, input, output };
     let (in_size, out_size) = (input.iter().product::<usize>(), output.iter().product::<usize>());
     let groups = groups.max(1);
+    if !channels.is_multiple_of(groups) || !filters.is_multiple_of(groups) {
+        return Err(format!("{groups} groups do not divide {channels} channels and {filters} filters"));
+    }
     let (group_in, group_out) = (channels / groups, filters / groups);
     let depth = group_in * plane.taps();
     let (x, w) = (x.to_f32()?, w.to_f32()?);
