@@ -39,6 +39,8 @@ pub struct Counters {
     pub values: usize,
     /// The layout graph of one entry.
     pub sizes: Sizes,
+    /// What is left of it when repeated segments are collapsed.
+    pub distinct: Sizes,
     /// The searches on the chosen mesh, of all entries.
     pub effort: Effort,
 }
@@ -47,12 +49,8 @@ impl std::iter::Sum for Counters {
     fn sum<I: Iterator<Item = Counters>>(all: I) -> Counters {
         all.fold(Counters::default(), |a, b| Counters {
             values: a.values + b.values,
-            sizes: Sizes {
-                groups: a.sizes.groups + b.sizes.groups,
-                classes: a.sizes.classes + b.sizes.classes,
-                productions: a.sizes.productions + b.sizes.productions,
-                conversions: a.sizes.conversions + b.sizes.conversions,
-            },
+            sizes: a.sizes + b.sizes,
+            distinct: a.distinct + b.distinct,
             effort: a.effort + b.effort,
         })
     }

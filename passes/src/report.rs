@@ -210,7 +210,12 @@ pub(crate) fn report(
         graphs: Vec::new(),
         split_all: options.split_all,
         segments: extraction.segments,
-        counters: Counters { values: graph.len(), sizes: layouts.sizes(), effort: extraction.effort },
+        counters: Counters {
+            values: graph.len(),
+            sizes: layouts.sizes(),
+            distinct: extraction.distinct,
+            effort: extraction.effort,
+        },
     }
 }
 

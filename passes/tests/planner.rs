@@ -43,6 +43,16 @@ fn llama_decodes_with_two_all_reduces_per_layer() {
 
 /// Seconds of the report are the weighted sum of its parts, and the parts are those that plans were compared by: else
 /// the bound, which comes from the search, would be off.
+/// Layers that are alike are collapsed: what is searched does not grow with their number.
+#[test]
+fn alike_layers_are_searched_once() {
+    let (few, many) = (plan_llama(12, 8).report.counters, plan_llama(96, 8).report.counters);
+    assert!(many.sizes.classes > 7 * few.sizes.classes, "{many:?}");
+    assert_eq!(many.distinct, few.distinct);
+    assert!(many.effort.states < 2 * few.effort.states, "{few:?} {many:?}");
+    assert!(many.effort.labels < 2 * few.effort.labels, "{few:?} {many:?}");
+}
+
 fn assert_adds_up(report: &PlanReport) {
     let total: f64 = report.entries.iter().map(|e| e.entry.weight).sum();
     let sum: f64 = report.entries.iter().map(|e| e.entry.weight / total * e.parts.total()).sum();

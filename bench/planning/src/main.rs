@@ -29,7 +29,7 @@ fn main() -> Result<()> {
         );
     }
     println!(
-        "{:<18} {:<15} {:<8} {:>9} {:>9} {:>7} {:>6} {:>7} {:>7} {:>8} {:>7} {:>8} {:>10} {:>9} {:>7}",
+        "{:<18} {:<15} {:<8} {:>9} {:>9} {:>7} {:>6} {:>7} {:>7} {:>8} {:>13} {:>7} {:>8} {:>10} {:>9} {:>7}",
         "model",
         "entries",
         "memory",
@@ -40,6 +40,7 @@ fn main() -> Result<()> {
         "classes",
         "nodes",
         "edges",
+        "distinct c/n",
         "states",
         "labels",
         "searches",
@@ -115,13 +116,14 @@ fn print_row(model: &str, entries: &str, memory: &str, import_ms: f64, plan_ms: 
     let report = &plan.report;
     let counters = &report.counters;
     println!(
-        "{model:<18} {entries:<15} {memory:<8} {import_ms:>9.1} {plan_ms:>9.1} {:>7} {:>6} {:>7} {:>7} {:>8} {:>7} \
+        "{model:<18} {entries:<15} {memory:<8} {import_ms:>9.1} {plan_ms:>9.1} {:>7} {:>6} {:>7} {:>7} {:>8} {:>13} {:>7} \
          {:>8} {:>10} {:>5}/{:<3} {:>7.2}",
         counters.values,
         counters.sizes.groups,
         counters.sizes.classes,
         counters.sizes.productions,
         counters.sizes.conversions,
+        format!("{}/{}", counters.distinct.classes, counters.distinct.productions),
         counters.effort.states,
         counters.effort.labels,
         counters.effort.searches,

@@ -155,6 +155,7 @@ fn together(all: &[Extraction], bound: Cost, least_bytes: u64, budget: Option<u6
         budget,
         bound: bound.min(cost),
         segments: all.first().map_or((0, 0), |e| e.segments),
+        distinct: all.first().map_or_else(Default::default, |e| e.distinct),
         effort: Effort::default(),
     };
     Joint { choices, total }

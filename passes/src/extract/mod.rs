@@ -17,10 +17,10 @@ pub use search::{Aim, Limits};
 
 use crate::cost::Cost;
 use crate::counters::Effort;
-use crate::layout_graph::LayoutGraph;
+use crate::layout_graph::{LayoutGraph, Sizes};
 use crate::segment::{Segment, segments};
 use search::{Found, Search};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// What the bytes of a plan are limited to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -48,6 +48,8 @@ pub struct Extraction {
     pub bound: Cost,
     /// How many segments the graph has, and how many different ones.
     pub segments: (usize, usize),
+    /// The sizes of the different ones: what is searched, however often they are repeated.
+    pub distinct: Sizes,
     pub effort: Effort,
 }
 
@@ -93,6 +95,7 @@ const HIGHEST_WORTH: f64 = 1e18;
 pub fn extract(graph: &LayoutGraph, budget: Budget, limits: Limits) -> Result<Extraction, ExtractError> {
     let segments = segments(graph);
     let shapes = segments.iter().map(|s| s.shape + 1).max().unwrap_or(0);
+    let distinct = distinct_sizes(graph, &segments);
     let mut choices = Choices::new(graph);
     let mut narrow = limits;
     let leanest = Search::new(graph, &mut choices, Aim::Bytes, limits)
@@ -108,6 +111,7 @@ pub fn extract(graph: &LayoutGraph, budget: Budget, limits: Limits) -> Result<Ex
             budget: None,
             bound: Cost::ZERO,
             segments: (segments.len(), shapes),
+            distinct,
             effort: choices.effort,
         });
     }
@@ -147,8 +151,16 @@ pub fn extract(graph: &LayoutGraph, budget: Budget, limits: Limits) -> Result<Ex
         budget,
         bound: outcome.bound,
         segments: (segments.len(), shapes),
+        distinct,
         effort: choices.effort,
     })
+}
+
+/// The sizes of one segment of every shape, together.
+fn distinct_sizes(graph: &LayoutGraph, segments: &[Segment]) -> Sizes {
+    let mut seen = BTreeSet::new();
+    let first = segments.iter().filter(|s| seen.insert(s.shape));
+    first.map(|s| Sizes::of(graph.groups.get(s.low as usize..s.high as usize).unwrap_or_default())).sum()
 }
 
 struct Outcome {

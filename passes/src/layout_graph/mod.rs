@@ -26,6 +26,8 @@ pub use build::{BuildError, Model, build};
 pub use classes::{Class, Classes};
 
 use crate::cost::Cost;
+use std::iter::Sum;
+use std::ops::Add;
 use tpshard_ir::{Conversion, Layout, Mesh, ValueId};
 
 /// Most slots a group may have; demands are sets in one machine word.
@@ -131,15 +133,40 @@ pub struct Sizes {
     pub conversions: usize,
 }
 
-impl LayoutGraph {
-    pub fn sizes(&self) -> Sizes {
-        let mut sizes = Sizes { groups: self.groups.len(), ..Sizes::default() };
-        for group in &self.groups {
+impl Sizes {
+    pub fn of(groups: &[Group]) -> Sizes {
+        let mut sizes = Sizes { groups: groups.len(), ..Sizes::default() };
+        for group in groups {
             sizes.classes += group.layouts.len();
             sizes.productions += group.productions.len();
             sizes.conversions += group.conversions.len();
         }
         sizes
+    }
+}
+
+impl Add for Sizes {
+    type Output = Sizes;
+
+    fn add(self, other: Sizes) -> Sizes {
+        Sizes {
+            groups: self.groups + other.groups,
+            classes: self.classes + other.classes,
+            productions: self.productions + other.productions,
+            conversions: self.conversions + other.conversions,
+        }
+    }
+}
+
+impl Sum for Sizes {
+    fn sum<I: Iterator<Item = Sizes>>(all: I) -> Sizes {
+        all.fold(Sizes::default(), Add::add)
+    }
+}
+
+impl LayoutGraph {
+    pub fn sizes(&self) -> Sizes {
+        Sizes::of(&self.groups)
     }
 
     /// True if plans decide about the group.
