@@ -136,6 +136,12 @@ fn is_rounded_apart(layout: &Layout, dtype: DType) -> bool {
     dtype.is_float() && layout.0.iter().any(rounds)
 }
 
+/// True if a square with a result in parts has one rank hold each element, and the others zeros: rows gathered from a
+/// table that is split by rows. Adding those does not round.
+fn adds_zeros(op: &Op, operands: &[Layout]) -> bool {
+    matches!(op, Op::Gather { .. }) && !operands.iter().any(Layout::has_partial)
+}
+
 impl Builder<'_> {
     fn add(&mut self, index: usize) {
         let class = &self.model.classes.all[index];
@@ -312,7 +318,9 @@ impl Builder<'_> {
         let args: Vec<&Type> = node.args.iter().map(|&a| graph.ty(a)).collect();
         let mut squares = squares_on_mesh(&node.op, &args, &node.ty, mesh, &units.deals(graph, value));
         if self.model.one_order {
-            squares.retain(|square| !is_rounded_apart(&square.result, node.ty.dtype));
+            squares.retain(|square| {
+                !is_rounded_apart(&square.result, node.ty.dtype) || adds_zeros(&node.op, &square.operands)
+            });
         }
         let price = |square: MeshSquare| {
             let layouts: Vec<&Layout> = square.operands.iter().collect();

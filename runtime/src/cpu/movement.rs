@@ -4,6 +4,7 @@
 use super::convert::StepError;
 use super::gemm::Packed;
 use super::value::{Value, copy_strided, row_major, with_elements, wrap};
+use half::{bf16, f16};
 use tpshard_ir::tensor::Element;
 use tpshard_ir::{Data, Tensor};
 
@@ -89,12 +90,15 @@ pub(crate) fn gather_packed(
     for row in &rows {
         match row {
             Some(row) => out.extend(table.column(*row)),
-            None => out.resize(out.len() + table.rows, 0.0),
+            None => out.resize(out.len() + table.rows, NOT_HELD),
         }
     }
     let shape = [indices.shape(), &[table.rows]].concat();
     Ok(Value::from_vec(&shape, out)?)
 }
+
+/// What a row that another rank holds reads as: a zero that leaves every number as it is when ranks add theirs, -0 too.
+const NOT_HELD: f32 = -0.0;
 
 /// Rows of a table; rows held elsewhere read as zero.
 pub(crate) fn gather(
@@ -111,12 +115,12 @@ pub(crate) fn gather(
     let table = table.contiguous()?;
     let inner: usize = table.shape()[axis + 1..].iter().product();
     let outer: usize = table.shape()[..axis].iter().product();
-    fn pick<T: Element + Default>(
+    fn pick<T: Element>(
         table: &Value,
         rows: &[Option<usize>],
         [outer, held, inner]: [usize; 3],
         mut out: Vec<T>,
-        _: &[T],
+        not_held: T,
     ) -> Result<Data, String> {
         let elements = table.slice::<T>()?;
         out.clear();
@@ -128,7 +132,7 @@ pub(crate) fn gather(
                         let at = (o * held + row) * inner;
                         out.extend_from_slice(elements.get(at..at + inner).ok_or("a row leaves its table")?);
                     }
-                    None => out.resize(out.len() + inner, T::default()),
+                    None => out.resize(out.len() + inner, not_held),
                 }
             }
         }
@@ -136,11 +140,18 @@ pub(crate) fn gather(
     }
     let sizes = [outer, held, inner];
     let data = match table.data() {
-        Data::F32(v) => pick(&table, &rows, sizes, spare, v)?,
-        other => with_elements!(other, v => pick(&table, &rows, sizes, Vec::new(), v)?,
+        Data::F32(_) => pick(&table, &rows, sizes, spare, NOT_HELD)?,
+        Data::F64(_) => pick(&table, &rows, sizes, Vec::new(), f64::from(NOT_HELD))?,
+        Data::F16(_) => pick(&table, &rows, sizes, Vec::new(), f16::from_f32(NOT_HELD))?,
+        Data::BF16(_) => pick(&table, &rows, sizes, Vec::new(), bf16::from_f32(NOT_HELD))?,
+        other => with_elements!(other, v => pick(&table, &rows, sizes, Vec::new(), zero_like(v))?,
             dtype, _b => return Err(format!("a gather of the storage type {dtype}").into())),
     };
     Tensor::new(shape, data).map(Value::new).map_err(|e| StepError::Local(e.to_string()))
+}
+
+fn zero_like<T: Default>(_: &[T]) -> T {
+    T::default()
 }
 
 /// `x` within a larger tensor of `value`; negative pads cut.
@@ -198,4 +209,24 @@ pub(crate) fn write_into(buffer: &mut Tensor, axis: usize, at: usize, new: &Valu
     }
     with_elements!(new.data(), v => write(buffer, new, offset, &strides, v),
         dtype, _b => Err(format!("state of the storage type {dtype}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Two ranks hold a row of a table each; what they gather adds up to the table, the signs of zeros included.
+    #[test]
+    fn parts_of_a_table_add_up_bit_for_bit() {
+        let table = [-0.0f32, 0.0, 1.5, -0.0, f32::NEG_INFINITY, 3.0];
+        let indices = Value::from_vec(&[2], vec![1i64, 0]).unwrap();
+        let part = |row: usize| {
+            let held = Value::from_vec(&[1, 3], table[3 * row..3 * row + 3].to_vec()).unwrap();
+            let got = gather(&held, &indices, 0, Some((row as i64, 2)), Vec::new()).ok().unwrap();
+            got.slice::<f32>().unwrap().to_vec()
+        };
+        let sums: Vec<u32> = part(0).iter().zip(part(1)).map(|(a, b)| (a + b).to_bits()).collect();
+        let expected: Vec<u32> = table[3..].iter().chain(&table[..3]).map(|x| x.to_bits()).collect();
+        assert_eq!(sums, expected);
+    }
 }

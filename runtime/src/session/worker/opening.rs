@@ -7,8 +7,8 @@ use crate::cpu::WeightSource;
 use crate::session::SessionError;
 use tpshard_ir::deferred::{SharedEvaluator, no_evaluator};
 use tpshard_ir::layout::Monoid;
-use tpshard_ir::program::{Determinism, Family, RankProgram};
-use tpshard_ir::{AxisLayout, Op, Tensor};
+use tpshard_ir::program::{Determinism, Entry, RankProgram};
+use tpshard_ir::{AxisLayout, Op, Tensor, ValueId};
 
 /// All ranks hold rank 0's program and weights hashes against their own.
 pub(super) fn same_program(
@@ -131,10 +131,10 @@ pub(super) fn check(
             }
         }
         if program.determinism == Determinism::Tp
-            && let Some((step, _)) = entry.families.iter().enumerate().find(|(_, f)| is_rounded_apart(f))
+            && let Some(step) = rounded_apart(entry)
         {
             return fail(format!(
-                "entry `{}`: %{step} is summed over ranks, which rounds, but the program is to give the same bits for \
+                "entry `{}`: {step} is summed over ranks, which rounds, but the program is to give the same bits for \
                  every number of ranks",
                 entry.name
             ));
@@ -145,10 +145,26 @@ pub(super) fn check(
     Ok(())
 }
 
-/// True if ranks hold parts whose combination rounds.
-fn is_rounded_apart(family: &Family) -> bool {
-    let rounds = |part: &AxisLayout| matches!(part, AxisLayout::Partial(Monoid::Sum | Monoid::Prod));
-    family.ty.dtype.is_float() && family.layout.0.iter().any(rounds)
+/// The first step of which ranks hold parts whose combination rounds. Rows gathered from a part of a table are held by one
+/// rank, and the others add zeros.
+fn rounded_apart(entry: &Entry) -> Option<ValueId> {
+    let partial = |value: ValueId| {
+        let family = &entry.families[value.index()];
+        let sums = |part: &AxisLayout| matches!(part, AxisLayout::Partial(Monoid::Sum | Monoid::Prod));
+        family.ty.dtype.is_float() && family.layout.0.iter().any(sums)
+    };
+    let mut exact = vec![false; entry.graph.len()];
+    for (value, node) in entry.graph.values().filter(|(v, _)| partial(*v)) {
+        exact[value.index()] = match &node.op {
+            Op::Gather { window: Some(_), .. } => !node.args.iter().any(|&a| partial(a)),
+            Op::Convert(_) => node.args.iter().all(|&a| partial(a) && exact[a.index()]),
+            _ => false,
+        };
+        if !exact[value.index()] {
+            return Some(value);
+        }
+    }
+    None
 }
 
 /// Bytes that can be had without swapping, as Linux estimates them.
