@@ -154,40 +154,69 @@ impl Constants {
         self.values = vec![None; self.interned.len()];
         // A constant nobody uses, directly or through others, is not even loaded.
         let mut needed: BTreeSet<usize> = BTreeSet::new();
+        // What others are made of has to be there as it is, not only packed.
+        let mut operand = vec![false; self.interned.len()];
         for (id, constant) in self.interned.iter().enumerate().rev() {
             if constant.retained || !constant.packs.is_empty() || needed.contains(&id) {
                 needed.insert(id);
                 needed.extend(constant.args.iter().copied());
+                constant.args.iter().for_each(|&arg| operand[arg] = true);
             }
         }
         for id in needed {
             let constant = &self.interned[id];
-            let value = match &constant.op {
-                Op::Weight(expr) => {
-                    let weight =
-                        program.weight(expr).ok_or_else(|| format!("no weight of the program is {expr}"))?;
-                    Value::new(source.tensor(weight)?)
+            let quantised = self.pack_quantised(constant)?;
+            let whole = quantised.len() < constant.packs.len() || constant.retained || operand[id];
+            self.packed.extend(quantised);
+            if whole {
+                let value = self.make(id, program, source)?;
+                for (key, contraction) in &self.interned[id].packs {
+                    if !self.packed.contains_key(key)
+                        && let Some(packed) = contraction.pack(&value)?
+                    {
+                        self.packed.insert(key.clone(), Arc::new(packed));
+                    }
                 }
-                Op::Literal(literal) => Value::shared(literal.0.clone()),
-                op => {
-                    let args: Option<Vec<Value>> =
-                        constant.args.iter().map(|&a| self.values[a].clone()).collect();
-                    let args = args.ok_or("a constant's operand was dropped too early")?;
-                    compute(op, &constant.ty, &args)?
-                }
-            };
-            for (key, contraction) in &constant.packs {
-                if let Some(packed) = contraction.pack(&value)? {
-                    self.packed.insert(key.clone(), Arc::new(packed));
-                }
+                self.values[id] = Some(value);
             }
-            self.values[id] = Some(value);
             for &done in &dropped_at[id] {
                 self.values[done] = None;
             }
             progress();
         }
         Ok(())
+    }
+
+    /// A constant whose operands are there.
+    fn make(&self, id: usize, program: &RankProgram, source: &mut dyn WeightSource) -> Result<Value, String> {
+        let constant = &self.interned[id];
+        match &constant.op {
+            Op::Weight(expr) => {
+                let weight =
+                    program.weight(expr).ok_or_else(|| format!("no weight of the program is {expr}"))?;
+                Ok(Value::new(source.tensor(weight)?))
+            }
+            Op::Literal(literal) => Ok(Value::shared(literal.0.clone())),
+            op => compute(op, &constant.ty, &self.operands(constant)?),
+        }
+    }
+
+    fn operands(&self, constant: &Interned) -> Result<Vec<Value>, String> {
+        let operands: Option<Vec<Value>> = constant.args.iter().map(|&a| self.values[a].clone()).collect();
+        operands.ok_or_else(|| "a constant's operand was dropped too early".into())
+    }
+
+    /// Quantised weights packed as they are, for as many products as their layout allows.
+    fn pack_quantised(&self, constant: &Interned) -> Result<BTreeMap<PackKey, Arc<Packed>>, String> {
+        let mut packed = BTreeMap::new();
+        let Op::Dequant { axis, block } = constant.op else { return Ok(packed) };
+        let operands = self.operands(constant)?;
+        for (key, contraction) in &constant.packs {
+            if let Some(found) = contraction.pack_quantised(axis, block, &operands)? {
+                packed.insert(key.clone(), Arc::new(found));
+            }
+        }
+        Ok(packed)
     }
 }
 

@@ -6,9 +6,11 @@
 //! (batch, rows, columns) and handed on as a view in the order of the spec. A constant second operand is packed once,
 //! when the session opens.
 
-use super::gemm::{Matrix, Packed, Right, multiply};
+use super::dequant;
+use super::gemm::{Half, Matrix, Packed, Right, multiply};
 use super::value::{Value, merged};
 use rayon::prelude::*;
+use tpshard_ir::DType;
 use tpshard_ir::op::EinsumSpec;
 
 /// The groups of letters of a contraction.
@@ -77,7 +79,28 @@ impl Contraction {
             self.letters(self.column_operand()),
             [&[], &self.depth, &self.columns],
         )?;
-        Ok(Some(Packed::new(&operand.matrix(0)?)))
+        let packed = Packed::new(&operand.matrix(0)?);
+        Ok(Some(match value.dtype() {
+            DType::F16 => packed.halved(Half::F16),
+            DType::BF16 => packed.halved(Half::Bf16),
+            _ => packed,
+        }))
+    }
+
+    /// Packs the operand that plays the columns from what it is dequantised from, if its layout allows that.
+    pub(crate) fn pack_quantised(
+        &self,
+        axis: usize,
+        block: usize,
+        operands: &[Value],
+    ) -> Result<Option<Packed>, String> {
+        let in_order = |dims: &[usize]| dims.is_sorted();
+        match self.column_dims() {
+            Some((depth, columns)) if depth == [axis] && in_order(&columns) => {
+                dequant::pack(axis, block, operands)
+            }
+            _ => Ok(None),
+        }
     }
 
     /// The contraction of two operands in the order of the spec. `shape` is the result's.

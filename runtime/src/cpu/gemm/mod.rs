@@ -9,16 +9,19 @@
 //! Weights are packed once; other operands are read in place if their columns lie next to each other, and packed panel by
 //! panel if not. A tile of up to eight rows and one panel is kept in registers.
 
+mod narrow;
 mod pack;
 mod pages;
 mod plane;
 mod tile;
 
+pub(crate) use narrow::{Half, Quantised, QuantisedShape};
 pub(crate) use pack::Packed;
 pub(crate) use plane::{Rectangle, rectangles};
 
 use super::vector::{Isa, LANES, Lanes, vectorised};
-use pack::{PANEL, pack_panel};
+use narrow::{Blocks, InHalves, Scaling};
+use pack::{Form, PANEL, VECTORS, pack_panel, vectors_of};
 use rayon::prelude::*;
 use std::ops::Range;
 use tile::{InPanel, InPlace, multiply_long_row, multiply_rows};
@@ -30,6 +33,8 @@ const BLOCK: usize = 128;
 const DEPTH: usize = 16 * BLOCK;
 /// Columns that a single row multiplies at once where they are read in place.
 const LONG: usize = 16 * LANES;
+/// Rows up to which narrow weights are widened anew for each; for more, a panel of them is widened once.
+const FEW: usize = 3;
 /// Multiplications from which on a product is worth a second thread.
 const SHARED_FROM: usize = 32 * 1024;
 
@@ -126,9 +131,14 @@ pub(crate) fn multiply(out: &mut [f32], left: Matrix<'_>, right: Right<'_>) -> R
         copy = left.row_major();
         Matrix::new(&copy, [rows, depth], [depth, 1])?
     };
+    let sums = match right {
+        Right::Packed(Packed { form: Form::Blocks(blocks), .. }) => blocks.sums(&left),
+        _ => Vec::new(),
+    };
+    let task = Task { left, right, sums: &sums };
     let threads = if rows * columns * depth < SHARED_FROM { 1 } else { rayon::current_num_threads() };
     if threads == 1 {
-        rectangles(out, columns, rows, columns).into_iter().for_each(|r| fill(r, left, right));
+        rectangles(out, columns, rows, columns).into_iter().for_each(|r| task.fill(r));
         return Ok(());
     }
     // Several rectangles per thread, so that a slow one does not hold up the others for long; rows are cut only where
@@ -137,73 +147,131 @@ pub(crate) fn multiply(out: &mut [f32], left: Matrix<'_>, right: Right<'_>) -> R
     let width = panels.div_ceil(4 * threads).max(1) * PANEL;
     let across = columns.div_ceil(width);
     let height = if across >= 2 * threads { rows } else { rows.div_ceil(threads).next_multiple_of(8) };
-    rectangles(out, columns, height, width).into_par_iter().for_each(|r| fill(r, left, right));
+    rectangles(out, columns, height, width).into_par_iter().for_each(|r| task.fill(r));
     Ok(())
 }
 
-/// Computes a rectangle of a product, which starts at a panel.
-fn fill(mut out: Rectangle<'_>, left: Matrix<'_>, right: Right<'_>) {
-    let left = left.rows_within(out.rows.clone());
-    let mut scratch: Vec<Lanes> = Vec::new();
-    let in_place = matches!(right, Right::Matrix(matrix) if matrix.column_stride == 1);
-    let mut next = out.columns.start;
-    while next < out.columns.end {
-        // A single row reads its columns once, so what matters is that they lie next to each other.
-        let long = in_place && left.rows == 1 && out.columns.end - next >= LONG;
-        let (column, end) = (next, (next + if long { LONG } else { PANEL }).min(out.columns.end));
-        next = end;
-        if (end - column).is_multiple_of(LANES) {
-            fill_panel(&mut out, column, left, (right, column..end), &mut scratch);
-            continue;
+/// A product.
+#[derive(Clone, Copy)]
+struct Task<'a> {
+    left: Matrix<'a>,
+    right: Right<'a>,
+    /// See [`Blocks::sums`].
+    sums: &'a [f32],
+}
+
+impl<'a> Task<'a> {
+    /// The part of it that some rows are.
+    fn rows_within(&self, rows: Range<usize>) -> Task<'a> {
+        let per_row = self.sums.len() / self.left.rows.max(1);
+        let sums = &self.sums[rows.start * per_row..rows.end * per_row];
+        Task { left: self.left.rows_within(rows), sums, ..*self }
+    }
+
+    /// Computes a rectangle of the product, which starts at a panel.
+    fn fill(&self, mut out: Rectangle<'_>) {
+        let part = self.rows_within(out.rows.clone());
+        let mut scratch: Vec<Lanes> = Vec::new();
+        let in_place = matches!(self.right, Right::Matrix(matrix) if matrix.column_stride == 1);
+        let mut next = out.columns.start;
+        while next < out.columns.end {
+            // A single row reads its columns once, so what matters is that they lie next to each other.
+            let long = in_place && part.left.rows == 1 && out.columns.end - next >= LONG;
+            let (column, end) = (next, (next + if long { LONG } else { PANEL }).min(out.columns.end));
+            next = end;
+            if (end - column).is_multiple_of(LANES) {
+                part.fill_panel(&mut out, column, column..end, &mut scratch);
+                continue;
+            }
+            // Tiles write whole vectors.
+            let width = (end - column).next_multiple_of(LANES);
+            let mut edge = vec![0.0; part.left.rows * width];
+            for mut edge in rectangles(&mut edge, width, part.left.rows, width) {
+                part.fill_panel(&mut edge, 0, column..end, &mut scratch);
+            }
+            for (row, edge) in edge.chunks(width).enumerate() {
+                out.row(row, column..end).copy_from_slice(&edge[..end - column]);
+            }
         }
-        // Tiles write whole vectors.
-        let width = (end - column).next_multiple_of(LANES);
-        let mut edge = vec![0.0; left.rows * width];
-        for mut edge in rectangles(&mut edge, width, left.rows, width) {
-            fill_panel(&mut edge, 0, left, (right, column..end), &mut scratch);
+    }
+
+    /// Computes the columns of a panel, and puts them at `column` of `out`.
+    fn fill_panel(
+        &self,
+        out: &mut Rectangle<'_>,
+        column: usize,
+        columns: Range<usize>,
+        scratch: &mut Vec<Lanes>,
+    ) {
+        let Task { left, right, sums } = *self;
+        if let Right::Packed(Packed { form: Form::Blocks(blocks), .. }) = right
+            && left.rows <= FEW
+        {
+            return multiply_few_rows(out, column, left, blocks, columns.start / PANEL, sums);
         }
-        for (row, edge) in edge.chunks(width).enumerate() {
-            out.row(row, column..end).copy_from_slice(&edge[..end - column]);
+        let vectors = columns.len().div_ceil(LANES);
+        for start in (0..left.columns).step_by(DEPTH) {
+            let steps = (start, DEPTH.min(left.columns - start));
+            let whole = Chains { length: BLOCK, scaling: None };
+            match right {
+                Right::Packed(packed) => {
+                    let number = columns.start / PANEL;
+                    match &packed.form {
+                        Form::Floats(panels) => {
+                            let panel = packed.panel(panels, number, steps);
+                            add_panel(out, column, left, steps, InPanel { panel, vectors }, vectors, whole);
+                        }
+                        Form::Halves(half, panels) => {
+                            let panel = packed.panel(panels, number, steps);
+                            let panel = InHalves { panel, vectors, half: *half };
+                            if left.rows <= FEW {
+                                add_panel(out, column, left, steps, panel, vectors, whole);
+                                continue;
+                            }
+                            widen(panel, scratch);
+                            let panel = InPanel { panel: scratch, vectors };
+                            add_panel(out, column, left, steps, panel, vectors, whole);
+                        }
+                        Form::Blocks(blocks) => {
+                            vectorised(
+                                #[inline(always)]
+                                |_| blocks.widen(number, steps, scratch),
+                            );
+                            let scaling = Some(blocks.scaling(number, start, sums));
+                            let chains = Chains { length: blocks.chain, scaling };
+                            let panel = InPanel { panel: scratch, vectors };
+                            add_panel(out, column, left, steps, panel, vectors, chains);
+                        }
+                    }
+                }
+                Right::Matrix(matrix) if matrix.column_stride == 1 && columns.len() == vectors * LANES => {
+                    let from = &matrix.elements[start * matrix.row_stride + columns.start..];
+                    let panel = InPlace { from, stride: matrix.row_stride };
+                    if columns.len() == LONG {
+                        let row = &left.row_and_rest(0)[start..start + steps.1];
+                        vectorised(
+                            #[inline(always)]
+                            |_| multiply_long_row(out, row, start, column, panel),
+                        );
+                    } else {
+                        add_panel(out, column, left, steps, panel, vectors, whole);
+                    }
+                }
+                Right::Matrix(matrix) => {
+                    pack_panel(&matrix, start..start + steps.1, columns.clone(), scratch);
+                    let panel = InPanel { panel: scratch, vectors };
+                    add_panel(out, column, left, steps, panel, vectors, whole);
+                }
+            }
         }
     }
 }
 
-/// Computes the columns of a panel, and puts them at `column` of `out`.
-fn fill_panel(
-    out: &mut Rectangle<'_>,
-    column: usize,
-    left: Matrix<'_>,
-    (right, columns): (Right<'_>, Range<usize>),
-    scratch: &mut Vec<Lanes>,
-) {
-    let depth = left.columns;
-    let vectors = columns.len().div_ceil(LANES);
-    for start in (0..depth).step_by(DEPTH) {
-        let steps = (start, DEPTH.min(depth - start));
-        match right {
-            Right::Packed(packed) => {
-                let panel = packed.panel(columns.start / PANEL, steps);
-                add_panel(out, column, left, steps, vectors, InPanel { panel, vectors });
-            }
-            Right::Matrix(matrix) if matrix.column_stride == 1 && columns.len() == vectors * LANES => {
-                let from = &matrix.elements[start * matrix.row_stride + columns.start..];
-                let panel = InPlace { from, stride: matrix.row_stride };
-                if columns.len() == LONG {
-                    let row = &left.row_and_rest(0)[start..start + steps.1];
-                    vectorised(
-                        #[inline(always)]
-                        |_| multiply_long_row(out, row, start, column, panel),
-                    );
-                } else {
-                    add_panel(out, column, left, steps, vectors, panel);
-                }
-            }
-            Right::Matrix(matrix) => {
-                pack_panel(&matrix, start..start + steps.1, columns.clone(), scratch);
-                add_panel(out, column, left, steps, vectors, InPanel { panel: scratch, vectors });
-            }
-        }
-    }
+/// How the depth is summed: in chains of a length, each of which may be scaled.
+#[derive(Clone, Copy)]
+struct Chains<'a> {
+    length: usize,
+    scaling: Option<Scaling<'a>>,
 }
 
 /// Adds some steps of the depth to all rows of a panel.
@@ -212,12 +280,44 @@ fn add_panel<P: tile::Panel>(
     column: usize,
     left: Matrix<'_>,
     steps: (usize, usize),
-    vectors: usize,
     panel: P,
+    vectors: usize,
+    chains: Chains<'_>,
 ) {
     vectorised(
         #[inline(always)]
-        |isa| multiply_rows(isa == Isa::Avx512, out, left, steps, column, vectors, panel),
+        |isa| multiply_rows(isa == Isa::Avx512, out, left, steps, column, (vectors, panel), chains),
+    );
+}
+
+/// The rows one by one with a whole panel of quantised weights.
+fn multiply_few_rows(
+    out: &mut Rectangle<'_>,
+    column: usize,
+    left: Matrix<'_>,
+    blocks: &Blocks,
+    panel: usize,
+    sums: &[f32],
+) {
+    for row in 0..left.rows {
+        let factors = &left.row_and_rest(row)[..left.columns];
+        vectorised(
+            #[inline(always)]
+            |_| match vectors_of(blocks.columns(), panel) {
+                1 => blocks.multiply_row::<1>(out, (row, column), factors, panel, sums),
+                2 => blocks.multiply_row::<2>(out, (row, column), factors, panel, sums),
+                _ => blocks.multiply_row::<3>(out, (row, column), factors, panel, sums),
+            },
+        );
+    }
+}
+
+/// A panel of halves as floats.
+fn widen(panel: InHalves<'_>, scratch: &mut Vec<Lanes>) {
+    scratch.resize(panel.panel.len(), Lanes::ZERO);
+    vectorised(
+        #[inline(always)]
+        |_| scratch.iter_mut().zip(panel.panel).for_each(|(to, from)| *to = panel.half.widened(from)),
     );
 }
 
@@ -284,7 +384,9 @@ mod tests {
             let mut whole = rectangles(&mut out, columns, rows, columns).remove(0);
             for (panel, column) in (0..columns / LANES * LANES).step_by(PANEL).enumerate() {
                 let vectors = ((columns - column) / LANES).min(PANEL / LANES);
-                let panel = InPanel { panel: packed.panel(panel, (0, depth)), vectors };
+                let Form::Floats(panels) = &packed.form else { unreachable!("it was packed as floats") };
+                let panel = InPanel { panel: packed.panel(panels, panel, (0, depth)), vectors };
+                let chains = Chains { length: BLOCK, scaling: None };
                 vectorised_for(
                     isa,
                     #[inline(always)]
@@ -295,14 +397,102 @@ mod tests {
                             left,
                             (0, depth),
                             column,
-                            vectors,
-                            panel,
+                            (vectors, panel),
+                            chains,
                         )
                     },
                 );
             }
             assert_eq!(out, expected, "{isa:?}");
         }
+    }
+
+    #[test]
+    fn halves_multiply_as_the_floats_they_are() {
+        for half in [Half::F16, Half::Bf16] {
+            let narrow = |x: f32| match half {
+                Half::F16 => half::f16::from_f32(x).to_f32(),
+                Half::Bf16 => half::bf16::from_f32(x).to_f32(),
+            };
+            for shape @ [rows, depth, columns] in [[1, 40, 50], [2, 7, 16], [9, 2100, 49]] {
+                let b: Vec<f32> = numbers(depth * columns, 2).into_iter().map(narrow).collect();
+                let a = numbers(rows * depth, 1);
+                let left = Matrix::new(&a, [rows, depth], [depth, 1]).unwrap();
+                let right = Matrix::new(&b, [depth, columns], [columns, 1]).unwrap();
+                let packed = Packed::new(&right).halved(half);
+                let mut out = vec![f32::NAN; rows * columns];
+                multiply(&mut out, left, Right::Packed(&packed)).unwrap();
+                assert_eq!(out, by_definition(&a, &b, shape), "{half:?} {shape:?}");
+                assert!(packed.column(columns - 1).eq((0..depth).map(|k| b[k * columns + columns - 1])));
+            }
+        }
+    }
+
+    struct Numbers {
+        seed: usize,
+        nibbles: bool,
+        zero: fn(usize) -> i16,
+    }
+
+    impl Quantised for Numbers {
+        fn code(&self, step: usize, column: usize) -> i8 {
+            let code = ((step * 31 + column * 7 + self.seed) % 251) as u8 as i8;
+            if self.nibbles { code << 4 >> 4 } else { code }
+        }
+        fn scale(&self, block: usize, column: usize) -> f32 {
+            0.01 + ((block * 5 + column) % 17) as f32 / 64.0
+        }
+        fn zero(&self, block: usize, column: usize) -> i16 {
+            (self.zero)(block * 3 + column)
+        }
+    }
+
+    #[test]
+    fn quantised_weights_multiply_as_the_weights_they_stand_for() {
+        for zero in [|_| 0i16, |at| (at % 9) as i16 - 4] {
+            for (nibbles, block) in [(true, 16), (true, 32), (true, 256), (false, 32), (false, 64)] {
+                let from = Numbers { seed: 3, nibbles, zero };
+                for [rows, depth, columns] in [[1, 64, 16], [2, 96, 50], [5, 2208, 97], [40, 80, 200]] {
+                    let shape = QuantisedShape { depth, columns, block, nibbles };
+                    let packed = Packed::quantised(shape, &from).unwrap();
+                    let weight = |k: usize, c: usize| {
+                        f32::from(i16::from(from.code(k, c)) - from.zero(k / block, c))
+                            * from.scale(k / block, c)
+                    };
+                    let a = numbers(rows * depth, 1);
+                    let left = Matrix::new(&a, [rows, depth], [depth, 1]).unwrap();
+                    let mut out = vec![f32::NAN; rows * columns];
+                    multiply(&mut out, left, Right::Packed(&packed)).unwrap();
+                    for (i, &found) in out.iter().enumerate() {
+                        let (row, c) = (i / columns, i % columns);
+                        let terms =
+                            (0..depth).map(|k| f64::from(a[row * depth + k]) * f64::from(weight(k, c)));
+                        let (sum, size) = terms.fold((0.0, 0.0), |(s, n), t| (s + t, n + f64::abs(t)));
+                        assert!(
+                            (f64::from(found) - sum).abs() <= 2e-6 * size,
+                            "{shape:?} {i}: {found} {sum}"
+                        );
+                    }
+                    // A row has the bits it has alone.
+                    let mut alone = vec![f32::NAN; columns];
+                    let last = Matrix::new(&a[(rows - 1) * depth..], [1, depth], [depth, 1]).unwrap();
+                    multiply(&mut alone, last, Right::Packed(&packed)).unwrap();
+                    assert_eq!(alone, out[(rows - 1) * columns..], "{shape:?}");
+                    let column: Vec<f32> = (0..depth).map(|k| weight(k, columns - 1)).collect();
+                    assert!(packed.column(columns - 1).eq(column));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn blocks_that_chains_do_not_fit_are_not_packed() {
+        let from = Numbers { seed: 1, nibbles: true, zero: |_| 0 };
+        let shape = QuantisedShape { depth: 64, columns: 16, block: 32, nibbles: true };
+        assert!(Packed::quantised(shape, &from).is_some());
+        assert!(Packed::quantised(QuantisedShape { block: 24, ..shape }, &from).is_none());
+        assert!(Packed::quantised(QuantisedShape { block: 8, ..shape }, &from).is_none());
+        assert!(Packed::quantised(QuantisedShape { depth: 63, ..shape }, &from).is_none());
     }
 
     #[test]

@@ -1,47 +1,88 @@
 //! Second operands laid out for [`multiply`](super::multiply).
 
-use super::pages::zeros;
+use super::narrow::{Blocks, Half, Halves, Quantised, QuantisedShape};
+use super::pages::filled;
 use super::{LANES, Lanes, Matrix};
 use rayon::prelude::*;
 use std::ops::Range;
 
 /// Columns per panel.
 pub(super) const PANEL: usize = 3 * LANES;
-const VECTORS: usize = PANEL / LANES;
+pub(super) const VECTORS: usize = PANEL / LANES;
 
 /// A matrix in panels: the columns of a panel lie next to each other, step by step of the depth; the last panel has only
 /// as many vectors as it needs.
 #[derive(Clone, Debug)]
 pub(crate) struct Packed {
-    panels: Vec<Lanes>,
+    pub(super) form: Form,
     pub(crate) rows: usize,
     pub(crate) columns: usize,
+}
+
+/// In how many bits.
+#[derive(Clone, Debug)]
+pub(super) enum Form {
+    Floats(Vec<Lanes>),
+    Halves(Half, Vec<Halves>),
+    Blocks(Blocks),
+}
+
+/// Vectors of a panel of a matrix of `columns`.
+pub(super) fn vectors_of(columns: usize, panel: usize) -> usize {
+    (columns - panel * PANEL).min(PANEL).div_ceil(LANES)
 }
 
 impl Packed {
     pub(crate) fn new(matrix: &Matrix<'_>) -> Packed {
         let (rows, columns) = (matrix.rows, matrix.columns);
-        let mut panels = zeros(rows * columns.div_ceil(LANES));
+        let mut panels = filled(Lanes::ZERO, rows * columns.div_ceil(LANES));
         panels.par_chunks_mut((rows * VECTORS).max(1)).enumerate().for_each(|(panel, to)| {
             let first = panel * PANEL;
             copy_panel(matrix, 0..rows, first..(first + PANEL).min(columns), to);
         });
-        Packed { panels, rows, columns }
+        Packed { form: Form::Floats(panels), rows, columns }
+    }
+
+    /// The same in half the memory; all elements are such floats.
+    pub(crate) fn halved(self, half: Half) -> Packed {
+        match self.form {
+            Form::Floats(panels) => Packed { form: Form::Halves(half, half.all_narrowed(&panels)), ..self },
+            _ => self,
+        }
+    }
+
+    /// Quantised weights as they are, if their blocks allow it.
+    pub(crate) fn quantised(shape: QuantisedShape, from: &impl Quantised) -> Option<Packed> {
+        let blocks = Blocks::new(shape, from)?;
+        Some(Packed { form: Form::Blocks(blocks), rows: shape.depth, columns: shape.columns })
     }
 
     /// A column, the first step of the depth first.
-    pub(crate) fn column(&self, index: usize) -> impl Iterator<Item = f32> + '_ {
-        let (panel, within) = (index / PANEL, index % PANEL);
-        let vectors = (self.columns - panel * PANEL).min(PANEL).div_ceil(LANES);
-        let from = &self.panels[panel * VECTORS * self.rows..][..self.rows * vectors];
-        from.iter().skip(within / LANES).step_by(vectors).map(move |vector| vector.0[within % LANES])
+    pub(crate) fn column(&self, index: usize) -> Box<dyn Iterator<Item = f32> + '_> {
+        let within = index % PANEL;
+        match &self.form {
+            Form::Floats(panels) => {
+                let of_panel = self.panel(panels, index / PANEL, (0, self.rows));
+                let vectors = vectors_of(self.columns, index / PANEL);
+                let vectors = of_panel.iter().skip(within / LANES).step_by(vectors);
+                Box::new(vectors.map(move |vector| vector.0[within % LANES]))
+            }
+            Form::Halves(half, panels) => {
+                let of_panel = self.panel(panels, index / PANEL, (0, self.rows));
+                let vectors = vectors_of(self.columns, index / PANEL);
+                let vectors = of_panel.iter().skip(within / LANES).step_by(vectors);
+                Box::new(vectors.map(move |vector| half.widened(vector).0[within % LANES]))
+            }
+            Form::Blocks(blocks) => Box::new(blocks.column(index)),
+        }
     }
 
     /// Some steps of the depth of a panel: the first, and how many.
-    pub(super) fn panel(&self, panel: usize, (start, steps): (usize, usize)) -> &[Lanes] {
-        let vectors = (self.columns - panel * PANEL).min(PANEL).div_ceil(LANES);
+    pub(super) fn panel<'a, T>(&self, panels: &'a [T], panel: usize, steps: (usize, usize)) -> &'a [T] {
+        let (start, steps) = steps;
+        let vectors = vectors_of(self.columns, panel);
         let first = panel * VECTORS * self.rows;
-        &self.panels[first + start * vectors..first + (start + steps) * vectors]
+        &panels[first + start * vectors..first + (start + steps) * vectors]
     }
 }
 

@@ -3,7 +3,7 @@
 
 use super::super::vector::for_lanes;
 use super::plane::Rectangle;
-use super::{BLOCK, LANES, Lanes, Matrix};
+use super::{BLOCK, Chains, LANES, Lanes, Matrix};
 use std::ops::Range;
 
 /// Some columns of the second operand, over some steps of the depth.
@@ -58,10 +58,10 @@ pub(super) fn multiply_rows<P: Panel>(
     left: Matrix<'_>,
     steps: (usize, usize),
     column: usize,
-    vectors: usize,
-    panel: P,
+    (vectors, panel): (usize, P),
+    chains: Chains<'_>,
 ) {
-    let work = Work { left, steps, column, panel };
+    let work = Work { left, steps, column, panel, chains };
     if wide {
         match vectors {
             1 => work.blocks::<8, 1>(out, 0),
@@ -107,6 +107,7 @@ struct Work<'a, P> {
     /// Where the panel starts in the result.
     column: usize,
     panel: P,
+    chains: Chains<'a>,
 }
 
 impl<P: Panel> Work<'_, P> {
@@ -138,9 +139,10 @@ impl<P: Panel> Work<'_, P> {
             #[inline(always)]
             |r| &self.left.row_and_rest(row + r)[start..start + count],
         );
-        for block in (0..count).step_by(BLOCK) {
+        let length = self.chains.length;
+        for (chain, begin) in (0..count).step_by(length).enumerate() {
             let mut sums = [[Lanes::ZERO; C]; R];
-            for step in block..(block + BLOCK).min(count) {
+            for step in begin..(begin + length).min(count) {
                 let right = self.panel.row::<C>(step, first);
                 for r in 0..R {
                     let factor = rows[r][step];
@@ -150,24 +152,28 @@ impl<P: Panel> Work<'_, P> {
                 }
             }
             // `sums` is only named by constants, so that it stays in registers: what loops over it goes over a copy.
-            self.add(out, row, first, (start + block == 0, sums));
+            self.add(out, (row, first), chain, (start + begin == 0, sums));
         }
     }
 
-    /// Adds sums of a tile to what is there, or puts them there if they are the first.
+    /// Adds sums of a chain to what is there, or puts them there if they are the first.
     #[inline(always)]
     fn add<const R: usize, const C: usize>(
         &self,
         out: &mut Rectangle<'_>,
-        row: usize,
-        first: usize,
+        (row, first): (usize, usize),
+        chain: usize,
         (is_first, sums): (bool, [[Lanes; C]; R]),
     ) {
         for (r, sums) in sums.iter().enumerate() {
             let to = out.row(row + r, self.columns_from::<C>(first));
-            for (sum, to) in sums.iter().zip(to.chunks_exact_mut(LANES)) {
+            for (c, (sum, to)) in sums.iter().zip(to.chunks_exact_mut(LANES)).enumerate() {
                 let before = if is_first { Lanes::ZERO } else { Lanes::load(to) };
-                (before + *sum).store(to);
+                let after = match &self.chains.scaling {
+                    None => before + *sum,
+                    Some(scaling) => scaling.added(before, *sum, row + r, chain, first + c),
+                };
+                after.store(to);
             }
         }
     }

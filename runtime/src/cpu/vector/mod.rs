@@ -55,7 +55,7 @@ impl Lanes {
 
     /// `self + a * b`, rounded once.
     #[inline(always)]
-    fn add_product(&mut self, a: &Lanes, b: &Lanes) {
+    pub(crate) fn add_product(&mut self, a: &Lanes, b: &Lanes) {
         for ((sum, &a), &b) in self.0.iter_mut().zip(&a.0).zip(&b.0) {
             *sum = a.mul_add(b, *sum);
         }
