@@ -31,6 +31,7 @@ class Runtime:
         self.outputs = [output.name for output in self.session.get_outputs()]
         inputs = self.session.get_inputs()
         self.past = {i.name: i.shape for i in inputs if "past" in i.name}
+        self.head = head_size(model)
         self.others = [i.name for i in inputs if "past" not in i.name]
         self.present = [name for name in self.outputs if "present" in name]
 
@@ -48,7 +49,7 @@ class Runtime:
 
     def measure(self, prompt, decode):
         empty = [
-            onnxruntime.OrtValue.ortvalue_from_numpy(numpy.zeros([1, s[1], 0, s[3]], numpy.float32))
+            onnxruntime.OrtValue.ortvalue_from_numpy(numpy.zeros([1, s[1], 0, self.head or s[3]], numpy.float32))
             for s in self.past.values()
         ]
         start = time.perf_counter()
@@ -60,6 +61,15 @@ class Runtime:
             state = self.step(prompt[:, :1], length, state)
             tokens.append(time.perf_counter() - start)
         return first, tokens
+
+
+def head_size(model):
+    """What the builder of ONNX Runtime GenAI says beside the model, where the past's own shape has a name only."""
+    config = os.path.join(os.path.dirname(model), "genai_config.json")
+    if not os.path.exists(config):
+        return None
+    with open(config, encoding="utf-8") as file:
+        return json.load(file)["model"]["decoder"]["head_size"]
 
 
 def feeds(names, ids, length):

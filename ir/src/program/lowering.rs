@@ -181,28 +181,31 @@ fn grow(
     region.into_iter().collect()
 }
 
-/// Which values depend on weights and literals only, have constant shapes, and are no larger than what they are made
-/// of (dequantisation aside).
+/// Which values depend on weights and literals only, have constant shapes, and take no more memory than what they are made
+/// of (dequantisation aside). What is stretched takes no memory of its own.
 fn constants(graph: &Graph) -> Vec<bool> {
-    let mut constant: Vec<bool> = Vec::with_capacity(graph.len());
+    // Elements in memory, of constants.
+    let mut stored: Vec<Option<usize>> = Vec::with_capacity(graph.len());
     for node in graph.nodes() {
-        let size = |id: ValueId| graph.ty(id).elements().as_size().unwrap_or(0);
-        let is = match &node.op {
-            Op::Weight(_) | Op::Literal(_) => true,
-            Op::Input { .. } | Op::Size(_) | Op::Iota { .. } | Op::Convert(_) | Op::Append { .. } => false,
+        let size = node.ty.elements().as_size();
+        let of = |id: &ValueId| stored[id.index()];
+        let held = match &node.op {
+            Op::Weight(_) | Op::Literal(_) => size.or(Some(0)),
+            Op::Input { .. } | Op::Size(_) | Op::Iota { .. } | Op::Convert(_) | Op::Append { .. } => None,
             // What evaluates it is at hand in steps only.
-            Op::Deferred { .. } => false,
+            Op::Deferred { .. } => None,
+            // A product of sizes may be 0 whatever some of them are.
+            _ if !node.symbols().is_empty() => None,
+            Op::Broadcast { .. } => size.and(node.args.first().and_then(of)),
             _ => {
-                let operands: usize = node.args.iter().map(|&a| size(a)).fold(0, usize::saturating_add);
-                // A product of sizes may be 0 whatever some of them are.
-                node.args.iter().all(|a| constant[a.index()])
-                    && node.symbols().is_empty()
-                    && node.ty.elements().as_size().is_some_and(|n| n <= operands.max(64))
+                let operands =
+                    node.args.iter().map(of).try_fold(0usize, |sum, n| Some(sum.saturating_add(n?)));
+                size.filter(|&n| operands.is_some_and(|operands| n <= operands.max(64)))
             }
         };
-        constant.push(is);
+        stored.push(held);
     }
-    constant
+    stored.iter().map(Option::is_some).collect()
 }
 
 /// The kernel that can execute a node on its own.
