@@ -314,7 +314,8 @@ fn einsum(graph: &Graph, look: &Look, value: ValueId, spec: &EinsumSpec, sizes: 
             }
             let rows =
                 extent(spec, sizes.operands, |l| in_out(l) && if row == 0 { in_a(l) } else { in_b(l) });
-            let byte = sizes_of(weight) * 4.0;
+            // Weights of fewer bits stay as they are.
+            let byte = sizes_of(weight) * sizes.bits.get(weight).copied().unwrap_or(32.0) / 8.0;
             if rows <= 1.0 {
                 Work { family: Family::Vector, amounts: Quantities { byte, ..call } }
             } else {

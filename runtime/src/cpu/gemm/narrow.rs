@@ -118,7 +118,7 @@ pub(super) struct Blocks {
 #[derive(Clone, Debug)]
 enum Codes {
     Bytes(Vec<[i8; LANES]>),
-    /// Of two steps, the first in the low bits.
+    /// Of two steps, the first in the low bits, 8 more than they are.
     Nibbles(Vec<[u8; LANES]>),
 }
 
@@ -141,7 +141,8 @@ impl Blocks {
         let codes = if nibbles {
             Codes::Nibbles(in_panels(depth / 2, vectors, [0; LANES], |pair, vector| {
                 std::array::from_fn(|lane| {
-                    let [low, high] = [2 * pair, 2 * pair + 1].map(|step| code(step, vector, lane) as u8);
+                    // Without a sign: 8 more.
+                    let [low, high] = [2 * pair, 2 * pair + 1].map(|step| code(step, vector, lane) as u8 ^ 8);
                     low & 15 | high << 4
                 })
             }))
@@ -175,8 +176,8 @@ impl Blocks {
             let code = match &self.codes {
                 Codes::Bytes(codes) => self.panel_of(codes, panel, step, 1)[vector][lane],
                 Codes::Nibbles(codes) => {
-                    let [low, high] = nibbles(self.panel_of(codes, panel, step / 2, 1)[vector][lane]);
-                    if step.is_multiple_of(2) { low as i8 } else { high as i8 }
+                    let byte = self.panel_of(codes, panel, step / 2, 1)[vector][lane];
+                    (byte >> (4 * (step % 2)) & 15) as i8 - 8
                 }
             };
             (f32::from(code) - self.zeros.as_deref().map_or(0.0, at)) * at(&self.scales)
@@ -220,7 +221,8 @@ impl Blocks {
             scales: self.panel_of(&self.scales, panel, first, blocks),
             zeros: self.zeros.as_deref().map(|zeros| self.panel_of(zeros, panel, first, blocks)),
             vectors,
-            chains_per_block: self.shape.block / self.chain,
+            // Both are powers of two.
+            chains_per_block_log2: (self.shape.block / self.chain).trailing_zeros(),
             sums: sums.get(start / self.chain..).unwrap_or_default(),
             sums_per_row: self.shape.depth.div_ceil(self.chain),
         }
@@ -259,7 +261,7 @@ impl Blocks {
                             sum[c].add_scaled(factor, &widened_bytes(&codes[c]));
                         }
                     }
-                    scaling.add::<C>(&mut total, sum, row, chain);
+                    total = added(&scaling, total, sum, row, chain);
                 }
             }
             Codes::Nibbles(codes) => {
@@ -275,7 +277,7 @@ impl Blocks {
                             sum[c].add_scaled(second, &high);
                         }
                     }
-                    scaling.add::<C>(&mut total, sum, row, chain);
+                    total = added(&scaling, total, sum, row, chain);
                 }
             }
         }
@@ -286,6 +288,22 @@ impl Blocks {
     }
 }
 
+/// `total` and the sum of a chain of all columns of a panel.
+#[inline(always)]
+fn added<const C: usize>(
+    scaling: &Scaling<'_>,
+    mut total: [Lanes; C],
+    sum: [Lanes; C],
+    row: usize,
+    chain: usize,
+) -> [Lanes; C] {
+    let (scale, factors) = (scaling.of_chain::<C>(chain, 0), scaling.sum(row, chain));
+    for c in 0..C {
+        total[c] = scale.added(total[c], sum[c], factors, c);
+    }
+    total
+}
+
 /// How sums of chains become sums of weights.
 #[derive(Clone, Copy)]
 pub(super) struct Scaling<'a> {
@@ -293,48 +311,62 @@ pub(super) struct Scaling<'a> {
     scales: &'a [Lanes],
     zeros: Option<&'a [Lanes]>,
     vectors: usize,
-    chains_per_block: usize,
+    chains_per_block_log2: u32,
     /// Per row and chain, from the first chain on.
     sums: &'a [f32],
     sums_per_row: usize,
 }
 
-impl Scaling<'_> {
-    /// Adds the sum of a chain to all columns of a panel.
+impl<'a> Scaling<'a> {
+    /// What scales a chain.
     #[inline(always)]
-    fn add<const C: usize>(&self, total: &mut [Lanes; C], sum: [Lanes; C], row: usize, chain: usize) {
-        for c in 0..C {
-            total[c] = self.added(total[c], sum[c], row, chain, c);
-        }
+    pub(super) fn of_chain<const C: usize>(&self, chain: usize, first: usize) -> ChainScale<'a, C> {
+        let at = (chain >> self.chains_per_block_log2) * self.vectors + first;
+        let part = |all: &'a [Lanes]| all[at..].first_chunk::<C>();
+        ChainScale { scales: part(self.scales), zeros: self.zeros.and_then(part) }
     }
 
-    /// `before + (sum - zero * sum of factors) * scale` for a vector of columns.
+    /// The sum of a row's elements over a chain; 0 if it is not needed.
     #[inline(always)]
-    pub(super) fn added(&self, before: Lanes, sum: Lanes, row: usize, chain: usize, vector: usize) -> Lanes {
-        let at = chain / self.chains_per_block * self.vectors + vector;
+    pub(super) fn sum(&self, row: usize, chain: usize) -> f32 {
+        if self.zeros.is_some() { self.sums[row * self.sums_per_row + chain] } else { 0.0 }
+    }
+}
+
+/// How the sum of a chain becomes one of weights, for some vectors of columns.
+#[derive(Clone, Copy)]
+pub(super) struct ChainScale<'a, const C: usize> {
+    scales: Option<&'a [Lanes; C]>,
+    zeros: Option<&'a [Lanes; C]>,
+}
+
+impl<const C: usize> ChainScale<'_, C> {
+    /// `before + (sum - zero * factors) * scale` for one of the vectors; `factors` is the sum of the row's elements.
+    #[inline(always)]
+    pub(super) fn added(&self, before: Lanes, sum: Lanes, factors: f32, vector: usize) -> Lanes {
         let mut sum = sum;
         if let Some(zeros) = self.zeros {
-            sum.add_scaled(-self.sums[row * self.sums_per_row + chain], &zeros[at]);
+            sum.add_scaled(-factors, &zeros[vector]);
         }
         let mut added = before;
-        added.add_product(&sum, &self.scales[at]);
+        if let Some(scales) = self.scales {
+            added.add_product(&sum, &scales[vector]);
+        }
         added
     }
 }
 
-/// Both numbers of a byte.
-#[inline(always)]
-fn nibbles(byte: u8) -> [i32; 2] {
-    let wide = i32::from(byte as i8);
-    [wide << 28 >> 28, wide >> 4]
-}
-
+/// Both codes of every byte. A float whose last bit is worth 1 (or, for the high codes, bit 4) takes the code as its last
+/// bits: without an instruction to convert it, and the compiler leaves it as it is.
 #[inline(always)]
 fn widened_nibbles(bytes: &[u8; LANES]) -> [Lanes; 2] {
+    const LOW: f32 = 8_388_608.0; // 2^23
+    const HIGH: f32 = 524_288.0; // 2^19
     let (mut low, mut high) = (Lanes::ZERO, Lanes::ZERO);
     for lane in 0..LANES {
-        let [first, second] = nibbles(bytes[lane]);
-        (low.0[lane], high.0[lane]) = (first as f32, second as f32);
+        let byte = u32::from(bytes[lane]);
+        low.0[lane] = f32::from_bits(LOW.to_bits() | byte & 0x0f) - (LOW + 8.0);
+        high.0[lane] = f32::from_bits(HIGH.to_bits() | byte & 0xf0) - (HIGH + 8.0);
     }
     [low, high]
 }

@@ -165,15 +165,27 @@ impl<P: Panel> Work<'_, P> {
         chain: usize,
         (is_first, sums): (bool, [[Lanes; C]; R]),
     ) {
-        for (r, sums) in sums.iter().enumerate() {
-            let to = out.row(row + r, self.columns_from::<C>(first));
-            for (c, (sum, to)) in sums.iter().zip(to.chunks_exact_mut(LANES)).enumerate() {
-                let before = if is_first { Lanes::ZERO } else { Lanes::load(to) };
-                let after = match &self.chains.scaling {
-                    None => before + *sum,
-                    Some(scaling) => scaling.added(before, *sum, row + r, chain, first + c),
-                };
-                after.store(to);
+        let columns = self.columns_from::<C>(first);
+        match &self.chains.scaling {
+            None => {
+                for (r, sums) in sums.iter().enumerate() {
+                    let to = out.row(row + r, columns.clone());
+                    for (sum, to) in sums.iter().zip(to.chunks_exact_mut(LANES)) {
+                        let before = if is_first { Lanes::ZERO } else { Lanes::load(to) };
+                        (before + *sum).store(to);
+                    }
+                }
+            }
+            Some(scaling) => {
+                let scale = scaling.of_chain::<C>(chain, first);
+                for (r, sums) in sums.iter().enumerate() {
+                    let factors = scaling.sum(row + r, chain);
+                    let to = out.row(row + r, columns.clone());
+                    for (c, (sum, to)) in sums.iter().zip(to.chunks_exact_mut(LANES)).enumerate() {
+                        let before = if is_first { Lanes::ZERO } else { Lanes::load(to) };
+                        scale.added(before, *sum, factors, c).store(to);
+                    }
+                }
             }
         }
     }
