@@ -87,9 +87,9 @@ macro_rules! fixtures {
 }
 
 fixtures! {
-    attention_causal attention_mask attention_packed_past cdist_euclidean dynamic_quantize_matmul
-    experts_4_bits experts_8_bits_gated experts_gated experts_gelu group_query_decode
-    group_query_prompt group_query_softcap group_query_window layer_norm
+    attention_causal attention_mask attention_mask_of_one attention_packed_past cdist_euclidean dynamic_quantize_matmul
+    experts_4_bits experts_8_bits_gated experts_gated experts_gelu group_query_buffer group_query_buffer_prompt group_query_decode
+    group_query_prompt group_query_softcap group_query_window layer_norm mask_of_one
     matmul_2_bits_small_block_level_4 matmul_2_bits_zeros matmul_4_bits_float_zeros_level_4
     matmul_4_bits_padded matmul_4_bits_padded_level_4 matmul_4_bits_zeros_level_4
     matmul_8_bits_level_4 matmul_8_bits_zeros matmul_integer_to_float quantised_add

@@ -1,6 +1,7 @@
 //! Graphs: single-assignment lists of nodes in dependency order, with the facts about dims and state that the
 //! importer found.
 
+use crate::border::Border;
 use crate::dim::{Bindings, Dim};
 use crate::dtype::DType;
 use crate::infer::{InferError, infer};
@@ -129,6 +130,8 @@ pub struct Graph {
     pub states: Vec<StatePair>,
     /// The inputs whose values the graph is for, in the order of the inputs; a model of one graph has none.
     pub cases: Vec<Case>,
+    /// What may be given besides what the types of the inputs say.
+    pub borders: Vec<Border>,
     /// Symbols of the inputs and their ranges.
     pub symbols: BTreeMap<Arc<str>, SymbolRange>,
 }
@@ -226,6 +229,11 @@ impl Graph {
         for guard in &mut self.guards {
             sub(&mut guard.left);
             sub(&mut guard.right);
+        }
+        for border in &mut self.borders {
+            if let Border::Buffer { total, .. } = border {
+                sub(total);
+            }
         }
         self.symbols.retain(|name, _| replace(name).is_none());
     }

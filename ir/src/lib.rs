@@ -6,6 +6,7 @@
 //! What must not live here: files, protobuf, e-graphs, devices.
 
 pub mod algorithms;
+pub mod border;
 pub mod container;
 pub mod decompose;
 pub mod deferred;
@@ -24,6 +25,7 @@ pub mod verify;
 pub mod weight;
 pub mod wording;
 
+pub use border::{Border, Filling};
 pub use decompose::decompose;
 pub use deferred::{DeferredCall, Evaluator};
 pub use dim::{Bindings, Dim, EvalError};

@@ -99,6 +99,7 @@ pub fn instantiate(program: &Spmd, rank: usize) -> Result<Graph, InstantiateErro
     local.guards.clone_from(&program.logical.guards);
     local.states.clone_from(&program.logical.states);
     local.cases.clone_from(&program.logical.cases);
+    local.borders.clone_from(&program.logical.borders);
     for (i, step) in program.steps.iter().enumerate() {
         let node = instantiate_step(program, i, step, rank).map_err(|what| InstantiateError {
             step: StepId(i as u32),

@@ -3,7 +3,8 @@
 //! Dense, row-major, owned. Storage types narrower than a byte, and the 8-bit floats, are kept as raw bytes in ONNX's
 //! packing; everything else is a typed vector, so that no code needs to reinterpret memory.
 
-use crate::DType;
+use crate::dim::Dim;
+use crate::{DType, Type};
 use half::{bf16, f16};
 
 /// The elements of a tensor, row-major.
@@ -270,6 +271,11 @@ impl Tensor {
 
     pub fn shape(&self) -> &[usize] {
         &self.shape
+    }
+
+    /// The type, all sizes numbers.
+    pub fn ty(&self) -> Type {
+        Type::new(self.dtype(), self.shape.iter().map(|&extent| Dim::from(extent)).collect())
     }
 
     /// Number of elements.

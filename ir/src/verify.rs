@@ -2,8 +2,9 @@
 //!
 //! Verification collects all errors. Operands come earlier, every type is the inferred one (inputs and conversions
 //! declare theirs), names are unique and symbols declared, states name an input and an output that fit, cases an input that nothing
-//! reads. For programs [`verify_program`] checks structure only; whether a step's layouts are right is the checker's judgement.
+//! reads, borders an axis of an input. For programs [`verify_program`] checks structure only; whether a step's layouts are right is the checker's judgement.
 
+use crate::border::Border;
 use crate::dim::Dim;
 use crate::dtype::DType;
 use crate::graph::{Case, Graph, Node, StatePair, Type, ValueId};
@@ -174,6 +175,9 @@ fn check_graph(graph: &Graph, errors: &mut Errors) {
     for (index, case) in graph.cases.iter().enumerate() {
         check_case(graph, index, case, errors);
     }
+    for (index, border) in graph.borders.iter().enumerate() {
+        check_border(graph, index, border, errors);
+    }
 }
 
 fn place(value: ValueId, node: &Node) -> String {
@@ -308,6 +312,30 @@ fn check_case(graph: &Graph, index: usize, case: &Case, errors: &mut Errors) {
     }
     if graph.values().any(|(_, node)| node.args.contains(&value)) {
         errors.add(&place, "is read, though it was folded");
+    }
+}
+
+/// A border names an axis of an input that no other does, and the present of a buffer is an output of its type.
+fn check_border(graph: &Graph, index: usize, border: &Border, errors: &mut Errors) {
+    let (input, axis) = (border.input(), border.axis());
+    let place = format!("border of input `{input}`");
+    if graph.borders.iter().take(index).any(|other| other.input() == input && other.axis() == axis) {
+        errors.add(&place, format!("axis {axis} is named twice"));
+    }
+    let Some((_, _, ty)) = graph.inputs().find(|(_, name, _)| *name == input) else {
+        errors.add(&place, "does not name an input");
+        return;
+    };
+    if axis >= ty.rank() {
+        errors.add(&place, format!("{ty} has no axis {axis}"));
+    }
+    if let Border::Buffer { output, total, .. } = border {
+        check_symbols(graph, total, &place, errors);
+        let made = graph.outputs.iter().find(|made| made.name == *output);
+        let made = made.and_then(|made| graph.nodes().get(made.value.index())).map(|node| &node.ty);
+        if made.is_none_or(|made| made.dtype != ty.dtype || made.rank() != ty.rank()) {
+            errors.add(&place, format!("`{output}` is no output of its type"));
+        }
     }
 }
 

@@ -147,6 +147,16 @@ fn graph() -> Graph {
         ty: Type::new(DType::Bool, vec![c(1)]),
         value: true,
     });
+    graph.borders = vec![
+        Border::Stretch { input: "mask".into(), axis: 1, filling: Filling::Repeat },
+        Border::Stretch { input: "a \"mask\"".into(), axis: 0, filling: Filling::Ones },
+        Border::Buffer {
+            input: "past.0".into(),
+            output: "present.0".into(),
+            axis: 2,
+            total: s("past") + s("odd `name` \\ \n"),
+        },
+    ];
     for (i, op) in every_op().into_iter().enumerate() {
         let shape = vec![s("seq") * c(4) - c(i as i64), s("floordiv").ceil_div(&s("min")), c(i64::MAX)];
         let ty = Type::new(DType::ALL[i % DType::ALL.len()], shape);

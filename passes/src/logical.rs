@@ -153,6 +153,7 @@ impl Alternatives {
         graph.guards = extended.graph.guards.clone();
         graph.states = extended.graph.states.clone();
         graph.cases = extended.graph.cases.clone();
+        graph.borders = extended.graph.borders.clone();
         graph.symbols = extended.graph.symbols.clone();
         for (value, node) in extended.graph.values() {
             if value.index() >= base && !used.contains(&value) {

@@ -24,6 +24,7 @@ use crate::state::{SlotId, StateOptions, StateStore, StepPart};
 use bind::Signature;
 use request::{InputHeader, Request, RunPart, request_of, run_part};
 use std::collections::BTreeMap;
+use tpshard_ir::border::Present;
 use tpshard_ir::deferred::SharedEvaluator;
 use tpshard_ir::program::RankProgram;
 use tpshard_ir::{Layout, StepId, Tensor, Type};
@@ -158,8 +159,20 @@ impl Session {
         if self.rank() != 0 {
             return self.follow_one();
         }
-        let asked = self.prepare(inputs, taps);
-        self.lead(asked)
+        let (asked, presents) = match self.prepare(inputs, taps) {
+            Ok((asked, presents)) => (Ok(asked), presents),
+            Err(error) => (Err(error), Vec::new()),
+        };
+        let mut results = self.lead(asked)?;
+        for present in &presents {
+            if let Some(output) = results.outputs.get_mut(&*present.output) {
+                let filled = present.filled(&output.tensor);
+                let name = &present.output;
+                output.tensor = filled
+                    .map_err(|what| SessionError::Usage { what: format!("output `{name}`: {what}") })?;
+            }
+        }
+        Ok(results)
     }
 
     /// Runs one step for `slots`, whose state stays with the ranks: state inputs are not given, state outputs not
@@ -292,18 +305,43 @@ impl Session {
         self.lead(checked).map(|_| ())
     }
 
-    /// Checks a run on rank 0.
-    fn prepare(&self, inputs: &BTreeMap<String, Tensor>, taps: &[StepId]) -> Result<Asked, SessionError> {
-        let (entry, bindings) = bind::choose(&self.signatures, inputs, None)?;
+    /// Checks a run on rank 0; also the outputs that are filled up afterwards.
+    fn prepare(
+        &self,
+        inputs: &BTreeMap<String, Tensor>,
+        taps: &[StepId],
+    ) -> Result<(Asked, Vec<Present>), SessionError> {
+        let (entry, bindings, adapted) = bind::choose(&self.signatures, inputs, None)?;
+        let (inputs, presents) = adapted.unwrap_or_else(|| (inputs.clone(), Vec::new()));
+        self.presents_are_whole(entry, &presents)?;
         let steps = self.program().entries.get(entry).map_or(0, |e| e.graph.len());
         if let Some(tap) = taps.iter().find(|t| t.index() >= steps) {
             return Err(SessionError::Usage {
                 what: format!("there is no step {tap}, the entry has {steps}"),
             });
         }
-        let part = run_part(entry, &bindings, inputs, &self.takes(entry), None);
+        let part = run_part(entry, &bindings, &inputs, &self.takes(entry), None);
         let taps = taps.iter().map(|t| t.0).collect();
-        Ok((Request::Run { parts: vec![part], taps }, vec![inputs.clone()]))
+        Ok(((Request::Run { parts: vec![part], taps }, vec![inputs]), presents))
+    }
+
+    /// Refuses to fill up outputs of which every rank hands out its part.
+    fn presents_are_whole(&self, entry: usize, presents: &[Present]) -> Result<(), SessionError> {
+        let ports =
+            self.program().entries.get(entry).map(|entry| entry.outputs.as_slice()).unwrap_or_default();
+        let parted = |present: &&Present| {
+            ports
+                .iter()
+                .any(|port| port.name == present.output && port.keep_sharded && !port.layout.is_replicated())
+        };
+        let Some(present) = presents.iter().find(parted) else { return Ok(()) };
+        let name = &present.output;
+        Err(SessionError::Usage {
+            what: format!(
+                "output `{name}` stays sharded, so that it cannot be as long as the buffer that was given\n  \
+                 help: give no more entries of the past than are used"
+            ),
+        })
     }
 
     /// Whether an entry has an input of some name.
@@ -319,11 +357,14 @@ impl Session {
     ) -> Result<Asked, SessionError> {
         let state = self.worker.state().ok_or_else(no_state)?;
         let parts = state.parts(slots)?;
-        let of_parts = self.split(state, inputs, &parts)?;
+        let mut of_parts = self.split(state, inputs, &parts)?;
         let mut run_parts = Vec::with_capacity(parts.len());
-        for (part, inputs) in parts.iter().zip(&of_parts) {
+        for (part, inputs) in parts.iter().zip(&mut of_parts) {
             let types = state.inputs(part.length, part.rows.len());
-            let (entry, bindings) = bind::choose(&self.signatures, inputs, Some(&types))?;
+            let (entry, bindings, adapted) = bind::choose(&self.signatures, inputs, Some(&types))?;
+            if let Some((adapted, _)) = adapted {
+                *inputs = adapted;
+            }
             if let Some(entry) = self.program().entries.get(entry) {
                 state.check_capacity(entry, &bindings, part.length)?;
             }
@@ -348,7 +389,7 @@ impl Session {
         let mut of_parts = parts::split_rows(first, &batch, inputs, parts)?;
         let types = state.inputs(longest.length, longest.rows.len());
         let of_longest = of_parts.last().unwrap_or(inputs);
-        let (entry, bindings) = bind::choose(&self.signatures, of_longest, Some(&types))?;
+        let (entry, bindings, _) = bind::choose(&self.signatures, of_longest, Some(&types))?;
         let entry = self.program().entries.get(entry).unwrap_or(first);
         parts::check_outputs(entry, &batch)?;
         for (part, inputs) in

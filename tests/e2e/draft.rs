@@ -178,6 +178,7 @@ fn with_node(old: &Graph, index: usize, change: impl FnOnce(&mut Node)) -> Graph
     }
     (graph.outputs, graph.states) = (old.outputs.clone(), old.states.clone());
     (graph.symbols, graph.guards) = (old.symbols.clone(), old.guards.clone());
+    (graph.cases, graph.borders) = (old.cases.clone(), old.borders.clone());
     graph
 }
 

@@ -3,6 +3,7 @@
 mod any_ranks;
 mod bench;
 mod bisect;
+mod borders;
 mod c_api;
 mod calibrate;
 mod cases;

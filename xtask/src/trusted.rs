@@ -14,7 +14,10 @@ const PARTS: [(&str, &[&str]); 4] = [
         "the importer: `frontend/src/lower`, `frontend/src/ops`, `frontend/src/deferred`",
         &["frontend/src/lower", "frontend/src/ops", "frontend/src/deferred"],
     ),
-    ("what operations mean: `ir/src/interp`, `ir/src/spmd.rs`", &["ir/src/interp", "ir/src/spmd.rs"]),
+    (
+        "what operations mean: `ir/src/interp`, `ir/src/border.rs`, `ir/src/spmd.rs`",
+        &["ir/src/interp", "ir/src/border.rs", "ir/src/spmd.rs"],
+    ),
     ("the kernels: `runtime/src/cpu`", &["runtime/src/cpu"]),
     ("the checker: `passes/checker/src`", &["passes/checker/src"]),
 ];

@@ -299,6 +299,7 @@ fn check_tables(entries: &[(String, Spmd)], found: &RankProgram, findings: &mut 
             ("ranges of dims", own.ranges == derived.ranges),
             ("guards", own.graph.guards == derived.graph.guards),
             ("cases", own.graph.cases == derived.graph.cases),
+            ("borders", own.graph.borders == derived.graph.borders),
             ("states", found.states == derived.states()),
             ("mesh", found.mesh == program.mesh),
         ];

@@ -14,7 +14,7 @@ use std::fmt::Write;
 use std::path::Path;
 use tpshard_codegen::build::{PART_LAUNCHER, PLAN_TEXT};
 use tpshard_frontend::{Imported, Limits};
-use tpshard_ir::Op;
+use tpshard_ir::{Border, Op};
 use tpshard_passes::report::Bytes;
 
 pub(crate) fn inspect(arguments: &InspectArguments, json: bool) -> Outcome<()> {
@@ -199,6 +199,15 @@ fn description(imported: &Imported) -> String {
     }
     for state in &graph.states {
         let _ = writeln!(text, "state  {} -> {} along axis {}", state.input, state.output, state.axis);
+    }
+    for border in &graph.borders {
+        let may = match border {
+            Border::Stretch { axis, .. } => format!("may have one entry along axis {axis}"),
+            Border::Buffer { axis, total, .. } => {
+                format!("may be a buffer along axis {axis}, of which {total} entries are used")
+            }
+        };
+        let _ = writeln!(text, "border {} {may}", border.input());
     }
     for equality in &imported.report.equalities {
         let _ = writeln!(text, "guard  {} = {} ({})", equality.symbol, equality.equals, equality.reason);

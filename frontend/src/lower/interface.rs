@@ -134,13 +134,14 @@ impl Lowering<'_> {
         options: &ImportOptions,
         report: &mut ImportReport,
     ) -> Graph {
-        let mut whole = std::mem::take(&mut self.graph);
-        whole.outputs = outputs;
-        let (mut graph, moved) = prune(&whole);
-        report.values =
-            self.take_names().into_iter().map(|(name, value)| (name, named(&value, &moved))).collect();
+        self.graph.outputs = outputs;
+        let (mut graph, moved) = prune(&self.graph);
         graph.guards = self.take_guards();
         graph.states = self.state_pairs(&graph);
+        graph.borders = self.borders(&graph);
+        self.graph = Graph::default();
+        report.values =
+            self.take_names().into_iter().map(|(name, value)| (name, named(&value, &moved))).collect();
         let inputs: Vec<Type> = graph.inputs().map(|(_, _, ty)| ty.clone()).collect();
         for name in self.symbols.names() {
             let used = inputs.iter().flat_map(|ty| &ty.shape).any(|dim| dim.symbols().contains(&name));

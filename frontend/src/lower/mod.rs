@@ -6,6 +6,7 @@
 //! be lowered are collected, so that one run names them all.
 
 mod bodies;
+mod border;
 mod cases;
 mod context;
 mod defer;

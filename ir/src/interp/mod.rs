@@ -28,6 +28,7 @@ pub use eval::{Context, WeightSource, eval_op, eval_tensors};
 pub use family::{Split, decode, encode, random_array, random_family};
 pub use field::{Field, MODULUS};
 pub use real::{Num, Real};
+pub(crate) use run::solve;
 pub(crate) use run::solve_linear;
 pub use run::{
     DeferredSource, Inputs, InterpError, Interpreter, Outputs, RankInputs, bind_symbols, check_guards,

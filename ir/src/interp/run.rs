@@ -4,6 +4,7 @@ use super::convert::convert;
 use super::eval::{Context, WeightSource, check_limit, concrete_shape};
 use super::family::{Split, decode, encode};
 use super::{Array, Domain, OpError, Real, eval_op, eval_weight};
+use crate::border;
 use crate::deferred::{DeferredCall, Evaluator, bind_result, no_evaluator};
 use crate::dim::{Bindings, Dim};
 use crate::graph::{Graph, Guard, Node, Relation, Type, ValueId};
@@ -137,7 +138,7 @@ fn input_type_error(name: &str, expected: &Type, found: &Type) -> InterpError {
 }
 
 /// Plain symbols first, then dims that are linear in one symbol without value, until nothing is learnt.
-fn solve(dims: &[(&Dim, i64, &str)], graph: &Graph) -> Result<Bindings, InterpError> {
+pub(crate) fn solve(dims: &[(&Dim, i64, &str)], graph: &Graph) -> Result<Bindings, InterpError> {
     let mut bindings = Bindings::new();
     let mut sources: BTreeMap<Arc<str>, &str> = BTreeMap::new();
     let mut learn = |bindings: &mut Bindings, symbol: &Arc<str>, value: i64, input| {
@@ -578,8 +579,20 @@ pub fn run_tensors_with(
     element_limit: usize,
     evaluator: Option<&dyn Evaluator>,
 ) -> Result<Vec<(Arc<str>, Tensor)>, InterpError> {
+    let changes = border::changes(graph, &|name| inputs.get(name).map(Tensor::ty));
+    let (adapted, presents) = border::adapted(inputs, &changes).unzip();
+    let inputs = adapted.as_ref().unwrap_or(inputs);
     let arrays = inputs.iter().map(|(name, tensor)| (name.clone(), Real.import(tensor))).collect();
-    run_arrays_with(graph, &arrays, initializer, element_limit, evaluator)
+    let mut outputs = run_arrays_with(graph, &arrays, initializer, element_limit, evaluator)?;
+    for present in presents.into_iter().flatten() {
+        for (name, tensor) in outputs.iter_mut().filter(|(name, _)| *name == present.output) {
+            *tensor = present.filled(tensor).map_err(|what| InterpError::Decode {
+                name: name.to_string(),
+                error: OpError::Other(what),
+            })?;
+        }
+    }
+    Ok(outputs)
 }
 
 /// As [`run_tensors_with`], for inputs that are used more than once.

@@ -2,6 +2,7 @@
 
 use super::TextError;
 use super::scan::{Parsed, Scanner};
+use crate::border::{Border, Filling};
 use crate::graph::{Case, Graph, Guard, Node, Output, Relation, StatePair, SymbolRange, ValueId};
 use crate::layout::{AxisLayout, Layout, Mesh};
 use crate::spmd::{Equation, Spmd, SpmdOutput, Step, StepId, StepKind};
@@ -79,6 +80,9 @@ impl Scanner<'_> {
             self.need("=")?;
             graph.cases.push(Case { input, ty, value: self.boolean()? });
         }
+        while let Some(border) = self.border()? {
+            graph.borders.push(border);
+        }
         while self.peek("%") {
             let node = self.node(graph.len())?;
             graph.push(node);
@@ -87,6 +91,26 @@ impl Scanner<'_> {
             graph.outputs.push(Output { name: self.string()?.into(), value: self.value()? });
         }
         Ok(graph)
+    }
+
+    fn border(&mut self) -> Parsed<Option<Border>> {
+        if self.eat_word("stretch") {
+            let input = self.string()?.into();
+            self.need_word("axis")?;
+            let axis = self.number()?;
+            let filling = if self.eat_word("ones") { Filling::Ones } else { Filling::Repeat };
+            return Ok(Some(Border::Stretch { input, axis, filling }));
+        }
+        if !self.eat_word("buffer") {
+            return Ok(None);
+        }
+        let input = self.string()?.into();
+        self.need("->")?;
+        let output = self.string()?.into();
+        self.need_word("axis")?;
+        let axis = self.number()?;
+        self.need_word("total")?;
+        Ok(Some(Border::Buffer { input, output, axis, total: self.dim()? }))
     }
 
     fn symbol(&mut self, graph: &mut Graph) -> Parsed<()> {

@@ -1,6 +1,7 @@
 //! Graphs and programs as text.
 
 use super::{literal, op, quote};
+use crate::border::{Border, Filling};
 use crate::dim::Dim;
 use crate::graph::{Graph, Relation};
 use crate::spmd::{Spmd, StepKind};
@@ -27,6 +28,18 @@ pub fn print_graph(graph: &Graph) -> String {
     }
     for case in &graph.cases {
         text.push_str(&format!("case {} : {} = {}\n", quote(&case.input), case.ty, case.value));
+    }
+    for border in &graph.borders {
+        let line = match border {
+            Border::Stretch { input, axis, filling } => {
+                let filling = if *filling == Filling::Ones { " ones" } else { "" };
+                format!("stretch {} axis {axis}{filling}\n", quote(input))
+            }
+            Border::Buffer { input, output, axis, total } => {
+                format!("buffer {} -> {} axis {axis} total {total}\n", quote(input), quote(output))
+            }
+        };
+        text.push_str(&line);
     }
     for (value, node) in graph.values() {
         text.push_str(&format!("{value} = {}{} : {}", op::print(&node.op), operands(&node.args), node.ty));

@@ -103,6 +103,9 @@ fn same_model(program: &Spmd, imported: &Graph) -> Vec<Finding> {
     if logical.cases != imported.cases {
         wrong("it is for other values of the model's inputs");
     }
+    if logical.borders != imported.borders {
+        wrong("it takes other inputs for those of the model");
+    }
     for ((value, own), other) in logical.values().zip(imported.nodes()) {
         if own != other {
             let what = "is not what the model has there".into();

@@ -395,3 +395,18 @@ fn a_program_for_other_values_of_the_inputs_is_found() {
     program.logical.cases = imported.cases.clone();
     tpshard_checker::check(&program, &imported).unwrap();
 }
+
+#[test]
+fn a_program_that_takes_other_inputs_at_its_border_is_found() {
+    let stretch = |axis: usize| {
+        let filling = tpshard_ir::Filling::Repeat;
+        tpshard_ir::Border::Stretch { input: "x".into(), axis, filling }
+    };
+    let (mut imported, _) = model();
+    let mut program = program();
+    for (own, found) in [(vec![stretch(0)], vec![stretch(1)]), (vec![], vec![stretch(0)])] {
+        (imported.borders, program.logical.borders) = (own, found);
+        let findings = tpshard_checker::check(&program, &imported).unwrap_err();
+        assert!(findings.iter().any(|f| f.to_string().contains("other inputs")), "{findings:?}");
+    }
+}

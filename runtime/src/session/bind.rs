@@ -3,7 +3,8 @@
 use super::SessionError;
 use crate::state::StateInputs;
 use std::collections::{BTreeMap, BTreeSet};
-use tpshard_ir::dim::{Bindings, Dim};
+use tpshard_ir::border::{Present, adapted, changes};
+use tpshard_ir::dim::Bindings;
 use tpshard_ir::interp::{InterpError, bind_symbols};
 use tpshard_ir::program::Entry;
 use tpshard_ir::{Case, Data, Graph, Tensor, Type};
@@ -23,6 +24,7 @@ impl Signature {
         graph.guards.clone_from(&entry.graph.guards);
         graph.symbols.clone_from(&entry.ranges);
         graph.cases.clone_from(&entry.graph.cases);
+        graph.borders.clone_from(&entry.graph.borders);
         Signature { name: entry.name.clone(), graph }
     }
 
@@ -45,7 +47,7 @@ impl Signature {
                     }
                 }
                 _ => {
-                    let found = type_of(given).to_string();
+                    let found = given.ty().to_string();
                     return Err(
                         InterpError::InputType { name: name(), expected: ty.to_string(), found }.into()
                     );
@@ -61,28 +63,29 @@ impl Signature {
         inputs: &BTreeMap<String, Tensor>,
         state: Option<&StateInputs>,
         known: &BTreeSet<&str>,
-    ) -> Result<Bindings, SessionError> {
+    ) -> Result<(Bindings, Option<Adapted>), SessionError> {
         self.chosen(inputs)?;
         let is_state = |name: &str| state.is_some_and(|s| s.types.contains_key(name));
         if let Some(unknown) = inputs.keys().find(|name| is_state(name) || !known.contains(name.as_str())) {
             let known: Vec<&str> = known.iter().copied().filter(|n| !is_state(n)).collect();
             return Err(SessionError::UnknownInput { name: unknown.clone(), known: known.join(", ") });
         }
-        let given = |name: &str| -> Option<Type> {
-            if let Some(ty) = state.and_then(|s| s.types.get(name)) {
-                return Some(ty.clone());
-            }
-            inputs.get(name).map(type_of)
-        };
-        Ok(bind_symbols(&self.graph, &given)?)
+        let held = |name: &str| state.and_then(|state| state.types.get(name)).cloned();
+        let mut changes =
+            changes(&self.graph, &|name| held(name).or_else(|| inputs.get(name).map(Tensor::ty)));
+        // State that stays with the ranks holds nothing but entries.
+        changes.retain(|change| !is_state(&change.input));
+        let adapted = adapted(inputs, &changes);
+        let inputs = adapted.as_ref().map_or(inputs, |(inputs, _)| inputs);
+        let given = |name: &str| -> Option<Type> { held(name).or_else(|| inputs.get(name).map(Tensor::ty)) };
+        Ok((bind_symbols(&self.graph, &given)?, adapted))
     }
 }
 
-fn type_of(tensor: &Tensor) -> Type {
-    Type::new(tensor.dtype(), tensor.shape().iter().map(|&d| Dim::from(d)).collect())
-}
+/// The inputs as an entry takes them, and the outputs that are filled up afterwards.
+pub(super) type Adapted = (BTreeMap<String, Tensor>, Vec<Present>);
 
-/// The first entry whose cases, ranges and guards hold for the inputs.
+/// The first entry whose cases, ranges and guards hold for the inputs, and what becomes of them, if they change.
 ///
 /// # Errors
 /// Why no entry takes them; an input that fits none is reported once.
@@ -90,13 +93,13 @@ pub(super) fn choose(
     signatures: &[Signature],
     inputs: &BTreeMap<String, Tensor>,
     state: Option<&StateInputs>,
-) -> Result<(usize, Bindings), SessionError> {
+) -> Result<(usize, Bindings, Option<Adapted>), SessionError> {
     let known: BTreeSet<&str> =
         signatures.iter().flat_map(|s| s.graph.inputs().map(|(_, name, _)| &**name)).collect();
     let mut errors: Vec<(&str, SessionError)> = Vec::new();
     for (index, signature) in signatures.iter().enumerate() {
         match signature.bind(inputs, state, &known) {
-            Ok(bindings) => return Ok((index, bindings)),
+            Ok((bindings, adapted)) => return Ok((index, bindings, adapted)),
             Err(error) => errors.push((&signature.name, error)),
         }
     }
