@@ -1,7 +1,8 @@
 //! What may be given besides what a graph says of its inputs. It is made into that before anything runs, at the border,
 //! so that planner, programs and kernels know nothing of it.
 //!
-//! - *Stretch*: a mask over past and new entries may have one entry, as operators that broadcast would take it.
+//! - *Stretch*: a mask over past and new entries may have one entry, as operators that broadcast would take it, or any
+//!   number of them if nothing reads it.
 //! - *Buffer*: a past may be a buffer with room behind what it holds. Other inputs say how many entries there are with
 //!   the new ones; the rest is cut off, and the present has zeros there. That is what ONNX Runtime does if past and
 //!   present are not one buffer.
@@ -21,7 +22,7 @@ const LARGEST: usize = 1 << 28;
 /// What may be given besides what the graph says of an input.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Border {
-    /// One entry along an axis, whatever its size.
+    /// One entry along an axis, whatever its size; or any number of entries.
     Stretch { input: Arc<str>, axis: usize, filling: Filling },
     /// A past of any length from `total` on, which counts what it holds and what is new. The output is as long as it.
     Buffer { input: Arc<str>, output: Arc<str>, axis: usize, total: Dim },
@@ -34,6 +35,8 @@ pub enum Filling {
     Repeat,
     /// Ones, where an operator takes a mask of one entry for none.
     Ones,
+    /// Anything, and for any number of entries: nothing reads them.
+    Any,
 }
 
 impl Border {
@@ -96,6 +99,9 @@ fn changes_if(
             let border = graph.borders.iter().find(|b| **b.input() == **name && b.axis() == axis);
             let extent = extent.as_const()?;
             match (border, usize::try_from(extent)) {
+                (Some(border @ Border::Stretch { filling: Filling::Any, .. }), Ok(given)) => {
+                    open.push((border, dim, given));
+                }
                 (Some(border @ Border::Stretch { .. }), Ok(1)) => open.push((border, dim, 1)),
                 (Some(border @ Border::Buffer { .. }), Ok(given)) if with_room => {
                     open.push((border, dim, given));
@@ -147,7 +153,7 @@ impl Change {
         let mut shape = tensor.shape().to_vec();
         *shape.get_mut(self.axis)? = self.extent;
         element_count(&shape).filter(|&count| self.extent <= given || count <= LARGEST)?;
-        let filling = (self.extent > given).then_some(self.filling);
+        let filling = (self.extent > given && self.filling != Filling::Any).then_some(self.filling);
         resized(tensor, self.axis, shape, filling)
     }
 }
@@ -290,6 +296,12 @@ mod tests {
         assert_eq!(found.iter().map(|c| (&*c.input, c.extent)).collect::<Vec<_>>(), [("mask", 5)]);
         assert_eq!(changes(&graph, &ty(5)), []);
         assert_eq!(changes(&graph, &ty(2)), []);
+        graph.borders = vec![Border::Stretch { input: "mask".into(), axis: 1, filling: Filling::Any }];
+        for given in [0, 2, 7] {
+            let found = changes(&graph, &ty(given));
+            assert_eq!(found.iter().map(|c| (&*c.input, c.extent)).collect::<Vec<_>>(), [("mask", 5)]);
+        }
+        assert_eq!(changes(&graph, &ty(5)), []);
     }
 
     #[test]
@@ -305,6 +317,10 @@ mod tests {
         assert_eq!(found, ints(&[2, 2, 2], &[1; 8]));
         assert_eq!(change(2, 1, Filling::Repeat).applied(&x).unwrap(), ints(&[2, 1, 1], &[1, 3]));
         assert_eq!(change(1, 0, Filling::Repeat).applied(&x).unwrap(), ints(&[2, 0, 2], &[]));
+        assert_eq!(
+            change(1, 2, Filling::Any).applied(&x).unwrap(),
+            ints(&[2, 2, 2], &[1, 2, 0, 0, 3, 4, 0, 0])
+        );
         assert_eq!(change(1, 1 << 40, Filling::Repeat).applied(&x), None);
         assert_eq!(change(3, 2, Filling::Repeat).applied(&x), None);
 

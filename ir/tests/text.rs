@@ -150,6 +150,7 @@ fn graph() -> Graph {
     graph.borders = vec![
         Border::Stretch { input: "mask".into(), axis: 1, filling: Filling::Repeat },
         Border::Stretch { input: "a \"mask\"".into(), axis: 0, filling: Filling::Ones },
+        Border::Stretch { input: "x".into(), axis: 2, filling: Filling::Any },
         Border::Buffer {
             input: "past.0".into(),
             output: "present.0".into(),

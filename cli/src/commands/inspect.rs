@@ -14,7 +14,7 @@ use std::fmt::Write;
 use std::path::Path;
 use tpshard_codegen::build::{PART_LAUNCHER, PLAN_TEXT};
 use tpshard_frontend::{Imported, Limits};
-use tpshard_ir::{Border, Op};
+use tpshard_ir::{Border, Filling, Op};
 use tpshard_passes::report::Bytes;
 
 pub(crate) fn inspect(arguments: &InspectArguments, json: bool) -> Outcome<()> {
@@ -202,6 +202,9 @@ fn description(imported: &Imported) -> String {
     }
     for border in &graph.borders {
         let may = match border {
+            Border::Stretch { axis, filling: Filling::Any, .. } => {
+                format!("may have any number of entries along axis {axis}")
+            }
             Border::Stretch { axis, .. } => format!("may have one entry along axis {axis}"),
             Border::Buffer { axis, total, .. } => {
                 format!("may be a buffer along axis {axis}, of which {total} entries are used")

@@ -4,7 +4,8 @@
 //! operators that use it need it to agree. Those that broadcast would take one entry just as well. The mask is followed
 //! through the model as having one entry along that axis: where every use broadcasts it against something of the full
 //! size, stretching it beforehand gives the same, and the axis is marked. Where its shape is read, or its entries are
-//! summed, joined or moved, it is not. Attention of ONNX Runtime takes a mask of one entry for none.
+//! summed, joined or moved, it is not. Attention of ONNX Runtime takes a mask of one entry for none. A mask that nothing
+//! reads may have any number of entries.
 //!
 //! *Buffers.* GroupQueryAttention takes a past that is longer than what it holds, if `total_sequence_length` is no more
 //! than that. Where the rest of the model cannot see how long the past is, cutting it to `total - seq` entries beforehand
@@ -113,9 +114,18 @@ impl Lowering<'_> {
         }
         let stretch = |candidate: Candidate| {
             let (input, axis) = (candidate.input.as_str().into(), candidate.axis);
-            Some(Border::Stretch { input, axis, filling: candidate.filling? })
+            let filling =
+                candidate.filling.or_else(|| self.is_unread(&candidate.input).then_some(Filling::Any))?;
+            Some(Border::Stretch { input, axis, filling })
         };
         candidates.into_iter().filter_map(stretch).collect()
+    }
+
+    /// True if no node and no output of the model has an input for its operand.
+    fn is_unread(&self, input: &str) -> bool {
+        let graph = &self.model.graph;
+        let own = Thin { axis: 0, origins: BTreeSet::from([0]), plain: true };
+        refuse_inner(graph, &HashMap::from([(input, own)])).is_ok()
     }
 
     /// Follows all candidates through the model.

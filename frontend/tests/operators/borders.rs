@@ -96,6 +96,33 @@ fn masks_that_are_used_otherwise_may_not() {
 }
 
 #[test]
+fn a_mask_that_nothing_reads_may_have_any_number_of_entries() {
+    let model = || {
+        let mut model = decoder();
+        model.graph.outputs[0] = info("present", DType::F32, Some("b total 4"));
+        model
+    };
+    assert_eq!(borders(model()), stretched(Filling::Any));
+    let imported = model().import().unwrap();
+    for entries in [0, 3, 8] {
+        let mask = f32s(&[1, entries], &vec![1.0; entries]);
+        let given = [("x", counting(&[1, 2, 4])), ("past", counting(&[1, 3, 4])), ("mask", mask)];
+        assert_eq!(run(&imported, &given)[0].shape(), [1, 5, 4]);
+    }
+    // Read by a body alone, it is read all the same.
+    let mut body = builder(17).node("Neg", "mask", "z", &[]).graph;
+    body.outputs.push(info("z", DType::F32, None));
+    let body = || tpshard_frontend::AttributeValue::Graph(Box::new(body.clone()));
+    let model = model().input("flag", DType::Bool, "").node(
+        "If",
+        "flag",
+        "s",
+        &[("then_branch", body()), ("else_branch", body())],
+    );
+    assert_eq!(borders(model.output("s", DType::F32)), []);
+}
+
+#[test]
 fn a_mask_of_one_entry_gives_what_a_full_one_does() {
     let imported =
         aligned().node("Add", "scores aligned", "y", &[]).output("y", DType::F32).import().unwrap();

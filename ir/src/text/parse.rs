@@ -98,7 +98,11 @@ impl Scanner<'_> {
             let input = self.string()?.into();
             self.need_word("axis")?;
             let axis = self.number()?;
-            let filling = if self.eat_word("ones") { Filling::Ones } else { Filling::Repeat };
+            let filling = match () {
+                () if self.eat_word("ones") => Filling::Ones,
+                () if self.eat_word("any") => Filling::Any,
+                () => Filling::Repeat,
+            };
             return Ok(Some(Border::Stretch { input, axis, filling }));
         }
         if !self.eat_word("buffer") {

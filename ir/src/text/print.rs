@@ -32,7 +32,11 @@ pub fn print_graph(graph: &Graph) -> String {
     for border in &graph.borders {
         let line = match border {
             Border::Stretch { input, axis, filling } => {
-                let filling = if *filling == Filling::Ones { " ones" } else { "" };
+                let filling = match filling {
+                    Filling::Repeat => "",
+                    Filling::Ones => " ones",
+                    Filling::Any => " any",
+                };
                 format!("stretch {} axis {axis}{filling}\n", quote(input))
             }
             Border::Buffer { input, output, axis, total } => {
