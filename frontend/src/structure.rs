@@ -211,6 +211,16 @@ fn node_needs(
             }
         }
     }
+    // What an If without outputs does, nobody sees.
+    if node.op_type == "If"
+        && node.domain.is_empty()
+        && !node.outputs.is_empty()
+        && let Some(branch) = node.subgraphs().find(|branch| branch.outputs.len() != node.outputs.len())
+    {
+        let (made, named) = (branch.outputs.len(), node.outputs.len());
+        let message = format!("a branch makes {made} values, and the If names {named} outputs");
+        faults.push(Fault::invalid(message, AGAIN).at_node(node.site()));
+    }
     let mut inner = BTreeSet::new();
     for graph in node.subgraphs_mut() {
         inner.append(&mut check_graph(graph, Some(&here), faults));
@@ -364,6 +374,17 @@ mod tests {
         branch.attributes =
             vec![Attribute { name: "then_branch".into(), value: AttributeValue::Graph(Box::new(inner)) }];
         assert!(refused(graph(&["x"], vec![branch], &["y"])).contains("cycle of 1 nodes: `if`"));
+    }
+
+    #[test]
+    fn an_if_names_as_many_outputs_as_its_branches_make() {
+        let inner = graph(&[], vec![node("i", &["x"], &["o"])], &["o"]);
+        let mut branch = node("if", &["x"], &["y", "z"]);
+        branch.op_type = "If".into();
+        branch.attributes =
+            vec![Attribute { name: "then_branch".into(), value: AttributeValue::Graph(Box::new(inner)) }];
+        let fault = refused(graph(&["x"], vec![branch], &["y"]));
+        assert!(fault.contains("`if`") && fault.contains("makes 1 values"), "{fault}");
     }
 
     #[test]

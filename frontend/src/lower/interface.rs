@@ -167,7 +167,10 @@ impl Lowering<'_> {
         let declared = self.model.graph.outputs.iter().find(|output| output.name == name);
         let Some(declared) = declared.and_then(ValueInfo::tensor_type).cloned() else { return Ok(()) };
         let found = self.graph.ty(value).clone();
-        let constant = matches!(self.graph.node(value).op, Op::Literal(_) | Op::Weight(_));
+        let made_by =
+            self.model.graph.nodes.iter().find(|node| node.outputs.iter().any(|output| output == name));
+        let constant = made_by.is_none_or(|node| node.op_type == "Constant")
+            && matches!(self.graph.node(value).op, Op::Literal(_) | Op::Weight(_));
         if declared.dtype != found.dtype && constant {
             // ONNX Runtime goes by the constant.
             let name = crate::error::quote(name);

@@ -1,6 +1,7 @@
 //! Products: MatMul, Gemm, Einsum, <https://onnx.ai/onnx/operators/>, and ONNX Runtime's FusedMatMul,
 //! <https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md>. All become einsums of two operands.
 
+use crate::error::quote;
 use crate::lower::{Call, Lowered, Lowering, Value, invalid, unsupported};
 use tpshard_ir::op::EinsumSpec;
 use tpshard_ir::{Dim, Monoid, Op, Scalar, ValueId};
@@ -167,7 +168,7 @@ struct Term {
 
 /// The letters of each operand and of the result, with ellipses replaced by letters of their own.
 fn parse_equation(l: &Lowering<'_>, text: &str, operands: &[ValueId]) -> Lowered<(Vec<Vec<u8>>, Vec<u8>)> {
-    let wrong = || invalid(format!("the equation {}", crate::error::quote(text)));
+    let wrong = || invalid(format!("the equation {}", quote(text)));
     let (inputs, output) = match text.split_once("->") {
         Some((inputs, output)) => (inputs, Some(output)),
         None => (text, None),
@@ -179,15 +180,22 @@ fn parse_equation(l: &Lowering<'_>, text: &str, operands: &[ValueId]) -> Lowered
     let used: Vec<u8> = text.bytes().filter(u8::is_ascii_alphabetic).collect();
     let free: Vec<u8> = LETTERS.iter().copied().filter(|letter| !used.contains(letter)).collect();
     let named = |term: &str| term.bytes().filter(u8::is_ascii_alphabetic).count();
-    let mut widest = 0;
+    let mut wide = None;
     for (term, &id) in inputs.iter().zip(operands) {
         let rank = l.graph.ty(id).rank();
         let extra = rank.checked_sub(named(term)).ok_or_else(wrong)?;
         if !term.contains("...") && extra > 0 {
             return Err(wrong());
         }
-        widest = widest.max(extra);
+        if term.contains("...") && wide.is_some_and(|wide| wide != extra) {
+            return Err(invalid(format!(
+                "{}: its ellipses stand for different numbers of dims",
+                quote(text)
+            )));
+        }
+        wide = if term.contains("...") { Some(extra) } else { wide };
     }
+    let widest = wide.unwrap_or(0);
     let ellipsis =
         |width: usize| free.get(..widest).and_then(|letters| letters.get(widest - width..)).ok_or_else(wrong);
     let expand = |term: &str, width: usize| -> Lowered<Vec<u8>> {

@@ -83,8 +83,10 @@ pub(super) fn split(l: &mut Lowering<'_>, call: &Call<'_>) -> Lowered<Vec<Value>
             lengths
         }
         None => {
-            let count =
-                usize::try_from(call.attributes.int("num_outputs", i64::try_from(outputs).unwrap_or(0))?);
+            let count = match call.attributes.optional_int("num_outputs")? {
+                None if call.opset() >= 18 => return Err(invalid("neither lengths nor a number of outputs")),
+                count => count.map_or(Ok(outputs), usize::try_from),
+            };
             let count = count.ok().filter(|&count| count > 0 && count >= outputs);
             let count = count.ok_or_else(|| invalid("the number of outputs"))?;
             even_lengths(&extent, count, call.opset() >= 18)?

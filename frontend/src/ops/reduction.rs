@@ -172,7 +172,8 @@ pub(super) fn top_k(l: &mut Lowering<'_>, call: &Call<'_>) -> Lowered<Vec<Value>
         Dim::constant(call.attributes.required_int("k")?)
     } else {
         let k = l.known(call.input(1)?).ok_or_else(|| data_dependent("the count of a TopK"))?;
-        k.single().and_then(|k| k.dim().cloned()).ok_or_else(|| invalid("the count is not one integer"))?
+        let one = k.single().filter(|_| k.shape.len() == 1).and_then(|k| k.dim().cloned());
+        one.ok_or_else(|| invalid("the count is not one integer in one dim"))?
     };
     let extent = l.graph.ty(x).shape[axis].clone();
     if k.as_const().is_some_and(|k| k < 0) {

@@ -70,7 +70,8 @@ pub(super) fn resize(l: &mut Lowering<'_>, call: &Call<'_>) -> Lowered<Vec<Value
     let region = region.map(|region| floats(l, &region, "the region of a Resize")).transpose()?;
     let from: Vec<Dim> = axes.iter().map(|&axis| shape[axis].clone()).collect();
     let sized = match (&scales, &sizes) {
-        (_, Some(sizes)) => by_sizes(&l.dims(sizes, "the sizes of a Resize")?, &from, policy)?,
+        (Some(_), Some(_)) => return Err(invalid("both scales and sizes")),
+        (None, Some(sizes)) => by_sizes(&l.dims(sizes, "the sizes of a Resize")?, &from, policy)?,
         (Some(scales), None) => by_scales(&floats(l, scales, "the scales of a Resize")?, &from)?,
         (None, None) => return Err(invalid("neither scales nor sizes")),
     };
@@ -116,7 +117,7 @@ pub(super) fn upsample(l: &mut Lowering<'_>, call: &Call<'_>) -> Lowered<Vec<Val
 fn mode(text: &str) -> Lowered<Mode> {
     match text {
         "nearest" => Ok(Mode::Nearest),
-        "linear" | "bilinear" => Ok(Mode::Linear),
+        "linear" => Ok(Mode::Linear),
         "cubic" => Ok(Mode::Cubic),
         other => Err(invalid(format!("the mode {}", quote(other)))),
     }

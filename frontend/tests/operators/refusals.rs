@@ -2,7 +2,7 @@
 
 use crate::support::*;
 use tpshard_frontend::{AttributeValue, ErrorKind, Graph};
-use tpshard_ir::DType;
+use tpshard_ir::{DType, Tensor};
 
 #[test]
 fn all_unsupported_nodes_are_named_at_once() {
@@ -40,6 +40,29 @@ fn wrong_attributes_axes_and_counts_are_refused() {
     assert!(refused("Reshape", "x k", &[]).contains("must be equal"));
     assert!(refused("Concat", "x x", &[("axis", int(5))]).contains("axis 5"));
     assert!(refused("Reshape", "x x", &[]).contains("not integers in one dim"));
+}
+
+/// ONNX Runtime refuses them too, so nobody can have meant what one might make of them.
+#[test]
+fn what_the_inference_of_onnx_refuses_is_refused() {
+    let refused = |op: &str, inputs: &str, attributes: &[(&str, AttributeValue)]| {
+        let model = builder(18)
+            .input("x", DType::F32, "2 3")
+            .input("wide", DType::F32, "2 2 3 3")
+            .weight("count", &Tensor::scalar(1i64))
+            .weight("scales", &f32s(&[2], &[1.0, 2.0]))
+            .weight("sizes", &i64s(&[2, 6]))
+            .node(op, inputs, "y", attributes);
+        first_fault(&model.output("y", DType::F32).import().unwrap_err())
+    };
+    let text = |text: &str| AttributeValue::String(text.to_owned().into());
+    assert!(refused("TopK", "x count", &[]).contains("not one integer in one dim"));
+    assert!(refused("Split", "x", &[("axis", int(1))]).contains("neither lengths nor a number"));
+    assert!(refused("Resize", "x _ scales sizes", &[]).contains("both scales and sizes"));
+    assert!(refused("Resize", "x _ scales", &[("mode", text("bilinear"))]).contains("the mode `bilinear`"));
+    let equation = [("equation", text("...i,...ij->...j"))];
+    assert!(refused("Einsum", "x wide", &equation).contains("different numbers of dims"));
+    assert!(refused("Size", "x", &[]).contains("declared as f32"));
 }
 
 #[test]
