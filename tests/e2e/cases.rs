@@ -214,3 +214,25 @@ fn a_graph_that_is_not_the_models_is_found() {
     fs::remove_file(&file).unwrap();
     check().fails(5, &["model-1.tir"]);
 }
+
+/// What the encoder gave has a length of its own, and its keys and values are made by one graph and read by the other.
+#[test]
+fn a_decoder_that_looks_at_an_encoder_is_right_in_both_graphs() {
+    let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/models/merged-encoder-decoder");
+    let model = golden.join("model.onnx");
+    for ranks in 1..=3 {
+        let scratch = scratch();
+        let out = scratch.path().join("out");
+        let ranks = ranks.to_string();
+        end(&mut tpshard(words![model, "--tp", ranks, "-o", out, "--memory", "min", "--quiet"])).ok();
+        let verified = end(&mut tpshard(words!["verify", out, "--golden", golden])).ok();
+        assert_eq!(verified.stdout.matches("PASSED logits").count(), 2, "{}", verified.stdout);
+        end(&mut tpshard(words!["check", out, "--model", model])).ok();
+    }
+    let roles =
+        end(&mut tpshard(words!["inspect", model, "--json"])).ok().json()["graphs"][0]["roles"].clone();
+    assert_eq!(
+        roles,
+        json!({ "batch_size": "batch", "decoder_sequence_length": "seq", "past_decoder_sequence_length": "past" })
+    );
+}

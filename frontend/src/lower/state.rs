@@ -109,19 +109,22 @@ pub(super) fn roles(graph: &Graph, overrides: &BTreeMap<String, Role>) -> BTreeM
             }
         }
     }
+    // A decoder looks at all of what an encoder made in every step, so that is neither what is fed nor what grows.
+    let of_encoder = |name: &str| !graph.states.is_empty() && name.to_ascii_lowercase().contains("encoder");
     for (_, _, ty) in graph.inputs() {
         if let [batch, sequence] = ty.shape.as_slice()
             && matches!(ty.dtype, DType::I64 | DType::I32)
         {
             note(&mut roles, batch.as_symbol(), Role::Batch);
-            note(&mut roles, sequence.as_symbol(), Role::Sequence);
+            note(&mut roles, sequence.as_symbol().filter(|name| !of_encoder(name)), Role::Sequence);
         }
     }
     for name in graph.symbols.keys() {
         let lower = name.to_ascii_lowercase();
         let by_name =
             [("batch", Role::Batch), ("past", Role::Past), ("total", Role::Total), ("seq", Role::Sequence)];
-        if let Some((_, role)) = by_name.iter().find(|(word, _)| lower.contains(word)) {
+        let found = by_name.iter().find(|(word, _)| lower.contains(word));
+        if let Some((_, role)) = found.filter(|(_, role)| *role == Role::Batch || !of_encoder(name)) {
             note(&mut roles, Some(name), *role);
         }
     }
