@@ -20,6 +20,7 @@ mod generate;
 mod golden_plan;
 mod hostile;
 mod launch;
+mod memory;
 mod report_page;
 mod requests;
 mod shard_and_run;
