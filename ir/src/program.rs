@@ -6,6 +6,7 @@
 //! [`RankProgram::decode`] carry it in a [`container`](crate::container).
 
 mod codec;
+pub mod device;
 mod lines;
 mod lowering;
 mod memory;
