@@ -1,0 +1,16 @@
+//! NVIDIA's libraries, opened while the program runs: the driver (`libcuda`) and the compiler (`libnvrtc`).
+//!
+//! Nothing of CUDA is needed to build this or to start it. A library that is not there, or that lacks a function, is an
+//! error value which says where was looked ([`SearchPath`]); libraries that were opened stay open for the life of the
+//! process, because their threads may outlive whoever uses them.
+//!
+//! What must not live here: programs, tensors, ranks; see `tpshard_runtime::cuda`.
+
+pub mod cuda;
+mod error;
+mod library;
+pub mod nvrtc;
+mod search;
+
+pub use error::DriverError;
+pub use search::{LIBRARY_PATH_VARIABLE, SearchPath};
