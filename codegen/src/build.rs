@@ -271,6 +271,7 @@ fn rank_program(
         states: entries.first().map(Entry::states).unwrap_or_default(),
         entries,
         weights: weights.iter().map(PlannedWeight::tensor).collect(),
+        device: None,
         weights_hash: weights_hash.into(),
         program_hash: program_hash.into(),
     })

@@ -12,6 +12,7 @@ mod lowering;
 mod memory;
 
 pub use codec::{PART_PROGRAM, ProgramError, graph_part};
+pub use device::{DeviceCode, DeviceError, DeviceLowering};
 pub use lowering::{Kernel, Lowering, LoweringError, Region, Stage, lower, lower_keeping};
 pub use memory::{Buffer, MemoryPlan, PlanError};
 
@@ -84,6 +85,8 @@ pub struct RankProgram {
     pub states: Vec<StateSpec>,
     /// The tensors of this rank's weight file, in the order of the file.
     pub weights: Vec<WeightTensor>,
+    /// Kernels for a GPU, if the program is for one.
+    pub device: Option<DeviceCode>,
     /// Hash of model bytes, slices and types: equal on all ranks and in every weight file that fits.
     pub weights_hash: String,
     /// Hash of the whole plan, equal on all ranks.
@@ -102,6 +105,8 @@ pub struct Entry {
     pub inputs: Vec<Port>,
     pub outputs: Vec<Port>,
     pub lowering: Lowering,
+    /// How a GPU executes the graph, if the program is for one.
+    pub device: Option<DeviceLowering>,
 }
 
 /// The logical value that the ranks' local values stand for.
@@ -182,7 +187,7 @@ impl Entry {
         let outputs = graph.outputs.iter().map(|o| port(&o.name, o.value)).collect();
         let lowering = lower(&graph);
         let ranges = graph.symbols.clone();
-        Ok(Entry { name: name.into(), ranges, graph, families, inputs, outputs, lowering })
+        Ok(Entry { name: name.into(), ranges, graph, families, inputs, outputs, lowering, device: None })
     }
 
     /// The state pairs of this entry.
@@ -230,6 +235,7 @@ impl RankProgram {
             states: entry.states(),
             entries: vec![entry],
             weights,
+            device: None,
             weights_hash: String::new(),
             program_hash: String::new(),
         })

@@ -8,9 +8,12 @@
 //! | `N/families.tir` | the logical type and layout of every value of that graph |
 //! | `N/inputs.tir`, `N/outputs.tir` | the ports |
 //! | `N/cpu` | the lowering: one region per line |
+//! | `cuda/source.cu`, `cuda/kernels`, `cuda/sm_90.cubin`, … | of programs for a GPU: kernel text, its table, machine code |
+//! | `N/cuda` | how a GPU executes entry `N`: one step per line, its calls below it |
 //!
 //! Types with layouts are written as `.tir` programs whose values are inputs: one step per item.
 
+use super::device::{self, DeviceError};
 use super::lines::Words;
 use super::lowering::{Kernel, Lowering, LoweringError, Region, Stage};
 use super::{
@@ -59,6 +62,8 @@ pub enum ProgramError {
     Content { part: String, what: String },
     #[error("entry {entry} of the program: {error}")]
     Lowering { entry: usize, error: LoweringError },
+    #[error("entry {entry} of the program: {error}")]
+    Device { entry: usize, error: DeviceError },
 }
 
 type Result<T> = std::result::Result<T, ProgramError>;
@@ -79,6 +84,12 @@ impl RankProgram {
             parts.push((format!("{i}/inputs.tir"), ports(&entry.inputs)));
             parts.push((format!("{i}/outputs.tir"), ports(&entry.outputs)));
             parts.push((format!("{i}/cpu"), print_lowering(&entry.lowering)));
+            if let Some(lowering) = &entry.device {
+                parts.push((format!("{i}/cuda"), device::write_lowering(lowering)));
+            }
+        }
+        if let Some(code) = &self.device {
+            parts.extend(device::write_code(code));
         }
         parts
     }
@@ -147,7 +158,7 @@ fn join(numbers: &[usize]) -> String {
     numbers.iter().map(usize::to_string).collect::<Vec<_>>().join(" ")
 }
 
-fn part<'a>(payload: &Payload<'a>, name: &str) -> Result<&'a str> {
+pub(super) fn part<'a>(payload: &Payload<'a>, name: &str) -> Result<&'a str> {
     let bytes = payload.part(name).ok_or_else(|| ProgramError::Missing { part: name.into() })?;
     std::str::from_utf8(bytes).map_err(|e| ProgramError::Content { part: name.into(), what: e.to_string() })
 }
@@ -254,6 +265,7 @@ impl Manifest {
             entries: vec![],
             states: vec![],
             weights: vec![],
+            device: None,
             weights_hash: String::new(),
             program_hash: String::new(),
         };
@@ -327,6 +339,14 @@ impl Manifest {
         for (i, entry) in self.entries.into_iter().enumerate() {
             program.entries.push(read_entry(payload, i, entry, &program.mesh)?);
         }
+        program.device = device::read_code(payload)?;
+        if let Some(code) = &program.device {
+            for (i, entry) in program.entries.iter_mut().enumerate() {
+                let lowering = device::read_lowering(payload, &format!("{i}/cuda"))?;
+                lowering.check(code, entry).map_err(|error| ProgramError::Device { entry: i, error })?;
+                entry.device = Some(lowering);
+            }
+        }
         Ok(program)
     }
 }
@@ -362,7 +382,16 @@ fn read_entry(payload: &Payload<'_>, i: usize, head: ManifestEntry, mesh: &Mesh)
     let (inputs, outputs) = (ports("inputs")?, ports("outputs")?);
     let lowering = read_lowering(payload, &format!("{i}/cpu"))?;
     lowering.check(&graph).map_err(|error| ProgramError::Lowering { entry: i, error })?;
-    Ok(Entry { name: head.name, ranges: head.ranges, graph, families, inputs, outputs, lowering })
+    Ok(Entry {
+        name: head.name,
+        ranges: head.ranges,
+        graph,
+        families,
+        inputs,
+        outputs,
+        lowering,
+        device: None,
+    })
 }
 
 /// Why a node cannot be executed: executors rely on operand counts, axes and types being what inference says.
@@ -384,7 +413,7 @@ fn node_fault(graph: &Graph, value: ValueId, node: &Node) -> Option<String> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use crate::dtype::DType;
     use crate::graph::{Output, StatePair};
@@ -393,7 +422,7 @@ mod tests {
     use crate::spmd::{SpmdOutput, StepId};
     use crate::weight::WeightExpr;
 
-    fn sample() -> RankProgram {
+    pub(in crate::program) fn sample() -> RankProgram {
         let mut g = Graph::new("sample");
         let ty = |dims: Vec<Dim>| Type::new(DType::F32, dims);
         let past = g.input("past \"k\"", ty(vec![Dim::symbol("b"), Dim::symbol("past"), 4i64.into()]));

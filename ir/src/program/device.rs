@@ -5,12 +5,22 @@
 //! stretches are no calls: kernels read their operands through strides, which are dim expressions like the sizes of a
 //! call, so that one kernel serves every shape and every layer. What no kernel computes is left to the CPU's executor.
 //!
+//! What depends on data can go wrong while a kernel runs: an index out of range. Then the kernel goes on with an index that
+//! is in range and notes what it met in four words, [`Argument::Fault`], which are looked at when the run has ended.
+//!
 //! Nothing here knows a driver. `codegen` writes these tables and `runtime` follows them.
+
+mod check;
+mod codec;
+
+pub use check::DeviceError;
+pub(super) use codec::{read_code, read_lowering, write_code, write_lowering};
 
 use super::lowering::Stage;
 use crate::dim::Dim;
 use crate::dtype::DType;
-use crate::graph::ValueId;
+use crate::graph::{Graph, ValueId};
+use std::collections::BTreeSet;
 
 /// The symbol that stands for the room along the growing dim of state pair `pair` of a program: the capacity of a
 /// session's state, or the length of the present where state enters and leaves as plain tensors.
@@ -48,7 +58,20 @@ pub enum Parameter {
     Size,
     /// `float`
     Real,
+    /// `long long *`: four words, zero before a run. A kernel that meets a fault stores a [fault code](FAULT_INDEX), the
+    /// number of the step's value (which it is given as a size), the index met and the extent it is outside of.
+    Fault,
 }
+
+/// Fault code: an index is out of range.
+pub const FAULT_INDEX: i64 = 1;
+/// Fault code: a division of integers by zero.
+pub const FAULT_DIVISION: i64 = 2;
+
+/// Most threads of a block.
+pub const MAX_THREADS: u32 = 1024;
+/// Most bytes of dynamic shared memory that a call asks for: what every card has without asking.
+pub const MAX_SHARED: u32 = 48 << 10;
 
 /// Machine code for one architecture.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -70,13 +93,16 @@ pub struct DeviceLowering {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DeviceStep {
     pub value: ValueId,
+    /// Steps of [`Stage::Load`] are [`How::Leaf`]: the CPU's executor computes them when a session opens.
     pub stage: Stage,
+    /// Bytes of scratch memory that the step's calls use.
+    pub scratch: Dim,
     pub how: How,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum How {
-    /// An input, a weight, a literal, a size: what the node says, copied to the device.
+    /// An input, a weight, a literal, a size, or what depends on weights alone: copied to the device.
     Leaf,
     /// The same memory as another value, in another shape.
     Alias(ValueId),
@@ -110,12 +136,18 @@ pub struct Launch {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Argument {
     /// The memory of a value, from its element `offset`.
-    Value { value: ValueId, offset: Dim },
-    /// Scratch memory of the step: the element `offset` of a region that lives as long as the step.
-    Scratch { offset: Dim },
+    Value {
+        value: ValueId,
+        offset: Dim,
+    },
+    /// Scratch memory of the step, from its byte `offset`.
+    Scratch {
+        offset: Dim,
+    },
     Size(Dim),
     /// Bits of an `f32`.
     Real(u32),
+    Fault,
 }
 
 /// `result[b, m, n] = sum over k of left[b, m, k] * right[b, k, n]`, 16-bit floats accumulated in `f32`.
@@ -142,4 +174,38 @@ pub struct Matrix {
     pub batch: Dim,
     pub row: Dim,
     pub column: Dim,
+}
+
+impl How {
+    /// The calls of own kernels.
+    pub fn launches(&self) -> &[Launch] {
+        match self {
+            How::Launch(launches) | How::Append { launches, .. } => launches,
+            How::Product(product) => &product.fallback,
+            How::Leaf | How::Alias(_) | How::Convert | How::Host => &[],
+        }
+    }
+}
+
+impl DeviceStep {
+    /// The values that the step reads, ascending, each once: all of them have a step of their own, before this one.
+    pub fn reads(&self, graph: &Graph) -> Vec<ValueId> {
+        let mut reads: BTreeSet<ValueId> = BTreeSet::new();
+        for argument in self.how.launches().iter().flat_map(|launch| &launch.arguments) {
+            if let Argument::Value { value, .. } = argument
+                && *value != self.value
+            {
+                reads.insert(*value);
+            }
+        }
+        match &self.how {
+            How::Alias(value) | How::Append { state: value, .. } => {
+                reads.insert(*value);
+            }
+            How::Product(product) => reads.extend([product.left.value, product.right.value]),
+            How::Convert | How::Host => reads.extend(graph.node(self.value).args.iter().copied()),
+            How::Leaf | How::Launch(_) => {}
+        }
+        reads.into_iter().collect()
+    }
 }

@@ -3,7 +3,7 @@
 use super::codec::ProgramError;
 
 /// The words of one line, taken from left to right.
-pub(super) struct Words<'a> {
+pub(in crate::program) struct Words<'a> {
     part: &'a str,
     number: usize,
     words: std::vec::IntoIter<String>,
@@ -11,7 +11,7 @@ pub(super) struct Words<'a> {
 
 impl<'a> Words<'a> {
     /// The words of every line of a part that is not empty.
-    pub(super) fn lines(part: &'a str, text: &'a str) -> Result<Vec<Words<'a>>, ProgramError> {
+    pub(in crate::program) fn lines(part: &'a str, text: &'a str) -> Result<Vec<Words<'a>>, ProgramError> {
         let mut lines = Vec::new();
         for (number, line) in text.lines().enumerate().filter(|(_, l)| !l.trim().is_empty()) {
             let mut words = Words { part, number: number + 1, words: Vec::new().into_iter() };
@@ -22,24 +22,27 @@ impl<'a> Words<'a> {
         Ok(lines)
     }
 
-    pub(super) fn error(&self, what: impl Into<String>) -> ProgramError {
+    pub(in crate::program) fn error(&self, what: impl Into<String>) -> ProgramError {
         ProgramError::Line { part: self.part.into(), line: self.number, what: what.into() }
     }
 
-    pub(super) fn word(&mut self, what: &str) -> Result<String, ProgramError> {
+    pub(in crate::program) fn word(&mut self, what: &str) -> Result<String, ProgramError> {
         match self.words.next() {
             Some(word) => Ok(word),
             None => Err(self.error(format!("{what} is missing"))),
         }
     }
 
-    pub(super) fn parse<T: std::str::FromStr>(&mut self, what: &str) -> Result<T, ProgramError> {
+    pub(in crate::program) fn parse<T: std::str::FromStr>(&mut self, what: &str) -> Result<T, ProgramError> {
         let word = self.word(what)?;
         word.parse().map_err(|_| self.error(format!("`{word}` is not {what}")))
     }
 
     /// Everything that is left.
-    pub(super) fn rest<T: std::str::FromStr>(&mut self, what: &str) -> Result<Vec<T>, ProgramError> {
+    pub(in crate::program) fn rest<T: std::str::FromStr>(
+        &mut self,
+        what: &str,
+    ) -> Result<Vec<T>, ProgramError> {
         let mut all = Vec::new();
         while self.words.len() > 0 {
             all.push(self.parse(what)?);
@@ -47,7 +50,11 @@ impl<'a> Words<'a> {
         Ok(all)
     }
 
-    pub(super) fn end(mut self) -> Result<(), ProgramError> {
+    pub(in crate::program) fn is_done(&self) -> bool {
+        self.words.len() == 0
+    }
+
+    pub(in crate::program) fn end(mut self) -> Result<(), ProgramError> {
         match self.words.next() {
             None => Ok(()),
             Some(word) => Err(self.error(format!("`{word}` follows the end"))),

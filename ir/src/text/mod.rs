@@ -34,7 +34,7 @@ mod parse;
 mod print;
 mod scan;
 
-pub use parse::{parse_graph, parse_literal, parse_program};
+pub use parse::{parse_dim, parse_graph, parse_literal, parse_program};
 pub use print::{print_graph, print_literal, print_program};
 
 /// Where text is not what was expected there.

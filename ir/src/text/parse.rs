@@ -3,6 +3,7 @@
 use super::TextError;
 use super::scan::{Parsed, Scanner};
 use crate::border::{Border, Filling};
+use crate::dim::Dim;
 use crate::graph::{Case, Graph, Guard, Node, Output, Relation, StatePair, SymbolRange, ValueId};
 use crate::layout::{AxisLayout, Layout, Mesh};
 use crate::spmd::{Equation, Spmd, SpmdOutput, Step, StepId, StepKind};
@@ -38,6 +39,16 @@ pub fn parse_literal(text: &str) -> Result<Tensor, TextError> {
     let mut scanner = Scanner::new(text);
     let tensor = scanner.literal()?;
     if scanner.at_end() { Ok(tensor) } else { Err(scanner.expected("the end")) }
+}
+
+/// A dim from text such as `4*seq + floordiv(past, 2)`.
+///
+/// # Errors
+/// The first place where the text is not a dim.
+pub fn parse_dim(text: &str) -> Result<Dim, TextError> {
+    let mut scanner = Scanner::new(text);
+    let dim = scanner.dim()?;
+    if scanner.at_end() { Ok(dim) } else { Err(scanner.expected("the end")) }
 }
 
 impl FromStr for Graph {

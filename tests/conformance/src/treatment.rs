@@ -163,6 +163,7 @@ fn rank_program(plan: &Plan, rank: usize) -> Result<RankProgram, Obstacle> {
         states: entries.first().map(tpshard_ir::program::Entry::states).unwrap_or_default(),
         entries,
         weights: planned_weights(&plan.programs, rank).map_err(failed)?,
+        device: None,
         weights_hash: String::new(),
         program_hash: String::new(),
     })
