@@ -158,7 +158,7 @@ fn one_rank(folder: &Path, options: &Options) -> Outcome<Session> {
         tool_version: env!("CARGO_PKG_VERSION").into(),
         program_hash: files.program.program_hash.clone(),
         weights_hash: files.program.weights_hash.clone(),
-        device: "cpu".into(),
+        device: session_options.device.name(&files.program).into(),
         precision: files.program.determinism.name().into(),
     };
     let end = if place.world_size == 1 {
@@ -168,7 +168,11 @@ fn one_rank(folder: &Path, options: &Options) -> Outcome<Session> {
         meeting.timeout = if meeting.timeout == FOREVER { APPEARANCE } else { meeting.timeout };
         connect(&meeting, &agreement)?
     };
-    let session_options = SessionOptions { local_ranks: place.local_world_size, ..session_options };
+    let session_options = SessionOptions {
+        local_ranks: place.local_world_size,
+        local_rank: place.local_rank,
+        ..session_options
+    };
     Ok(start(files, end, &session_options)?)
 }
 

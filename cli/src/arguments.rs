@@ -2,13 +2,15 @@
 
 use crate::failure::{Failure, Kind, Outcome};
 use crate::output;
+use crate::target::Target;
 use clap::builder::RangedU64ValueParser;
-use clap::{Args, CommandFactory, Parser, Subcommand};
+use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 use std::ffi::OsString;
 use std::io::IsTerminal;
 use std::path::PathBuf;
 use tpshard_frontend::Limits;
 use tpshard_ir::program::Determinism;
+use tpshard_runtime::session::DeviceChoice;
 
 /// Shards an ONNX model over N ranks and runs it.
 #[derive(Debug, Parser)]
@@ -154,9 +156,11 @@ pub(crate) struct ShardArguments {
     /// Replace an existing folder.
     #[arg(long)]
     pub(crate) overwrite: bool,
-    /// What the programs run on.
-    #[arg(long, value_name = "TARGET", default_value = "auto", value_parser = ["auto", "cpu"])]
-    pub(crate) target: String,
+    /// What the programs run on: `cpu`; or `cuda`, NVIDIA GPUs, with machine code for the architectures listed, such as
+    /// `cuda:sm_80,sm_90`, if their compiler is found (see docs/cuda.md), else made when the ranks first start. `auto` is
+    /// `cpu`.
+    #[arg(long, value_name = "TARGET", default_value = "auto")]
+    pub(crate) target: Target,
     /// An executable of another machine type to put the programs into. Default: this one.
     #[arg(long, value_name = "FILE")]
     pub(crate) runner: Option<PathBuf>,
@@ -193,9 +197,45 @@ const MOST_SECONDS: u64 = 7 * 24 * 60 * 60;
 /// Most threads per rank that can be asked for.
 const MOST_THREADS: u64 = 1024;
 
+/// Where ranks run.
+#[derive(Clone, Copy, Debug, Default, Args)]
+pub(crate) struct DeviceArgument {
+    /// Where to run: `auto`, what the folder was built for; `cpu`, also if it was built for GPUs; `cuda`.
+    #[arg(long, value_name = "DEVICE", value_enum, default_value_t = Device::Auto)]
+    pub(crate) device: Device,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Device {
+    #[default]
+    Auto,
+    Cpu,
+    Cuda,
+}
+
+impl Device {
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Device::Auto => "auto",
+            Device::Cpu => "cpu",
+            Device::Cuda => "cuda",
+        }
+    }
+
+    pub(crate) fn choice(self) -> DeviceChoice {
+        match self {
+            Device::Auto => DeviceChoice::Program,
+            Device::Cpu => DeviceChoice::Cpu,
+            Device::Cuda => DeviceChoice::Cuda,
+        }
+    }
+}
+
 /// How ranks run.
 #[derive(Clone, Debug, Default, Args)]
 pub(crate) struct RankArguments {
+    #[command(flatten)]
+    pub(crate) on: DeviceArgument,
     /// Seconds without progress after which the ranks give up, 1 to 604800 (a week). Default: 30.
     #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=MOST_SECONDS))]
     pub(crate) timeout: Option<u64>,
@@ -215,9 +255,6 @@ pub(crate) struct TensorArguments {
     pub(crate) outputs: Option<PathBuf>,
     #[command(flatten)]
     pub(crate) ranks: RankArguments,
-    /// Where to run.
-    #[arg(long, value_name = "DEVICE", default_value = "cpu", value_parser = ["cpu"])]
-    pub(crate) device: String,
 }
 
 #[derive(Debug, Args)]
@@ -245,6 +282,8 @@ pub(crate) struct VerifyArguments {
     /// Name the first ONNX node whose value differs from one rank's.
     #[arg(long)]
     pub(crate) bisect: bool,
+    #[command(flatten)]
+    pub(crate) on: DeviceArgument,
     #[command(flatten)]
     pub(crate) tolerance: ToleranceArguments,
 }

@@ -1,5 +1,6 @@
 //! A finished folder: what `config.json` says, and where its files are.
 
+use crate::arguments::Device;
 use crate::failure::{Failure, Kind, Outcome};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
@@ -13,6 +14,8 @@ pub(crate) struct Folder {
     pub(crate) path: PathBuf,
     pub(crate) config: Value,
     pub(crate) ranks: usize,
+    /// Where its programs are run.
+    pub(crate) device: Device,
 }
 
 impl Folder {
@@ -48,7 +51,12 @@ impl Folder {
         if !(1..=1024).contains(&ranks) {
             return Err(refuse(Kind::Mismatch, format!("lists {ranks} ranks")));
         }
-        Ok(Folder { path, config, ranks })
+        Ok(Folder { path, config, ranks, device: Device::Auto })
+    }
+
+    /// The same, run on `device`.
+    pub(crate) fn on(self, device: Device) -> Folder {
+        Folder { device, ..self }
     }
 
     pub(crate) fn executable(&self, rank: usize) -> PathBuf {

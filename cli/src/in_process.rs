@@ -71,6 +71,7 @@ fn run_rank(
     let mut weights = open_weights(&folder.path, rank)?;
     let options = SessionOptions {
         threads: Some(1),
+        device: folder.device.choice(),
         evaluator: crate::runner::evaluator(),
         ..SessionOptions::default()
     };

@@ -12,6 +12,7 @@ mod output;
 mod progress;
 mod rank_program;
 mod runner;
+mod target;
 mod tensors;
 
 use arguments::{Arguments, Command};

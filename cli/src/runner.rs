@@ -126,7 +126,7 @@ pub(crate) fn run_rank(
         tool_version: env!("CARGO_PKG_VERSION").into(),
         program_hash: file.program.program_hash.clone(),
         weights_hash: file.program.weights_hash.clone(),
-        device: arguments.device.clone(),
+        device: arguments.ranks.on.device.choice().name(&file.program).into(),
         precision: file.program.determinism.name().into(),
     };
     let mut options = CommOptions::default();
@@ -139,6 +139,8 @@ pub(crate) fn run_rank(
     let session_options = SessionOptions {
         threads: arguments.ranks.threads,
         local_ranks: place.local_world_size,
+        device: arguments.ranks.on.device.choice(),
+        local_rank: place.local_rank,
         evaluator: evaluator(),
         ..SessionOptions::default()
     };
@@ -147,6 +149,9 @@ pub(crate) fn run_rank(
     let mut session = Session::open(program, &mut weights, communicator, &session_options)
         .map_err(|e| session_failure(&e))?;
     drop(weights);
+    if let Some(device) = session.device() {
+        output::say(format_args!("rank {}: {device}", place.rank));
+    }
     let inputs: BTreeMap<String, tpshard_ir::Tensor> = inputs.into_iter().collect();
     if let Some(job) = job {
         return job.work(&mut session, &inputs);

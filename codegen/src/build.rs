@@ -5,6 +5,8 @@
 //! encoded around them and put into copies of the runner. `config.json` comes last, because it marks the folder as
 //! complete.
 
+use crate::cubins::{CudaTarget, Cubins};
+use crate::cuda;
 use crate::elf::{self, ElfError};
 use crate::folder::{CONFIG, CONFIG_FORMAT, FolderError, OutputFolder};
 use crate::weights::hash::hex;
@@ -14,6 +16,7 @@ use sha2::{Digest, Sha256};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io::Write;
+use tpshard_driver::DriverError;
 use tpshard_ir::container::{self, ContainerError};
 use tpshard_ir::layout::{Layout, local_runs};
 use tpshard_ir::program::{Determinism, Entry, ProgramError, RankProgram, WeightTensor};
@@ -66,6 +69,8 @@ pub struct Build<'a> {
     /// The executable to copy for every rank.
     pub runner: &'a [u8],
     pub source: &'a dyn WeightSource,
+    /// GPUs to write kernels for, if the programs are to run on any.
+    pub cuda: Option<&'a CudaTarget<'a>>,
     /// Resolved inputs of the build for `config.json`: versions, hashes, flags.
     pub inputs: Map<String, Value>,
 }
@@ -87,6 +92,8 @@ pub enum BuildError {
     Instantiate(#[from] InstantiateError),
     #[error("writing {name}: {error}")]
     Write { name: String, error: std::io::Error },
+    #[error("{0}")]
+    Kernels(#[from] DriverError),
     #[error("no entry to build")]
     Empty,
 }
@@ -128,8 +135,13 @@ pub fn build(
         .collect();
     let program_hash = program_hash(&model_texts, &certificates);
     let mut programs = Vec::with_capacity(ranks);
+    let mut cubins = build.cuda.map(Cubins::new);
     for (rank, plan) in plans.iter().enumerate() {
-        let program = rank_program(build, rank, plan, &written.weights_hash, &program_hash)?;
+        let mut program = rank_program(build, rank, plan, &written.weights_hash, &program_hash)?;
+        if let Some(cubins) = &mut cubins {
+            cuda::attach(&mut program);
+            program.device.as_mut().map_or(Ok(()), |code| cubins.add(code))?;
+        }
         let payload = payload(&program, &certificates)?;
         write(
             folder.executable(&format!("rank{rank}"))?,

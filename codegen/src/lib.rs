@@ -5,6 +5,7 @@
 //! are carried is not known here.
 
 pub mod build;
+pub mod cubins;
 pub mod elf;
 pub mod folder;
 pub mod report_html;

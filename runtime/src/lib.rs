@@ -6,6 +6,7 @@
 
 pub mod comm;
 pub mod cpu;
+pub mod cuda;
 pub mod elf;
 pub mod io;
 pub mod launch;

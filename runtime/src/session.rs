@@ -9,6 +9,7 @@
 
 mod agree;
 mod bind;
+mod engine;
 mod error;
 mod parts;
 mod request;
@@ -30,6 +31,28 @@ use tpshard_ir::program::RankProgram;
 use tpshard_ir::{Layout, StepId, Tensor, Type};
 use worker::Worker;
 
+/// What executes a program.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum DeviceChoice {
+    /// What the program is for: a GPU if it has kernels for one, which then has to be there.
+    #[default]
+    Program,
+    Cpu,
+    /// A GPU, also where the program has no kernels, which is an error.
+    Cuda,
+}
+
+impl DeviceChoice {
+    /// What executes `program`, as ranks tell each other.
+    pub fn name(self, program: &RankProgram) -> &'static str {
+        match self {
+            DeviceChoice::Cuda => "cuda",
+            DeviceChoice::Program if program.device.is_some() => "cuda",
+            DeviceChoice::Program | DeviceChoice::Cpu => "cpu",
+        }
+    }
+}
+
 /// Settings of a session.
 #[derive(Clone, Debug, Default)]
 pub struct SessionOptions {
@@ -37,6 +60,9 @@ pub struct SessionOptions {
     pub threads: Option<usize>,
     /// Ranks on this machine; default: all.
     pub local_ranks: Option<usize>,
+    pub device: DeviceChoice,
+    /// The number of this rank among those of this machine, which chooses its GPU; default: the rank.
+    pub local_rank: Option<usize>,
     /// Most bytes that one run may take besides the weights; default: this rank's share of the available memory.
     pub memory_limit: Option<u64>,
     /// Room for state that stays with the ranks between steps; default: none.
@@ -126,6 +152,11 @@ impl Session {
 
     pub fn program(&self) -> &RankProgram {
         self.worker.program()
+    }
+
+    /// The GPU that executes the program and where its kernels came from; nothing if it is the processor.
+    pub fn device(&self) -> Option<&str> {
+        self.worker.device()
     }
 
     /// What was communicated so far.

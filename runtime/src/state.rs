@@ -10,11 +10,15 @@
 
 mod parts;
 mod saved;
+mod stored;
 
 pub(crate) use parts::{Batch, StepPart};
+pub(crate) use stored::{Home, Stored};
 
 use crate::cpu::convert::{Place, held};
+use crate::cpu::step::Held;
 use crate::cpu::value::Value;
+use crate::cuda::DeviceTensor;
 use crate::session::SessionError;
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -67,7 +71,7 @@ pub(crate) struct SlotGroup {
     slots: Vec<SlotId>,
     length: usize,
     /// One per state pair, in the order of the program.
-    tensors: Vec<Tensor>,
+    tensors: Vec<Stored>,
     inputs: Vec<(Arc<str>, usize)>,
 }
 
@@ -77,6 +81,7 @@ pub(crate) struct StateStore {
     mesh: Mesh,
     rank: usize,
     options: StateOptions,
+    home: Home,
     groups: Vec<SlotGroup>,
 }
 
@@ -85,15 +90,26 @@ fn refuse(what: impl Into<String>) -> SessionError {
 }
 
 impl SlotGroup {
-    /// The filled prefixes, handed out; the tensors are taken and come back with [`StateStore::put_back`].
+    /// The filled prefixes of tensors on the host, handed out; they come back with [`StateStore::put_back`].
     pub(crate) fn values(&mut self) -> BTreeMap<Arc<str>, Value> {
-        let tensors = std::mem::take(&mut self.tensors);
-        let prefix = |((name, axis), tensor): (&(Arc<str>, usize), Tensor)| {
-            let value = Value::new(tensor);
-            // The length never exceeds the capacity the tensors were made with.
-            (name.clone(), value.sliced(*axis, 0, self.length, 1).unwrap_or(value))
+        let prefix = |((name, axis), stored): (&(Arc<str>, usize), &mut Stored)| match stored {
+            Stored::Host(tensor) => {
+                let value = Value::new(std::mem::replace(tensor, Tensor::scalar(0f32)));
+                // The length never exceeds the capacity the tensors were made with.
+                Some((name.clone(), value.sliced(*axis, 0, self.length, 1).unwrap_or(value)))
+            }
+            Stored::Device(_) => None,
         };
-        self.inputs.iter().zip(tensors).map(prefix).collect()
+        self.inputs.iter().zip(&mut self.tensors).filter_map(prefix).collect()
+    }
+
+    /// Tensors on a device, with room for the capacity.
+    pub(crate) fn on_device(&self) -> BTreeMap<Arc<str>, DeviceTensor> {
+        let tensor = |((name, _), stored): (&(Arc<str>, usize), &Stored)| match stored {
+            Stored::Device(tensor) => Some((name.clone(), tensor.clone())),
+            Stored::Host(_) => None,
+        };
+        self.inputs.iter().zip(&self.tensors).filter_map(tensor).collect()
     }
 }
 
@@ -101,6 +117,7 @@ impl StateStore {
     pub(crate) fn new(
         program: &RankProgram,
         options: &StateOptions,
+        home: Home,
         memory_limit: u64,
     ) -> Result<StateStore, SessionError> {
         if program.states.is_empty() {
@@ -129,6 +146,7 @@ impl StateStore {
             mesh: program.mesh.clone(),
             rank: program.rank,
             options: options.clone(),
+            home,
             groups: Vec::new(),
         };
         let mut needed = 0u64;
@@ -151,6 +169,11 @@ impl StateStore {
         let place = Place { mesh: &self.mesh, rank: self.rank, bindings: &bindings };
         let runs = held(&family, &place, self.rank).map_err(refuse)?;
         Ok(runs.into_iter().map(|run| run.1).collect())
+    }
+
+    /// Entries that a slot has room for.
+    pub(crate) fn capacity(&self) -> usize {
+        self.options.capacity
     }
 
     fn find(&self, slot: SlotId) -> Option<(usize, usize)> {
@@ -244,15 +267,19 @@ impl StateStore {
     }
 
     /// New buffers that hold the rows of `slots`; slots that are not there are zero.
-    fn copy_rows(&self, slots: &[SlotId]) -> Result<Vec<Tensor>, SessionError> {
+    fn copy_rows(&self, slots: &[SlotId]) -> Result<Vec<Stored>, SessionError> {
         let mut tensors = Vec::with_capacity(self.specs.len());
         for (pair, spec) in self.specs.iter().enumerate() {
             let shape = self.local_shape(spec, slots.len())?;
+            if slots.iter().all(|&slot| self.find(slot).is_none()) {
+                tensors.push(self.home.zeros(spec.ty.dtype, shape).map_err(refuse)?);
+                continue;
+            }
             let mut tensor = Tensor::zeros(spec.ty.dtype, shape).map_err(|e| refuse(e.to_string()))?;
             for (row, &slot) in slots.iter().enumerate() {
                 let Some((group, from)) = self.find(slot) else { continue };
                 let group = &self.groups[group];
-                let source = Value::new(group.tensors[pair].clone());
+                let source = group.tensors[pair].value().map_err(refuse)?;
                 let filled = source.sliced(spec.axis, 0, group.length, 1).map_err(refuse)?;
                 match spec.slot_axis {
                     Some(axis) => {
@@ -262,7 +289,7 @@ impl StateStore {
                     None => crate::cpu::write_row(&mut tensor, spec.axis, 0, &filled).map_err(refuse)?,
                 }
             }
-            tensors.push(tensor);
+            tensors.push(self.home.keep(tensor).map_err(refuse)?);
         }
         Ok(tensors)
     }
@@ -273,31 +300,42 @@ impl StateStore {
         &mut self,
         mut group: SlotGroup,
         entry: &Entry,
-        outputs: &mut [Value],
+        outputs: &mut [Held],
         succeeded: bool,
     ) -> Result<(), SessionError> {
         // An output that looks at a state would keep it from being taken.
         for (output, value) in entry.graph.outputs.iter().zip(outputs.iter_mut()) {
-            if self.specs.iter().all(|s| s.output != output.name) {
-                let own = std::mem::replace(value, Value::new(Tensor::scalar(0f32)));
-                *value = Value::new(own.into_tensor().map_err(refuse)?);
+            if self.specs.iter().all(|s| s.output != output.name)
+                && let Held::Here(own) = std::mem::replace(value, Held::InState { length: 0 })
+            {
+                *value = Held::Here(Value::new(own.into_tensor().map_err(refuse)?));
             }
         }
         let mut grown = group.length;
         let mut tensors = Vec::with_capacity(self.specs.len());
-        for spec in &self.specs {
+        for (spec, own) in self.specs.iter().zip(std::mem::take(&mut group.tensors)) {
             let at = entry.graph.outputs.iter().position(|o| o.name == spec.output);
-            let value = at
+            let held = at
                 .and_then(|at| outputs.get_mut(at))
                 .ok_or_else(|| refuse(format!("the step has no output `{}`", spec.output)))?;
-            let present = std::mem::replace(value, Value::new(Tensor::scalar(0f32)));
-            let length = present.shape().get(spec.axis).copied().unwrap_or(0);
+            let held = std::mem::replace(held, Held::InState { length: 0 });
+            let length = match &held {
+                Held::Here(present) => present.shape().get(spec.axis).copied().unwrap_or(0),
+                Held::InState { length } => *length,
+            };
             if length > self.options.capacity {
                 return Err(refuse(format!("state `{}` grew to {length} entries", spec.input)));
             }
             grown = length;
-            let shape = self.local_shape(spec, group.slots.len())?;
-            tensors.push(self.buffer(present, spec, shape)?);
+            tensors.push(match held {
+                // What a failed step made may not be a continuation of the state.
+                Held::Here(_) if !succeeded && matches!(own, Stored::Device(_)) => own,
+                Held::Here(present) => {
+                    let shape = self.local_shape(spec, group.slots.len())?;
+                    self.home.keep(self.buffer(present, spec, shape)?).map_err(refuse)?
+                }
+                Held::InState { .. } => own,
+            });
         }
         group.tensors = tensors;
         if succeeded {

@@ -38,8 +38,7 @@ pub(crate) fn generate(arguments: &GenerateArguments, json: bool, quiet: bool) -
         prompts,
     };
     let job = Job { kind, state, results: results.0.clone() };
-    let flags =
-        TensorArguments { inputs: None, outputs: None, ranks: arguments.ranks.clone(), device: "cpu".into() };
+    let flags = TensorArguments { inputs: None, outputs: None, ranks: arguments.ranks.clone() };
     spawn(job.commands(&folder, |command| add_flags(command, &flags, false))?)?;
     let path = result_file(&results.0);
     let text =

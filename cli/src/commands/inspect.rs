@@ -2,6 +2,7 @@
 
 use super::cases;
 use super::planning::import_graphs;
+use super::shard::version_text;
 use crate::arguments::{InspectArguments, ModelArguments};
 use crate::failure::{Classify, Failure, Kind, Outcome};
 use crate::folder::Folder;
@@ -14,6 +15,7 @@ use std::fmt::Write;
 use std::path::Path;
 use tpshard_codegen::build::{PART_LAUNCHER, PLAN_TEXT};
 use tpshard_frontend::{Imported, Limits};
+use tpshard_ir::program::device::DeviceCode;
 use tpshard_ir::{Border, Filling, Op};
 use tpshard_passes::report::Bytes;
 
@@ -61,7 +63,7 @@ fn folder(arguments: &InspectArguments, json: bool) -> Outcome<()> {
         return tir_text(&text.join("\n"), json);
     }
     if json {
-        return output::line(&folder.config);
+        return output::line(with_devices(&folder)?);
     }
     let field = |key: &str| folder.config.get(key).and_then(Value::as_str).unwrap_or("?").to_owned();
     let mut lines = format!(
@@ -137,6 +139,7 @@ fn executable(path: &Path, tir: bool, json: bool) -> Outcome<()> {
         "weight_bytes": weight_bytes,
         "weights_hash": program.weights_hash,
         "program_hash": program.program_hash,
+        "device": program.device.as_ref().map(device),
     });
     if json {
         return output::line(summary);
@@ -150,7 +153,49 @@ fn executable(path: &Path, tir: bool, json: bool) -> Outcome<()> {
         Bytes(weight_bytes),
         file.input_names.join(", "),
         file.output_names.join(", ")
-    ))
+    ))?;
+    program.device.as_ref().map_or(Ok(()), |code| output::line(device_line(code)))
+}
+
+/// `config.json`, with what the programs of the ranks hold for GPUs.
+fn with_devices(folder: &Folder) -> Outcome<Value> {
+    let mut config = folder.config.clone();
+    for rank in 0..folder.ranks {
+        let file = RankFile::read(&folder.executable(rank))?;
+        let described = file.program.device.as_ref().map(device);
+        if let (Some(described), Some(entry)) = (described, config.pointer_mut(&format!("/ranks/{rank}"))) {
+            entry["device"] = described;
+        }
+    }
+    Ok(config)
+}
+
+/// The kernels of a rank, and the machine code that it has of them.
+fn device(code: &DeviceCode) -> Value {
+    let cubins = code.cubins.iter().map(|cubin| {
+        json!({
+            "arch": format!("sm_{}", cubin.arch),
+            "nvrtc": version_text(cubin.nvrtc),
+            "bytes": cubin.bytes.len(),
+        })
+    });
+    json!({
+        "target": "cuda",
+        "source_bytes": code.source.len(),
+        "kernels": code.kernels.iter().map(|kernel| &kernel.name).collect::<Vec<_>>(),
+        "cubins": cubins.collect::<Vec<_>>(),
+    })
+}
+
+/// A line about it for people.
+fn device_line(code: &DeviceCode) -> String {
+    let cubins: Vec<String> = code
+        .cubins
+        .iter()
+        .map(|c| format!("sm_{} ({}, NVRTC {})", c.arch, Bytes(c.bytes.len() as u64), version_text(c.nvrtc)))
+        .collect();
+    let cubins = if cubins.is_empty() { "compiled at the first start".to_owned() } else { cubins.join(", ") };
+    format!("cuda    {} kernels, {cubins}", code.kernels.len())
 }
 
 fn model(path: &Path, tir: bool, json: bool) -> Outcome<()> {

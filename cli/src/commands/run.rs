@@ -12,7 +12,7 @@ use tpshard_runtime::launch::{SpawnError, spawn_ranks};
 
 pub(crate) fn run(arguments: &RunArguments, json: bool) -> Outcome<()> {
     check_outputs(&arguments.tensors)?;
-    let folder = Folder::open(&arguments.folder)?;
+    let folder = Folder::open(&arguments.folder)?.on(arguments.tensors.ranks.on.device);
     if !arguments.tap.is_empty() {
         let path = arguments.tensors.inputs.as_deref();
         let path = path.ok_or_else(|| Failure::new(Kind::Usage, "--tap needs --inputs FILE"))?;
@@ -86,7 +86,7 @@ pub(crate) fn add_flags(command: &mut Command, tensors: &TensorArguments, json: 
     if let Some(threads) = tensors.ranks.threads {
         command.args(["--threads", &threads.to_string()]);
     }
-    command.args(["--device", &tensors.device]);
+    command.args(["--device", tensors.ranks.on.device.name()]);
     if json {
         command.arg("--json");
     }

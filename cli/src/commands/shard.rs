@@ -7,6 +7,7 @@ use super::report_page::report_page;
 use super::reporting::{report_json, summary, warn};
 use crate::arguments::ShardArguments;
 use crate::failure::{Classify, Failure, Kind, Outcome};
+use crate::target::Target;
 use crate::{output, progress};
 use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
@@ -14,11 +15,15 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 use tpshard_checker::Finding;
 use tpshard_codegen::build::{Build, BuildError, build};
+use tpshard_codegen::cubins::CudaTarget;
 use tpshard_codegen::elf::with_program;
 use tpshard_codegen::folder::{FolderError, OutputFolder};
 use tpshard_codegen::weights::{SourceError, WeightError, WeightSource};
+use tpshard_driver::SearchPath;
+use tpshard_driver::nvrtc::Nvrtc;
 use tpshard_frontend::Imported;
 use tpshard_ir::graph::Node;
+use tpshard_ir::program::Determinism;
 use tpshard_ir::{Graph, Op, Spmd};
 use tpshard_passes::Plan;
 
@@ -45,7 +50,14 @@ pub(crate) fn shard(arguments: &ShardArguments, json: bool, quiet: bool) -> Outc
     let needed = needed.saturating_add(report_html.len() as u64);
     folder.require_space(needed).or_fail(Kind::Resource)?;
     let source = ModelWeights::of(&graphs)?;
-    let inputs = build_inputs(arguments, source.imported, &plan, &runner)?;
+    let compiler = compiler(&arguments.target, arguments.pricing.determinism)?;
+    let cuda = match &arguments.target {
+        Target::Cpu => None,
+        Target::Cuda(all) => {
+            Some(CudaTarget { architectures: all.clone(), compiler: compiler.as_ref() })
+        }
+    };
+    let inputs = build_inputs(arguments, source.imported, &plan, &runner, compiler.as_ref())?;
     let imported: Vec<&Graph> = graphs.iter().map(|imported| &imported.graph).collect();
     let request = Build {
         imported: &imported,
@@ -55,6 +67,7 @@ pub(crate) fn shard(arguments: &ShardArguments, json: bool, quiet: bool) -> Outc
         report_html: &report_html,
         runner: &runner,
         source: &source,
+        cuda: cuda.as_ref(),
         inputs,
     };
     let bar = progress::bytes(
@@ -88,6 +101,32 @@ fn file_name(path: &Path) -> String {
 fn default_folder(model: &Path, ranks: usize) -> PathBuf {
     let stem = model.file_stem().map(|s| s.to_string_lossy().into_owned()).unwrap_or_default();
     PathBuf::from(format!("{stem}-tp{ranks}"))
+}
+
+/// NVIDIA's compiler, if the target needs it and it is there.
+fn compiler(target: &Target, determinism: Determinism) -> Outcome<Option<Nvrtc>> {
+    if *target == Target::Cpu {
+        return Ok(None);
+    }
+    if determinism == Determinism::Tp {
+        let message = "--determinism tp: kernels for GPUs give equal bits for one number of ranks only\n\
+                       help: --determinism run, or --target cpu";
+        return Err(Failure::new(Kind::Usage, message));
+    }
+    match Nvrtc::load(&SearchPath::from_environment()) {
+        Ok(compiler) => Ok(Some(compiler)),
+        Err(error) => {
+            output::say(format_args!(
+                "note: the kernels are compiled when the ranks first start, since this machine has no compiler for \
+                 them: {error}"
+            ));
+            Ok(None)
+        }
+    }
+}
+
+pub(crate) fn version_text((major, minor): (u32, u32)) -> String {
+    format!("{major}.{minor}")
 }
 
 /// Largest file that is taken for a runner.
@@ -159,6 +198,8 @@ fn build_failure(error: BuildError) -> Failure {
         BuildError::Folder(FolderError::FileName { .. } | FolderError::Unmarked) => Kind::Internal,
         BuildError::Folder(_) | BuildError::Write { .. } => Kind::Resource,
         BuildError::Weights(error) => weight_kind(error),
+        // Also an architecture that this compiler does not know.
+        BuildError::Kernels(_) => Kind::Resource,
         // The runner has been tried before; a rank's program must fit.
         BuildError::Elf(_)
         | BuildError::Container(_)
@@ -234,6 +275,7 @@ fn build_inputs(
     imported: &Imported,
     plan: &Plan,
     runner: &[u8],
+    compiler: Option<&Nvrtc>,
 ) -> Outcome<Map<String, Value>> {
     let pricing = &arguments.pricing;
     let value = json!({
@@ -245,7 +287,8 @@ fn build_inputs(
             "opsets": imported.model.opsets,
             "outputs": imported.model.graph.outputs.iter().map(|output| &output.name).collect::<Vec<_>>(),
         },
-        "target": "cpu",
+        "target": arguments.target.to_string(),
+        "nvrtc": compiler.map(|compiler| version_text(compiler.version())),
         // This tool is the runner unless another was given.
         "runner_sha256": arguments.runner.as_ref().map(|_| hex(&Sha256::digest(runner))),
         "bind": arguments.from.bind,

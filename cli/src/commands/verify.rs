@@ -23,7 +23,7 @@ use tpshard_ir::{StepId, StepKind};
 use tpshard_runtime::io::{Comparison, NamedTensors, Tolerances, compare};
 
 pub(crate) fn verify(arguments: &VerifyArguments, json: bool) -> Outcome<()> {
-    let folder = Folder::open(&arguments.folder)?;
+    let folder = Folder::open(&arguments.folder)?.on(arguments.on.device);
     let tolerances = tolerances(&arguments.tolerance)?;
     check_tolerances(&tolerances, folder.names("outputs").iter())?;
     if arguments.bisect {
@@ -173,6 +173,7 @@ fn run_processes(folder: &Folder, inputs: &NamedTensors) -> Outcome<NamedTensors
         .map(|rank| {
             let mut command = Command::new(folder.executable(rank));
             command.arg("--inputs").arg(&given).arg("--outputs").arg(&made);
+            command.args(["--device", folder.device.name()]);
             command
         })
         .collect();

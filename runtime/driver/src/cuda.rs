@@ -19,15 +19,11 @@ use std::sync::Arc;
 
 const NAMES: [&str; 2] = ["libcuda.so.1", "libcuda.so"];
 
-/// Attributes of devices and functions, by NVIDIA's numbers.
+/// Attributes of devices, by NVIDIA's numbers.
 const CAPABILITY_MAJOR: c_int = 75;
 const CAPABILITY_MINOR: c_int = 76;
-const MOST_SHARED_MEMORY_PER_BLOCK: c_int = 97;
-const DYNAMIC_SHARED_MEMORY: c_int = 8;
 /// Streams that do not wait for the default one.
 const NON_BLOCKING: u32 = 1;
-/// Dynamic shared memory that needs no permission.
-const FREE_SHARED_MEMORY: u32 = 48 << 10;
 
 /// An open and initialised driver.
 #[derive(Clone, Debug)]
@@ -94,7 +90,6 @@ impl Driver {
             stream: 0,
             name: String::new(),
             arch: 0,
-            most_shared: 0,
         };
         queue.enter()?;
         let mut stream = std::ptr::null_mut();
@@ -103,7 +98,6 @@ impl Driver {
         queue.stream = stream as usize;
         let capability = [queue.attribute(CAPABILITY_MAJOR)?, queue.attribute(CAPABILITY_MINOR)?];
         queue.arch = capability[0].saturating_mul(10).saturating_add(capability[1]);
-        queue.most_shared = queue.attribute(MOST_SHARED_MEMORY_PER_BLOCK)?;
         queue.name = queue.find_name()?;
         Ok(Device(Arc::new(queue)))
     }
@@ -118,7 +112,6 @@ struct Queue {
     stream: usize,
     name: String,
     arch: u32,
-    most_shared: u32,
 }
 
 impl Queue {
@@ -176,11 +169,6 @@ impl Device {
     /// The compute capability: 90 for `sm_90`.
     pub fn arch(&self) -> u32 {
         self.0.arch
-    }
-
-    /// Most bytes of shared memory that a block can have.
-    pub fn most_shared(&self) -> u32 {
-        self.0.most_shared
     }
 
     /// Free and total bytes of memory.
@@ -364,11 +352,11 @@ impl Drop for Loaded {
 pub struct Module(Arc<Loaded>);
 
 impl Module {
-    /// The function `name`, which may use up to `shared` bytes of dynamic shared memory.
+    /// The function `name`.
     ///
     /// # Errors
-    /// There is none, or the device has less shared memory.
-    pub fn function(&self, name: &str, shared: u32) -> Result<Function, DriverError> {
+    /// There is none.
+    pub fn function(&self, name: &str) -> Result<Function, DriverError> {
         let queue = &self.0.queue;
         queue.enter()?;
         let text = CString::new(name).map_err(|_| DriverError::Name { name: name.into() })?;
@@ -376,11 +364,6 @@ impl Module {
         let f = &queue.functions;
         // SAFETY: the module is loaded, the name ends with zero, the pointer lives through the call.
         f.checked(unsafe { f.module_function(&mut handle, self.0.module as *mut c_void, text.as_ptr()) })?;
-        if shared > FREE_SHARED_MEMORY {
-            let bytes = c_int::try_from(shared).unwrap_or(c_int::MAX);
-            // SAFETY: the function is of a loaded module.
-            f.checked(unsafe { f.set_function_attribute(handle, DYNAMIC_SHARED_MEMORY, bytes) })?;
-        }
         Ok(Function { module: self.0.clone(), handle: handle as usize })
     }
 }

@@ -24,7 +24,7 @@ mod strided;
 mod threads;
 pub mod transport;
 
-pub(crate) use bytes::bytes;
+pub(crate) use bytes::{Filled, bytes};
 pub use collectives::Collectives;
 pub use error::{Brought, CommError, Missing};
 pub use record::{CommStats, History, Kind, KindStats, Record};

@@ -25,6 +25,8 @@ struct Interned {
     ty: Type,
     /// Some step reads it unpacked.
     retained: bool,
+    /// It is handed on as soon as it is made.
+    handed_on: bool,
     /// Some step takes rows from it, which columns of its packed form can be.
     table: bool,
     packs: BTreeMap<PackKey, Contraction>,
@@ -53,7 +55,30 @@ impl Constants {
         for (id, constant) in constants.interned.iter_mut().enumerate() {
             constant.retained |= constant.table && !constant.packs.contains_key(&rows_as_columns(id));
         }
-        constants.evaluate(program, source, progress)?;
+        constants.evaluate(program, source, progress, &mut |_, _| Ok(()))?;
+        Ok(constants)
+    }
+
+    /// Loads and computes constants and hands those on that `wanted` says of each entry, by their number; the others
+    /// that are wanted, of `retained`, stay here. Nothing is packed.
+    pub(crate) fn hand_on(
+        program: &RankProgram,
+        wanted: &[BTreeSet<ValueId>],
+        retained: &[BTreeSet<ValueId>],
+        source: &mut dyn WeightSource,
+        progress: &dyn Fn(),
+        take: &mut dyn FnMut(usize, &Value) -> Result<(), String>,
+    ) -> Result<Constants, String> {
+        let mut constants = Constants::default();
+        for ((entry, wanted), retained) in program.entries.iter().zip(wanted).zip(retained) {
+            let ids = constants.intern_nodes(&entry.graph, &entry.lowering)?;
+            for (value, id) in ids.into_iter().enumerate() {
+                let (value, Some(id)) = (ValueId(value as u32), id) else { continue };
+                constants.interned[id].handed_on |= wanted.contains(&value);
+                constants.interned[id].retained |= retained.contains(&value);
+            }
+        }
+        constants.evaluate(program, source, progress, take)?;
         Ok(constants)
     }
 
@@ -87,7 +112,8 @@ impl Constants {
         self.value(id).is_none().then(|| packed.clone())
     }
 
-    fn intern(&mut self, graph: &Graph, lowering: &Lowering) -> Result<(), String> {
+    /// The numbers of the constants of a graph, new ones for those that no graph before had.
+    fn intern_nodes(&mut self, graph: &Graph, lowering: &Lowering) -> Result<Vec<Option<usize>>, String> {
         let constant = lowering.constant_values(graph);
         let mut ids: Vec<Option<usize>> = vec![None; graph.len()];
         for (value, node) in graph.values().filter(|(v, _)| constant[v.index()]) {
@@ -102,12 +128,19 @@ impl Constants {
                     args,
                     ty,
                     retained: false,
+                    handed_on: false,
                     table: false,
                     packs: BTreeMap::new(),
                 });
             }
             ids[value.index()] = Some(id);
         }
+        Ok(ids)
+    }
+
+    fn intern(&mut self, graph: &Graph, lowering: &Lowering) -> Result<(), String> {
+        let constant = lowering.constant_values(graph);
+        let ids = self.intern_nodes(graph, lowering)?;
         for region in lowering.regions.iter().filter(|r| r.stage == Stage::Step) {
             let contraction = einsum_of(graph, region.kernel, region.result(), &constant)?;
             let columns = contraction
@@ -140,6 +173,7 @@ impl Constants {
         program: &RankProgram,
         source: &mut dyn WeightSource,
         progress: &dyn Fn(),
+        take: &mut dyn FnMut(usize, &Value) -> Result<(), String>,
     ) -> Result<(), String> {
         let mut last: Vec<usize> = (0..self.interned.len()).collect();
         for (id, constant) in self.interned.iter().enumerate() {
@@ -157,7 +191,7 @@ impl Constants {
         // What others are made of has to be there as it is, not only packed.
         let mut operand = vec![false; self.interned.len()];
         for (id, constant) in self.interned.iter().enumerate().rev() {
-            if constant.retained || !constant.packs.is_empty() || needed.contains(&id) {
+            if constant.retained || constant.handed_on || !constant.packs.is_empty() || needed.contains(&id) {
                 needed.insert(id);
                 needed.extend(constant.args.iter().copied());
                 constant.args.iter().for_each(|&arg| operand[arg] = true);
@@ -166,7 +200,7 @@ impl Constants {
         for id in needed {
             let constant = &self.interned[id];
             let quantised = self.pack_quantised(constant)?;
-            let whole = quantised.len() < constant.packs.len() || constant.retained || operand[id];
+            let whole = quantised.len() < constant.packs.len() || constant.retained || constant.handed_on || operand[id];
             self.packed.extend(quantised);
             if whole {
                 let value = self.make(id, program, source)?;
@@ -176,6 +210,9 @@ impl Constants {
                     {
                         self.packed.insert(key.clone(), Arc::new(packed));
                     }
+                }
+                if self.interned[id].handed_on {
+                    take(id, &value)?;
                 }
                 self.values[id] = Some(value);
             }

@@ -4,6 +4,7 @@
 //! and not before the step. All of that is decided from what is equal on all ranks, so that they go on together also
 //! where a step fails.
 
+use super::convert::StepError;
 use super::value::Value;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -41,8 +42,27 @@ impl<'a> Deferred<'a> {
         Deferred { evaluator, limit, open, results: BTreeMap::new() }
     }
 
-    /// The value `at`, a result of a deferred call on `args`.
-    pub(crate) fn step(
+    /// The value `at`, a result of a deferred call on `args`, and what follows from it. Ranks go on with the same sizes
+    /// whether it can be made or not.
+    pub(crate) fn run(
+        &mut self,
+        entry: &Entry,
+        lowering: &Lowering,
+        at: ValueId,
+        args: Result<Vec<Value>, String>,
+        bindings: &mut Bindings,
+    ) -> Result<Value, StepError> {
+        let graph = &entry.graph;
+        let made = args
+            .and_then(|args| self.step(graph, at, &args, bindings))
+            .and_then(|value| self.learnt(entry, lowering, bindings).map(|()| value));
+        if made.is_err() {
+            self.give_up(graph.ty(at), graph, bindings);
+        }
+        Ok(made?)
+    }
+
+    fn step(
         &mut self,
         graph: &Graph,
         at: ValueId,
@@ -84,12 +104,7 @@ impl<'a> Deferred<'a> {
     }
 
     /// After a result: checks what has become known, which is the same on all ranks.
-    pub(crate) fn learnt(
-        &mut self,
-        entry: &Entry,
-        lowering: &Lowering,
-        bindings: &Bindings,
-    ) -> Result<(), String> {
+    fn learnt(&mut self, entry: &Entry, lowering: &Lowering, bindings: &Bindings) -> Result<(), String> {
         let open: BTreeSet<Arc<str>> =
             self.open.iter().filter(|symbol| !bindings.contains_key(*symbol)).cloned().collect();
         if open.len() == self.open.len() {
@@ -111,7 +126,7 @@ impl<'a> Deferred<'a> {
     }
 
     /// Gives what a result that could not be made defines some values, so that all ranks go on alike.
-    pub(crate) fn give_up(&mut self, ty: &Type, graph: &Graph, bindings: &mut Bindings) {
+    fn give_up(&mut self, ty: &Type, graph: &Graph, bindings: &mut Bindings) {
         // What was bound before it failed is no better.
         for symbol in ty.shape.iter().flat_map(Dim::symbols) {
             if self.open.remove(&symbol) {

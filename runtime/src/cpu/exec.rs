@@ -12,6 +12,7 @@ use super::gemm::Packed;
 use super::kernels::{Context, Made, run_kernel};
 use super::movement;
 use super::pointwise::Program;
+use super::step::{self, Failed, Held};
 use super::value::Value;
 use crate::comm::{CommError, Communicator, Tag};
 use crate::session::now;
@@ -20,7 +21,7 @@ use std::sync::Arc;
 use tpshard_ir::dim::Bindings;
 use tpshard_ir::layout::Mesh;
 use tpshard_ir::program::{Entry, Family, Kernel, Lowering, MemoryPlan, Region, Stage};
-use tpshard_ir::{AxisLayout, Data, Graph, Op, Tensor, ValueId};
+use tpshard_ir::{AxisLayout, Data, Graph, Op, ValueId};
 
 /// An entry made ready to run.
 pub(crate) struct Prepared {
@@ -90,7 +91,7 @@ impl Slots {
 /// What a run leaves behind on this rank.
 pub(crate) struct Finished {
     /// The outputs in graph order, local.
-    pub(crate) outputs: Vec<Value>,
+    pub(crate) outputs: Vec<Held>,
     /// The tapped values, local.
     pub(crate) taps: BTreeMap<ValueId, Value>,
     /// The first step that failed on this rank.
@@ -99,17 +100,6 @@ pub(crate) struct Finished {
     pub(crate) times: Vec<(ValueId, u64, u64)>,
     /// All sizes.
     pub(crate) bindings: Bindings,
-}
-
-/// A step that failed.
-pub(crate) enum Failed {
-    Step(String),
-    /// The inputs hold an index that is not below `extent`.
-    Index {
-        node: String,
-        index: i64,
-        extent: i64,
-    },
 }
 
 impl Prepared {
@@ -209,12 +199,12 @@ impl<'a> Run<'a> {
                 if self.timed {
                     finished.times.push((result, start, now()));
                 }
-                let value = match made.and_then(|v| self.checked(result, v)) {
+                let value = match made.and_then(|v| step::checked(graph, &self.bindings, result, v)) {
                     Ok(value) => value,
                     Err(StepError::Collective(error)) => return Err(error),
                     Err(error) => {
-                        finished.failure.get_or_insert_with(|| self.describe(result, error));
-                        self.zeros(result)
+                        finished.failure.get_or_insert_with(|| step::describe(graph, result, error));
+                        step::zeros(graph, &self.bindings, result)
                     }
                 };
                 values[result.index()] = Some(value);
@@ -234,7 +224,8 @@ impl<'a> Run<'a> {
             let again = graph.outputs.iter().filter(|o| o.value == output.value).count() > 1;
             let place = &mut values[output.value.index()];
             let value = if again { place.clone() } else { place.take() };
-            finished.outputs.push(value.unwrap_or_else(|| self.zeros(output.value)));
+            let value = value.unwrap_or_else(|| step::zeros(graph, &self.bindings, output.value));
+            finished.outputs.push(Held::Here(value));
         }
         finished.bindings = self.bindings;
         Ok(finished)
@@ -247,63 +238,17 @@ impl<'a> Run<'a> {
         result: ValueId,
         values: &[Option<Value>],
     ) -> Result<Value, StepError> {
-        let (graph, prepared) = (self.graph(), self.prepared);
+        let prepared = self.prepared;
         let args: Result<Vec<Value>, String> = prepared.regions[index]
             .args
             .iter()
             .map(|&arg| values[arg.index()].clone().ok_or_else(|| format!("{arg} is not there")))
             .collect();
-        let made =
-            args.and_then(|args| self.deferred.step(graph, result, &args, &mut self.bindings)).and_then(
-                |value| self.deferred.learnt(self.entry, &prepared.lowering, &self.bindings).map(|()| value),
-            );
-        if made.is_err() {
-            self.deferred.give_up(graph.ty(result), graph, &mut self.bindings);
-        }
-        Ok(made?)
+        self.deferred.run(self.entry, &prepared.lowering, result, args, &mut self.bindings)
     }
 
     fn slot(&self, value: ValueId) -> Option<usize> {
         self.plan.slot_of.get(value.index()).copied().flatten()
-    }
-
-    fn describe(&self, value: ValueId, error: StepError) -> Failed {
-        let node = self.graph().node(value);
-        let origin = if node.origin.is_empty() { String::new() } else { format!(" ({})", node.origin) };
-        let name = format!("{value} = {}{origin}", node.op.name());
-        match error {
-            StepError::Index { index, extent } => Failed::Index { node: name, index, extent },
-            StepError::Local(what) => Failed::Step(format!("{name}: {what}")),
-            StepError::Collective(error) => Failed::Step(format!("{name}: {error}")),
-        }
-    }
-
-    /// Zeros in place of a value that could not be computed; nothing if even that is impossible.
-    fn zeros(&self, value: ValueId) -> Value {
-        let ty = self.graph().ty(value);
-        let context = Context { bindings: &self.bindings, graph: self.graph() };
-        let shape = context.shape(ty).unwrap_or_else(|_| vec![0; ty.rank()]);
-        let empty = || Value::from_vec::<f32>(&[0], Vec::new());
-        match Tensor::zeros(ty.dtype, shape).map(Value::new) {
-            Ok(value) => value,
-            Err(_) => empty().unwrap_or_else(|_| Value::new(Tensor::scalar(0f32))),
-        }
-    }
-
-    /// Refuses a value that is not of the type its node has.
-    fn checked(&self, id: ValueId, value: Value) -> Result<Value, StepError> {
-        let ty = self.graph().ty(id);
-        let fits = value.dtype() == ty.dtype
-            && value.shape().len() == ty.rank()
-            && value
-                .shape()
-                .iter()
-                .zip(&ty.shape)
-                .all(|(&extent, dim)| dim.eval(&self.bindings).ok() == i64::try_from(extent).ok());
-        if fits {
-            return Ok(value);
-        }
-        Err(StepError::Local(format!("made {}{:?} instead of {ty}", value.dtype(), value.shape())))
     }
 
     #[allow(clippy::too_many_arguments, reason = "the pieces of a run, borrowed apart")]
@@ -333,13 +278,7 @@ impl<'a> Run<'a> {
                     Ok(local_part(whole, self.family(result)?, &self.place())?)
                 }
             },
-            (Op::Literal(literal), _) => Ok(Value::shared(literal.0.clone())),
-            (Op::Size(dim), _) => Ok(Value::new(Tensor::scalar(context.dim(dim)?))),
-            (Op::Iota { start, length }, _) => {
-                let (start, length) = (context.dim(start)?, context.size(length)?);
-                let elements: Vec<i64> = (0..length as i64).map(|i| start.wrapping_add(i)).collect();
-                Ok(Value::from_vec(&[length], elements)?)
-            }
+            (Op::Literal(_) | Op::Size(_) | Op::Iota { .. }, _) => Ok(step::leaf(&context, &node.op)?),
             (Op::Convert(conversion), _) => {
                 let Some(&from) = node.args.first() else {
                     return Err("a conversion of nothing".to_string().into());

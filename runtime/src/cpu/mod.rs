@@ -21,6 +21,7 @@ mod pointwise;
 mod reference;
 mod rows;
 mod scalar;
+pub(crate) mod step;
 pub(crate) mod value;
 mod vector;
 mod weights;

@@ -42,6 +42,9 @@ pub enum SessionError {
     Index { node: String, index: i64, extent: i64 },
     #[error("{what}")]
     Resources { what: String },
+    /// A GPU is missing or does not do what it should.
+    #[error("{what}")]
+    Device { what: String },
     /// Another rank could not do its part; nothing is broken.
     #[error("rank {rank}: {message}")]
     Refused { rank: usize, message: String },
@@ -68,6 +71,7 @@ impl SessionError {
             SessionError::Plan(_)
             | SessionError::Memory { .. }
             | SessionError::Resources { .. }
+            | SessionError::Device { .. }
             | SessionError::State { .. } => 5,
             SessionError::Refused { .. }
             | SessionError::Collective(_)

@@ -4,33 +4,31 @@ mod opening;
 mod slots;
 
 use super::agree::agree;
+use super::engine::{Engine, Job, Plan};
 use super::timeline::{StepTime, Timeline};
 use super::{InputHeader, Output, Request, Results, RunPart, SessionError, SessionOptions, Tap};
 use crate::comm::{CommStats, Communicator, Group, Tag};
 use crate::cpu::WeightSource;
-use crate::cpu::constants::Constants;
 use crate::cpu::convert::{Place, StepError, convert};
 use crate::cpu::deferred::Deferred;
-use crate::cpu::exec::{Failed, Finished, Prepared, Run, Slots};
+use crate::cpu::exec::Finished;
+use crate::cpu::step::{Failed, Held};
 use crate::cpu::value::Value;
 use crate::state::{SlotId, StateStore};
-use opening::{available_memory, check, check_evaluator, least_limit, same_program};
+use opening::{check, check_evaluator, least_limit, same_program};
 use std::collections::{BTreeMap, BTreeSet};
 use std::str::FromStr;
 use std::sync::Arc;
 use tpshard_ir::deferred::SharedEvaluator;
 use tpshard_ir::dim::{Bindings, Dim};
-use tpshard_ir::program::{Determinism, Entry, Family, MemoryPlan, Port, RankProgram, lower_keeping};
+use tpshard_ir::program::{Entry, Family, Port, RankProgram};
 use tpshard_ir::tensor::element_count;
 use tpshard_ir::{AxisLayout, Conversion, DType, StepId, Tensor, ValueId};
 
 pub(super) struct Worker {
     program: RankProgram,
     communicator: Box<dyn Communicator>,
-    constants: Constants,
-    /// One per entry.
-    prepared: Vec<Prepared>,
-    slots: Slots,
+    engine: Engine,
     state: Option<StateStore>,
     memory_limit: u64,
     /// The least memory limit of all ranks, where they have to decide alike.
@@ -54,34 +52,26 @@ impl Worker {
             crate::cpu::check_instructions().map_err(|what| SessionError::Usage { what })?;
             check(&program, weights, &*communicator)?;
             check_evaluator(&program, &options.evaluator)?;
-            let constants = Constants::load(&program, weights, &|| communicator.progress())
-                .map_err(|what| SessionError::Weights { what })?;
-            let round_each = round_each(&program);
-            let prepared = program
-                .entries
-                .iter()
-                .map(|entry| Prepared::new(entry, entry.lowering.clone(), &constants, round_each))
-                .collect::<Result<Vec<_>, String>>()
-                .map_err(|what| SessionError::Program { what })?;
-            let share = || available_memory().map_or(u64::MAX, |bytes| bytes / local_ranks as u64);
-            let memory_limit = options.memory_limit.unwrap_or_else(share);
+            let engine = Engine::open(&program, weights, options, &|| communicator.progress())?;
+            let memory_limit = match options.memory_limit {
+                Some(limit) => limit,
+                None => engine.memory_share(local_ranks)?,
+            };
             let state = match &options.state {
-                Some(settings) => Some(StateStore::new(&program, settings, memory_limit)?),
+                Some(settings) => Some(StateStore::new(&program, settings, engine.home(), memory_limit)?),
                 None => None,
             };
-            Ok((constants, prepared, memory_limit, state))
+            Ok((engine, memory_limit, state))
         };
         let loaded = load();
-        let (constants, prepared, memory_limit, state) = agree(&*communicator, &mut sequence, loaded)?;
+        let (engine, memory_limit, state) = agree(&*communicator, &mut sequence, loaded)?;
         let common_limit = least_limit(&program, &*communicator, &mut sequence, memory_limit)?;
         let evaluator = options.evaluator.clone();
         let timeline = options.timeline.then(Timeline::default);
         Ok(Worker {
             program,
             communicator,
-            constants,
-            prepared,
-            slots: Slots::default(),
+            engine,
             state,
             memory_limit,
             common_limit,
@@ -101,6 +91,11 @@ impl Worker {
 
     pub(super) fn stats(&self) -> CommStats {
         self.communicator.stats()
+    }
+
+    /// What executes the program, if it is not the processor.
+    pub(super) fn device(&self) -> Option<&str> {
+        self.engine.description()
     }
 
     pub(super) fn state(&self) -> Option<&StateStore> {
@@ -164,7 +159,7 @@ impl Worker {
     fn run_part(
         &mut self,
         part: &RunPart,
-        (plan, tapped): (MemoryPlan, Option<Prepared>),
+        plan: Plan,
         given: BTreeMap<String, Tensor>,
         taps: &[u32],
     ) -> Result<Results, SessionError> {
@@ -173,21 +168,17 @@ impl Worker {
         let slots: Option<Vec<SlotId>> =
             part.slots.as_ref().map(|slots| slots.iter().copied().map(SlotId).collect());
         let mut taken = self.take(slots.as_deref())?;
-        let (Some(program_entry), Some(prepared)) =
-            (self.program.entries.get(part.entry), tapped.as_ref().or(self.prepared.get(part.entry)))
-        else {
+        let Some(program_entry) = self.program.entries.get(part.entry) else {
             return Err(SessionError::Program { what: format!("there is no entry {}", part.entry) });
         };
-        let run = Run {
-            entry: program_entry,
-            prepared,
-            constants: &self.constants,
-            mesh: &self.program.mesh,
-            rank: self.program.rank,
-            bindings: bindings.clone(),
-            plan: &plan,
+        let wanted: Vec<ValueId> = taps.iter().map(|&t| ValueId(t)).collect();
+        let job = Job {
+            index: part.entry,
+            bindings: &bindings,
             inputs: &inputs,
+            state: taken.as_mut(),
             timed: self.timeline.is_some(),
+            taps: &wanted,
             deferred: Deferred::new(
                 &program_entry.graph,
                 &bindings,
@@ -195,11 +186,9 @@ impl Worker {
                 self.common_limit,
             ),
         };
-        let mut states = taken.as_mut().map(|t| t.values()).unwrap_or_default();
-        let wanted: Vec<ValueId> = taps.iter().map(|&t| ValueId(t)).collect();
         let before = self.communicator.stats();
         let mut finished =
-            run.run(&mut states, &mut self.slots, &wanted, &*self.communicator, &mut self.sequence)?;
+            self.engine.run(&self.program, &plan, job, &*self.communicator, &mut self.sequence)?;
         let traffic = self.communicator.stats().since(&before);
         if let Some(timeline) = &mut self.timeline {
             timeline.add(part.entry, &finished.times);
@@ -232,35 +221,21 @@ impl Worker {
     }
 
     /// Everything a run needs that can fail on this rank alone.
-    fn ready(&self, part: &RunPart, taps: &[u32]) -> Result<(MemoryPlan, Option<Prepared>), SessionError> {
+    fn ready(&mut self, part: &RunPart, taps: &[u32]) -> Result<Plan, SessionError> {
         let program = |what: String| SessionError::Program { what };
-        let (Some(entry), Some(prepared)) =
-            (self.program.entries.get(part.entry), self.prepared.get(part.entry))
-        else {
+        let Some(entry) = self.program.entries.get(part.entry) else {
             return Err(program(format!("there is no entry {}", part.entry)));
         };
         let bindings = &part.bindings();
-        let tapped = if taps.is_empty() {
-            None
-        } else {
-            let keep: BTreeSet<ValueId> = taps.iter().map(|&t| ValueId(t)).collect();
-            let lowering = lower_keeping(&entry.graph, &keep);
-            Some(
-                Prepared::new(entry, lowering, &self.constants, round_each(&self.program))
-                    .map_err(program)?,
-            )
-        };
-        let lowering = &tapped.as_ref().unwrap_or(prepared).lowering;
-        // What data decides is counted when it is known.
-        let plan = lowering.plan_known(&entry.graph, bindings, &|_| None)?;
+        let capacity = self.state.as_ref().filter(|_| part.slots.is_some()).map(StateStore::capacity);
+        let (plan, working) = self.engine.plan(&self.program, part.entry, bindings, taps, capacity)?;
         let open: BTreeSet<Arc<str>> =
             entry.graph.data_symbols().into_iter().filter(|s| !bindings.contains_key(s)).collect();
         let known = |p: &&Port| !p.ty.shape.iter().flat_map(Dim::symbols).any(|s| open.contains(&s));
         let bytes = |ports: &[Port]| -> u64 {
             ports.iter().filter(known).map(|p| port_bytes(p, bindings)).fold(0u64, u64::saturating_add)
         };
-        let mut needed =
-            plan.bytes.saturating_add(bytes(&entry.inputs)).saturating_add(bytes(&entry.outputs));
+        let mut needed = working.saturating_add(bytes(&entry.inputs)).saturating_add(bytes(&entry.outputs));
         for header in &part.inputs {
             element_count(&header.shape)
                 .ok_or_else(|| program(format!("input `{}` is too large", header.name)))?;
@@ -272,7 +247,8 @@ impl Worker {
             let (rank, limit) = (self.program.rank, self.memory_limit);
             return Err(SessionError::Memory { rank, needed, limit });
         }
-        Ok((plan, tapped))
+        self.engine.make_room(&plan, self.program.rank)?;
+        Ok(plan)
     }
 
     /// Rank 0's inputs on every rank.
@@ -328,11 +304,12 @@ fn gather_outputs(
     let mut results = Results::default();
     let mut failure = None;
     let local = |what: String| SessionError::Refused { rank: program.rank, message: what };
-    for (output, value) in entry.graph.outputs.iter().zip(finished.outputs) {
+    for (output, held) in entry.graph.outputs.iter().zip(finished.outputs) {
         let port = entry.outputs.iter().find(|p| p.name == output.name);
         if stateful && program.states.iter().any(|s| s.output == output.name) {
             continue;
         }
+        let Held::Here(value) = held else { continue };
         let (Some(port), Some(family)) = (port, entry.families.get(output.value.index())) else { continue };
         let keep = port.keep_sharded && !family.layout.is_replicated();
         let whole = if keep { Ok(value) } else { gather(value, family, &place, communicator, sequence) };
@@ -364,11 +341,6 @@ fn gather_outputs(
         }
     }
     Ok(failure.map_or(Ok(results), Err))
-}
-
-/// Whether 16-bit results are rounded after every operation: what is fused with what depends on the number of ranks.
-fn round_each(program: &RankProgram) -> bool {
-    program.determinism == Determinism::Tp
 }
 
 /// A family's logical value, the innermost mesh axis first.

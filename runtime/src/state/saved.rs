@@ -1,7 +1,7 @@
 //! Saved slots: whole logical tensors in the safetensors format, one per state pair under the name of its input, so
 //! that what was saved on some number of ranks loads on any other.
 
-use super::{Change, SlotGroup, SlotId, StateStore, refuse, typed};
+use super::{Change, SlotGroup, SlotId, StateStore, Stored, refuse, typed};
 use crate::cpu::convert::{Place, held};
 use crate::cpu::value::Value;
 use crate::io::{read_safetensors, write_safetensors};
@@ -20,8 +20,8 @@ impl StateStore {
         let (group, row) =
             self.find(slot).ok_or_else(|| refuse(format!("slot {} holds nothing to save", slot.0)))?;
         let group = &self.groups[group];
-        let share = |(spec, tensor): (&tpshard_ir::program::StateSpec, &Tensor)| {
-            let filled = Value::new(tensor.clone()).sliced(spec.axis, 0, group.length, 1)?;
+        let share = |(spec, tensor): (&tpshard_ir::program::StateSpec, &Stored)| {
+            let filled = tensor.value()?.sliced(spec.axis, 0, group.length, 1)?;
             let own = match spec.slot_axis {
                 Some(axis) => filled.sliced(axis, row, 1, 1)?,
                 None => filled,
@@ -113,7 +113,7 @@ impl StateStore {
             let shape = self.local_shape(spec, 1)?;
             let mut tensor = Tensor::zeros(spec.ty.dtype, shape).map_err(|e| refuse(e.to_string()))?;
             crate::cpu::write_row(&mut tensor, spec.axis, 0, &own).map_err(refuse)?;
-            tensors.push(tensor);
+            tensors.push(self.home.keep(tensor).map_err(refuse)?);
         }
         let inputs = self.input_axes();
         self.groups.push(SlotGroup { slots: vec![slot], length, tensors, inputs });

@@ -5,9 +5,7 @@ use crate::comm::solo;
 use crate::cpu::MemoryWeights;
 use crate::session::{Session, SessionOptions};
 use tpshard_ir::layout::Layout;
-use tpshard_ir::{
-    DType, Data, Graph, Op, Output, Spmd, SpmdOutput, StatePair, Step, StepId, StepKind, ValueId,
-};
+use tpshard_ir::{DType, Graph, Op, Output, Spmd, SpmdOutput, StatePair, Step, StepId, StepKind, ValueId};
 
 /// `present = append(past, x)`, and its transpose, which only looks.
 fn program() -> RankProgram {
@@ -35,9 +33,9 @@ fn program() -> RankProgram {
 }
 
 fn address(session: &Session) -> *const f32 {
-    match session.state().unwrap().groups[0].tensors[0].data() {
-        Data::F32(v) => v.as_ptr(),
-        _ => std::ptr::null(),
+    match &session.state().unwrap().groups[0].tensors[0] {
+        Stored::Host(tensor) => tensor.as_slice::<f32>().unwrap().as_ptr(),
+        Stored::Device(_) => std::ptr::null(),
     }
 }
 

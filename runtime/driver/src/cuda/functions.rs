@@ -33,7 +33,6 @@ functions! {
         load_module "cuModuleLoadData" (module: *mut *mut c_void, image: *const c_void);
         module_function "cuModuleGetFunction" (function: *mut *mut c_void, module: *mut c_void, name: *const c_char);
         unload_module "cuModuleUnload" (module: *mut c_void);
-        set_function_attribute "cuFuncSetAttribute" (function: *mut c_void, attribute: c_int, value: c_int);
         launch "cuLaunchKernel" (function: *mut c_void, blocks_x: c_uint, blocks_y: c_uint, blocks_z: c_uint,
             threads_x: c_uint, threads_y: c_uint, threads_z: c_uint, shared: c_uint, stream: *mut c_void,
             arguments: *mut *mut c_void, extra: *mut *mut c_void);

@@ -166,10 +166,3 @@ fn rounded_apart(entry: &Entry) -> Option<ValueId> {
     }
     None
 }
-
-/// Bytes that can be had without swapping, as Linux estimates them.
-pub(super) fn available_memory() -> Option<u64> {
-    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let line = text.lines().find(|l| l.starts_with("MemAvailable:"))?;
-    line.split_whitespace().nth(1)?.parse::<u64>().ok()?.checked_mul(1024)
-}

@@ -1,0 +1,256 @@
+//! What outlives runs on a GPU: weights, kernels, the working memory, and the entries made ready.
+
+use super::exec::{FAULT_BYTES, Run, upload};
+use super::gpu::Gpu;
+use super::plan::Plan;
+use super::prepared::Prepared;
+use super::tensor::DeviceTensor;
+use crate::comm::{CommError, Communicator};
+use crate::cpu::WeightSource;
+use crate::cpu::constants::Constants;
+use crate::cpu::deferred::Deferred;
+use crate::cpu::exec::Finished;
+use crate::cpu::value::Value;
+use crate::session::SessionError;
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use tpshard_driver::DriverError;
+use tpshard_driver::cuda::{Device, Function, Memory};
+use tpshard_ir::dim::Bindings;
+use tpshard_ir::program::device::{DeviceCode, capacity_symbol};
+use tpshard_ir::program::{Entry, RankProgram};
+use tpshard_ir::{Op, ValueId};
+
+pub(crate) struct Engine {
+    gpu: Gpu,
+    functions: Vec<Function>,
+    entries: Vec<Ready>,
+    /// Constants that are read on the host.
+    host: Constants,
+    arena: Arc<Memory>,
+    fault: Memory,
+}
+
+/// An entry with its constants.
+struct Ready {
+    prepared: Prepared,
+    constants: BTreeMap<ValueId, Arc<Memory>>,
+    ids: Vec<Option<usize>>,
+}
+
+/// A run of an entry.
+pub(crate) struct Request<'a> {
+    pub(crate) index: usize,
+    pub(crate) plan: &'a Plan,
+    /// Whole inputs, by name.
+    pub(crate) inputs: &'a BTreeMap<Arc<str>, Value>,
+    /// State that stays on the device.
+    pub(crate) states: &'a BTreeMap<Arc<str>, DeviceTensor>,
+    pub(crate) timed: bool,
+    pub(crate) taps: &'a [ValueId],
+    pub(crate) deferred: Deferred<'a>,
+}
+
+fn failed(error: DriverError) -> SessionError {
+    SessionError::Device { what: error.to_string() }
+}
+
+impl Engine {
+    /// Chooses a device and brings kernels and weights there.
+    ///
+    /// # Errors
+    /// No device can be used, tables that cannot be followed, weights that are missing or do not fit.
+    pub(crate) fn open(
+        program: &RankProgram,
+        code: &DeviceCode,
+        weights: &mut dyn WeightSource,
+        local_rank: usize,
+        progress: &dyn Fn(),
+    ) -> Result<Engine, SessionError> {
+        let mut prepared = Vec::with_capacity(program.entries.len());
+        for entry in &program.entries {
+            let wrong =
+                |what: String| SessionError::Program { what: format!("entry `{}`: {what}", entry.name) };
+            let lowering = entry.device.as_ref().ok_or_else(|| wrong("it has no kernels".into()))?;
+            lowering.check(code, entry).map_err(|error| wrong(error.to_string()))?;
+            prepared.push(Prepared::new(entry, lowering, &program.states).map_err(wrong)?);
+        }
+        let gpu = Gpu::open(code, local_rank, progress)?;
+        let functions = code.kernels.iter().map(|kernel| gpu.module.function(&kernel.name));
+        let functions = functions.collect::<Result<Vec<Function>, _>>().map_err(failed)?;
+        let (host, uploaded) = constants(program, &prepared, &gpu.device, weights, progress)?;
+        let entries = program.entries.iter().zip(prepared).map(|(entry, prepared)| {
+            let ids = host.of(&entry.graph, &entry.lowering);
+            let memory = |&value: &ValueId| {
+                let id = ids.get(value.index()).copied().flatten()?;
+                Some((value, uploaded.get(&id)?.clone()))
+            };
+            let constants = prepared.on_device.iter().filter_map(memory).collect();
+            Ready { prepared, constants, ids }
+        });
+        let entries = entries.collect();
+        let arena = Arc::new(gpu.device.allocate(0).map_err(failed)?);
+        let fault = gpu.device.allocate(FAULT_BYTES).map_err(failed)?;
+        Ok(Engine { functions, entries, host, arena, fault, gpu })
+    }
+
+    /// What was chosen, for people.
+    pub(crate) fn description(&self) -> &str {
+        &self.gpu.description
+    }
+
+    pub(crate) fn device(&self) -> &Device {
+        &self.gpu.device
+    }
+
+    /// This rank's share of the free memory, where `local_ranks` ranks use the GPUs of the machine.
+    ///
+    /// # Errors
+    /// The driver fails.
+    pub(crate) fn memory_share(&self, local_ranks: usize) -> Result<u64, SessionError> {
+        let (free, _) = self.gpu.device.memory().map_err(failed)?;
+        Ok(free / local_ranks.div_ceil(self.gpu.visible.max(1)).max(1) as u64)
+    }
+
+    /// Where the values of a run lie. `capacity` is the room of state that stays; `keep` all values to the end.
+    ///
+    /// # Errors
+    /// Sizes that cannot be addressed.
+    pub(crate) fn plan(
+        &self,
+        program: &RankProgram,
+        index: usize,
+        bindings: &Bindings,
+        capacity: Option<usize>,
+        keep: bool,
+    ) -> Result<Plan, SessionError> {
+        let (Some(entry), Some(ready)) = (program.entries.get(index), self.entries.get(index)) else {
+            return Err(SessionError::Program { what: format!("there is no entry {index}") });
+        };
+        let mut bindings = bindings.clone();
+        for (pair, room) in rooms(program, entry, &bindings, capacity) {
+            bindings.insert(capacity_symbol(pair).into(), room);
+        }
+        let names: BTreeSet<&str> = match capacity {
+            Some(_) => program.states.iter().map(|state| &*state.input).collect(),
+            None => BTreeSet::new(),
+        };
+        let given = |value: ValueId| match &entry.graph.node(value).op {
+            Op::Input { name } => names.contains(&**name),
+            _ => false,
+        };
+        Ok(Plan::new(&ready.prepared, bindings, &given, keep)?)
+    }
+
+    /// Makes sure of the memory of a plan; `limit` is said if there is too little.
+    ///
+    /// # Errors
+    /// There is too little memory.
+    pub(crate) fn make_room(&mut self, plan: &Plan, rank: usize) -> Result<(), SessionError> {
+        if plan.bytes <= self.arena.len() {
+            return Ok(());
+        }
+        // What was there is given back first, so that the two need not fit together.
+        self.arena = Arc::new(self.gpu.device.allocate(0).map_err(failed)?);
+        self.arena = match self.gpu.device.allocate(plan.bytes) {
+            Ok(memory) => Arc::new(memory),
+            Err(error) if error.is_out_of_memory() => {
+                let limit = self.gpu.device.memory().map_or(0, |(free, _)| free);
+                return Err(SessionError::Memory { rank, needed: plan.bytes, limit });
+            }
+            Err(error) => return Err(failed(error)),
+        };
+        Ok(())
+    }
+
+    /// Runs an entry.
+    ///
+    /// # Errors
+    /// A failed collective; what fails on this rank alone is in the result.
+    pub(crate) fn run(
+        &self,
+        program: &RankProgram,
+        request: Request<'_>,
+        communicator: &dyn Communicator,
+        sequence: &mut u64,
+    ) -> Result<Finished, CommError> {
+        let (Some(entry), Some(ready)) =
+            (program.entries.get(request.index), self.entries.get(request.index))
+        else {
+            return Err(CommError::Usage { what: format!("there is no entry {}", request.index) });
+        };
+        let run = Run {
+            entry,
+            prepared: &ready.prepared,
+            device: &self.gpu.device,
+            functions: &self.functions,
+            constants: &ready.constants,
+            host: &self.host,
+            ids: &ready.ids,
+            arena: &self.arena,
+            fault: &self.fault,
+            plan: request.plan,
+            mesh: &program.mesh,
+            rank: program.rank,
+            bindings: request.plan.bindings.clone(),
+            inputs: request.inputs,
+            states: request.states,
+            timed: request.timed,
+            deferred: request.deferred,
+            spots: vec![None; entry.graph.len()],
+            failure: None,
+        };
+        run.run(request.taps, communicator, sequence)
+    }
+}
+
+/// Constants that stay on the host, and those on the device by their number.
+fn constants(
+    program: &RankProgram,
+    prepared: &[Prepared],
+    device: &Device,
+    weights: &mut dyn WeightSource,
+    progress: &dyn Fn(),
+) -> Result<(Constants, BTreeMap<usize, Arc<Memory>>), SessionError> {
+    let wanted: Vec<BTreeSet<ValueId>> = prepared.iter().map(|p| p.on_device.clone()).collect();
+    let retained: Vec<BTreeSet<ValueId>> = prepared.iter().map(|p| p.on_host.clone()).collect();
+    let mut uploaded = BTreeMap::new();
+    let mut on_device = true;
+    let mut take = |id: usize, value: &Value| -> Result<(), String> {
+        let memory = upload(device, value);
+        on_device = memory.is_ok();
+        uploaded.insert(id, Arc::new(memory?));
+        Ok(())
+    };
+    let host = Constants::hand_on(program, &wanted, &retained, weights, progress, &mut take);
+    match host {
+        Ok(host) => Ok((host, uploaded)),
+        Err(what) if on_device => Err(SessionError::Weights { what }),
+        Err(what) => {
+            let what = format!("the weights do not fit on the GPU: {what}\n  help: build for more ranks");
+            Err(SessionError::Device { what })
+        }
+    }
+}
+
+/// The room along the growing dim of each state pair: the capacity, or what past and present need.
+fn rooms(
+    program: &RankProgram,
+    entry: &Entry,
+    bindings: &Bindings,
+    capacity: Option<usize>,
+) -> Vec<(usize, i64)> {
+    let extent = |value: ValueId, axis: usize| entry.graph.ty(value).shape.get(axis)?.eval(bindings).ok();
+    let room = |(pair, state): (usize, &tpshard_ir::program::StateSpec)| {
+        let room = match capacity {
+            Some(capacity) => i64::try_from(capacity).ok()?,
+            None => {
+                let past = entry.graph.inputs().find(|(_, name, _)| **name == state.input)?.0;
+                let present = entry.graph.outputs.iter().find(|output| output.name == state.output)?.value;
+                extent(past, state.axis)?.max(extent(present, state.axis)?)
+            }
+        };
+        Some((pair, room))
+    };
+    program.states.iter().enumerate().filter_map(room).collect()
+}

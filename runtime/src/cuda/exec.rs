@@ -1,0 +1,469 @@
+//! Runs one entry on one GPU: its steps in order, put into the device's queue one after another. The host waits only where
+//! it needs what was computed: for a collective, for a step that no kernel does, and at the end.
+//!
+//! As on the CPU, a step that fails here only does not stop the rank, since other ranks would wait in the next
+//! collective: zeros take the place of what is missing, the error is kept, and the caller tells all ranks at the end. A
+//! device that fails altogether fails every step after, and the rank still takes part in all collectives.
+
+use super::plan::{Plan, size};
+use super::prepared::{Origin, Prepared, Spacing};
+use super::tensor::{DeviceTensor, download};
+use crate::comm::{CommError, Communicator, Tag, bytes};
+use crate::cpu::constants::Constants;
+use crate::cpu::convert::{Place, StepError, convert};
+use crate::cpu::deferred::Deferred;
+use crate::cpu::exec::{Finished, local_part};
+use crate::cpu::kernels::{Context, Made, run_kernel};
+use crate::cpu::step::{self, Failed, Held};
+use crate::cpu::value::Value;
+use crate::cpu::write_row;
+use crate::session::now;
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use tpshard_driver::DriverError;
+use tpshard_driver::cuda::{self, Device, Function, Memory};
+use tpshard_ir::dim::{Bindings, Dim};
+use tpshard_ir::layout::Mesh;
+use tpshard_ir::program::device::{Argument, DeviceStep, FAULT_INDEX, How, Launch};
+use tpshard_ir::program::{Entry, Family};
+use tpshard_ir::{Graph, Op, Tensor, ValueId};
+
+/// Bytes of the words in which kernels say what they met.
+pub(super) const FAULT_BYTES: u64 = 32;
+/// Most blocks along x, y and z.
+const MOST_BLOCKS: [i64; 3] = [(1 << 31) - 1, (1 << 16) - 1, (1 << 16) - 1];
+
+/// What a run of one entry is given.
+pub(super) struct Run<'a> {
+    pub(super) entry: &'a Entry,
+    pub(super) prepared: &'a Prepared,
+    pub(super) device: &'a Device,
+    /// The kernels, in the order of the program's table.
+    pub(super) functions: &'a [Function],
+    /// Constants on the device, by value.
+    pub(super) constants: &'a BTreeMap<ValueId, Arc<Memory>>,
+    /// Constants on the host.
+    pub(super) host: &'a Constants,
+    /// The number of each constant there.
+    pub(super) ids: &'a [Option<usize>],
+    pub(super) arena: &'a Arc<Memory>,
+    pub(super) fault: &'a Memory,
+    pub(super) plan: &'a Plan,
+    pub(super) mesh: &'a Mesh,
+    pub(super) rank: usize,
+    /// The sizes of the inputs, the room of state, and what data has decided so far.
+    pub(super) bindings: Bindings,
+    /// Whole inputs, by name.
+    pub(super) inputs: &'a BTreeMap<Arc<str>, Value>,
+    /// State that stays on the device.
+    pub(super) states: &'a BTreeMap<Arc<str>, DeviceTensor>,
+    pub(super) timed: bool,
+    pub(super) deferred: Deferred<'a>,
+    /// Where every value lies that has been made.
+    pub(super) spots: Vec<Option<Spot>>,
+    pub(super) failure: Option<Failed>,
+}
+
+/// Device memory from a byte on.
+#[derive(Clone)]
+pub(super) struct Spot {
+    memory: Arc<Memory>,
+    offset: u64,
+}
+
+fn local(error: impl std::fmt::Display) -> StepError {
+    StepError::Local(error.to_string())
+}
+
+impl<'a> Run<'a> {
+    fn graph(&self) -> &'a Graph {
+        &self.entry.graph
+    }
+
+    fn context(&self) -> Context<'_> {
+        Context { bindings: &self.bindings, graph: &self.entry.graph }
+    }
+
+    fn family(&self, value: ValueId) -> Result<&'a Family, String> {
+        self.entry.families.get(value.index()).ok_or_else(|| format!("{value} has no layout"))
+    }
+
+    /// Runs all steps; `taps` are values to hand back.
+    pub(super) fn run(
+        mut self,
+        taps: &[ValueId],
+        communicator: &dyn Communicator,
+        sequence: &mut u64,
+    ) -> Result<Finished, CommError> {
+        let mut times = Vec::new();
+        if let Err(error) = self.fault.clear(0, FAULT_BYTES) {
+            self.failure = Some(Failed::Step(error.to_string()));
+        }
+        for (value, memory) in self.constants {
+            self.put_spot(*value, Some(Spot { memory: memory.clone(), offset: 0 }));
+        }
+        let prepared = self.prepared;
+        for (index, step) in prepared.steps.iter().enumerate() {
+            let start = if self.timed { now() } else { 0 };
+            let made = self.step(index, step, communicator, sequence);
+            if self.timed {
+                // Without this, times would be those of putting work into the queue.
+                let _ = self.device.synchronize();
+                times.push((step.value, start, now()));
+            }
+            match made {
+                Ok(()) => {}
+                Err(StepError::Collective(error)) => return Err(error),
+                Err(error) => {
+                    let failed = step::describe(self.graph(), step.value, error);
+                    self.failure.get_or_insert(failed);
+                    // Where there is no memory for zeros either, reading the value fails in turn.
+                    let _ =
+                        self.store(index, step.value, step::zeros(self.graph(), &self.bindings, step.value));
+                }
+            }
+        }
+        let outputs = self.graph().outputs.iter().map(|output| self.output(output.value, &output.name));
+        let outputs: Vec<Result<Held, (ValueId, String)>> = outputs.collect();
+        let outputs = outputs.into_iter().map(|held| {
+            held.unwrap_or_else(|(value, what)| {
+                let failed = step::describe(self.graph(), value, StepError::Local(what));
+                self.failure.get_or_insert(failed);
+                Held::Here(step::zeros(&self.entry.graph, &self.bindings, value))
+            })
+        });
+        let outputs = outputs.collect();
+        let tapped = |&value: &ValueId| Some((value, self.fetch(value).ok()?));
+        let taps = taps.iter().filter_map(tapped).collect();
+        // Reading the words waits for all work, so that what the device has to say is known now.
+        if let Some(failed) = self.fault() {
+            self.failure.get_or_insert(failed);
+        }
+        Ok(Finished { outputs, taps, failure: self.failure, times, bindings: self.bindings })
+    }
+
+    fn step(
+        &mut self,
+        index: usize,
+        step: &DeviceStep,
+        communicator: &dyn Communicator,
+        sequence: &mut u64,
+    ) -> Result<(), StepError> {
+        let value = step.value;
+        match &step.how {
+            How::Leaf => self.leaf(index, value),
+            How::Alias(of) => {
+                let spot = self.spot(*of)?;
+                self.put_spot(value, Some(spot));
+                Ok(())
+            }
+            How::Launch(launches) => {
+                self.begin(index, value)?;
+                self.launch_all(index, step, launches)
+            }
+            How::Product(product) => {
+                self.begin(index, value)?;
+                self.launch_all(index, step, &product.fallback)
+            }
+            How::Append { state, launches } => {
+                let spot = self.spot(*state)?;
+                self.put_spot(value, Some(spot));
+                self.launch_all(index, step, launches)
+            }
+            How::Convert => self.convert(index, value, communicator, sequence),
+            How::Host => {
+                let made = self.on_host(value)?;
+                let made = step::checked(self.graph(), &self.bindings, value, made)?;
+                Ok(self.store(index, value, made)?)
+            }
+        }
+    }
+
+    fn spot(&self, value: ValueId) -> Result<Spot, String> {
+        let spot = self.spots.get(value.index()).cloned().flatten();
+        spot.ok_or_else(|| format!("{value} is not there"))
+    }
+
+    fn put_spot(&mut self, value: ValueId, spot: Option<Spot>) {
+        if let Some(place) = self.spots.get_mut(value.index()) {
+            *place = spot;
+        }
+    }
+
+    /// Gives a value the memory that its step begins.
+    fn begin(&mut self, index: usize, value: ValueId) -> Result<Spot, String> {
+        let spot = match self.plan.places.get(index).copied().flatten() {
+            Some(offset) => Spot { memory: self.arena.clone(), offset },
+            None => {
+                // Its size was not known when the run began.
+                let room = self.prepared.rooms.get(index).and_then(Option::as_ref);
+                let room = room.ok_or_else(|| format!("{value} has no memory of its own"))?;
+                let bytes = size(value, room.dtype, &room.elements, &self.bindings);
+                let bytes = bytes.map_err(|e| e.to_string())?;
+                let bytes = bytes.ok_or_else(|| format!("the size of {value} is not known"))?;
+                let memory = self.device.allocate(bytes).map_err(|e| e.to_string())?;
+                Spot { memory: Arc::new(memory), offset: 0 }
+            }
+        };
+        self.put_spot(value, Some(spot.clone()));
+        Ok(spot)
+    }
+
+    /// Puts a value of the host where its step says.
+    fn store(&mut self, index: usize, value: ValueId, made: Value) -> Result<(), String> {
+        let spot = match self.prepared.origin_of(value) {
+            Some(Origin::Step(from)) if from == index => self.begin(index, value)?,
+            _ => self.spot(value)?,
+        };
+        let tensor = match self.prepared.spacing.get(&value) {
+            Some(Spacing { axis, .. }) => {
+                let shape = self.spaced_shape(value)?;
+                let mut whole = Tensor::zeros(made.dtype(), shape).map_err(|e| e.to_string())?;
+                write_row(&mut whole, *axis, 0, &made)?;
+                Arc::new(whole)
+            }
+            None => made.tensor()?,
+        };
+        spot.memory.upload(spot.offset, bytes(tensor.data())).map_err(|e| e.to_string())
+    }
+
+    fn spaced_shape(&self, value: ValueId) -> Result<Vec<usize>, String> {
+        let context = self.context();
+        self.prepared.spaced_shape(self.entry, value).iter().map(|dim| context.size(dim)).collect()
+    }
+
+    /// A copy of a value on the host. What has no memory is computed from what has.
+    fn fetch(&self, value: ValueId) -> Result<Value, String> {
+        let constant = self.ids.get(value.index()).copied().flatten();
+        if let Some(constant) = constant.and_then(|id| self.host.value(id)) {
+            return Ok(constant.clone());
+        }
+        let ty = self.graph().ty(value);
+        let Ok(spot) = self.spot(value) else {
+            return match (self.prepared.origin_of(value), &self.graph().node(value).op) {
+                (Some(_), _)
+                | (None, Op::Input { .. } | Op::Weight(_) | Op::Convert(_) | Op::Deferred { .. }) => {
+                    Err(format!("{value} is not there"))
+                }
+                (None, _) => self.computed(value).map_err(|error| match error {
+                    StepError::Local(what) => what,
+                    StepError::Index { index, extent } => format!("index {index} is outside of {extent}"),
+                    StepError::Collective(error) => error.to_string(),
+                }),
+            };
+        };
+        let shape = self.spaced_shape(value)?;
+        let held = Value::new(download(&spot.memory, spot.offset, ty.dtype, &shape)?);
+        match self.prepared.spacing.get(&value) {
+            Some(Spacing { axis, .. }) => {
+                let length = ty.shape.get(*axis).map_or(Ok(0), |dim| self.context().size(dim))?;
+                held.sliced(*axis, 0, length, 1)
+            }
+            None => Ok(held),
+        }
+    }
+
+    /// A node alone, by the CPU's kernels.
+    fn computed(&self, value: ValueId) -> Result<Value, StepError> {
+        let node = self.graph().node(value);
+        if node.op.is_leaf() {
+            return Ok(step::leaf(&self.context(), &node.op)?);
+        }
+        let args = node.args.iter().map(|&arg| self.fetch(arg)).collect::<Result<Vec<_>, _>>()?;
+        let region = self.prepared.alone(value).ok_or_else(|| format!("{value} has no kernel"))?;
+        run_kernel(&self.context(), region, &args, Vec::new(), Made::default())
+    }
+
+    fn on_host(&mut self, value: ValueId) -> Result<Value, StepError> {
+        let node = self.graph().node(value);
+        if !matches!(node.op, Op::Deferred { .. }) {
+            return self.computed(value);
+        }
+        let args = node.args.iter().map(|&arg| self.fetch(arg)).collect::<Result<Vec<_>, _>>();
+        self.deferred.run(self.entry, &self.entry.lowering, value, args, &mut self.bindings)
+    }
+
+    fn leaf(&mut self, index: usize, value: ValueId) -> Result<(), StepError> {
+        let Op::Input { name } = &self.graph().node(value).op else {
+            let made = step::leaf(&self.context(), &self.graph().node(value).op)?;
+            return Ok(self.store(index, value, made)?);
+        };
+        if let Some(state) = self.states.get(name) {
+            let room = self.prepared.rooms.get(index).and_then(Option::as_ref);
+            let elements = room.map(|room| room.elements.eval(&self.bindings));
+            let needed = elements.and_then(Result::ok).and_then(|n| u64::try_from(n).ok());
+            let needed = needed.and_then(|n| self.graph().ty(value).dtype.byte_len(n));
+            if needed != Some(state.memory.len()) {
+                return Err(format!("state `{name}` has other sizes than its memory").into());
+            }
+            self.put_spot(value, Some(Spot { memory: state.memory.clone(), offset: 0 }));
+            return Ok(());
+        }
+        let whole = self.inputs.get(name).ok_or_else(|| format!("input `{name}` is not there"))?;
+        let place = Place { mesh: self.mesh, rank: self.rank, bindings: &self.bindings };
+        let part = local_part(whole, self.family(value)?, &place)?;
+        let part = step::checked(self.graph(), &self.bindings, value, part)?;
+        Ok(self.store(index, value, part)?)
+    }
+
+    /// All ranks take part, also one that has nothing to bring.
+    fn convert(
+        &mut self,
+        index: usize,
+        value: ValueId,
+        communicator: &dyn Communicator,
+        sequence: &mut u64,
+    ) -> Result<(), StepError> {
+        let node = self.graph().node(value);
+        let (Op::Convert(conversion), Some(&from)) = (&node.op, node.args.first()) else {
+            return Err("a conversion of nothing".into());
+        };
+        let mut lost = None;
+        let brought = self.fetch(from).unwrap_or_else(|what| {
+            lost = Some(what);
+            step::zeros(self.graph(), &self.bindings, from)
+        });
+        let families = [self.family(from)?, self.family(value)?];
+        *sequence += 1;
+        let tag = Tag { sequence: *sequence, node: value.0 };
+        let place = Place { mesh: self.mesh, rank: self.rank, bindings: &self.bindings };
+        let converted = convert(conversion, brought, families, &place, communicator, tag)?;
+        let converted = step::checked(self.graph(), &self.bindings, value, converted)?;
+        self.store(index, value, converted)?;
+        lost.map_or(Ok(()), |what| Err(what.into()))
+    }
+
+    fn launch_all(&self, index: usize, step: &DeviceStep, launches: &[Launch]) -> Result<(), StepError> {
+        let scratch = match self.plan.scratch.get(index).copied().flatten() {
+            Some(offset) => Some(Spot { memory: self.arena.clone(), offset }),
+            None => {
+                let bytes = self.evaluated(&step.scratch)?;
+                let memory = u64::try_from(bytes).ok().filter(|&bytes| bytes > 0);
+                let memory = memory.map(|bytes| self.device.allocate(bytes)).transpose().map_err(local)?;
+                memory.map(|memory| Spot { memory: Arc::new(memory), offset: 0 })
+            }
+        };
+        for launch in launches {
+            self.launch(launch, scratch.as_ref())?;
+        }
+        Ok(())
+    }
+
+    fn launch(&self, launch: &Launch, scratch: Option<&Spot>) -> Result<(), StepError> {
+        let mut blocks = [0u32; 3];
+        for ((count, dim), most) in blocks.iter_mut().zip(&launch.blocks).zip(MOST_BLOCKS) {
+            let wanted = self.evaluated(dim)?;
+            if wanted > most {
+                return Err(format!("a kernel of {wanted} blocks along one dim, possible are {most}").into());
+            }
+            // Of sizes that are not there, nothing is computed.
+            *count = u32::try_from(wanted.max(0)).unwrap_or(0);
+        }
+        if blocks.contains(&0) {
+            return Ok(());
+        }
+        let function = self.functions.get(launch.kernel);
+        let function = function.ok_or_else(|| format!("kernel {} does not exist", launch.kernel))?;
+        // Memory is borrowed by the arguments, so that spots are found first.
+        let spots = launch.arguments.iter().map(|argument| self.memory_of(argument, scratch));
+        let spots = spots.collect::<Result<Vec<Option<(&Memory, u64)>>, String>>()?;
+        let mut arguments = Vec::with_capacity(spots.len());
+        for (argument, spot) in launch.arguments.iter().zip(spots) {
+            arguments.push(match (argument, spot) {
+                (_, Some((memory, offset))) => cuda::Argument::Memory(memory, offset),
+                (Argument::Size(dim), None) => cuda::Argument::Size(self.evaluated(dim)?),
+                (Argument::Real(bits), None) => cuda::Argument::Real(f32::from_bits(*bits)),
+                (_, None) => return Err("a kernel's argument is not there".into()),
+            });
+        }
+        function.launch(blocks, launch.threads, launch.shared, &arguments).map_err(local)
+    }
+
+    /// The memory that an argument names, if it names any.
+    fn memory_of<'s>(
+        &'s self,
+        argument: &Argument,
+        scratch: Option<&'s Spot>,
+    ) -> Result<Option<(&'s Memory, u64)>, String> {
+        let beyond = || "a place beyond memory".to_owned();
+        let from = |spot: &Spot, bytes: i64| {
+            let bytes = u64::try_from(bytes).ok();
+            bytes.and_then(|bytes| spot.offset.checked_add(bytes)).ok_or_else(beyond)
+        };
+        match argument {
+            Argument::Value { value, offset } => {
+                let spot = self.spots.get(value.index()).and_then(Option::as_ref);
+                let spot = spot.ok_or_else(|| format!("{value} is not there"))?;
+                let bits = i64::try_from(self.graph().ty(*value).dtype.bits()).map_err(|_| beyond())?;
+                let bytes = self.evaluated(offset)?.checked_mul(bits).ok_or_else(beyond)? / 8;
+                Ok(Some((&*spot.memory, from(spot, bytes)?)))
+            }
+            Argument::Scratch { offset } => {
+                let spot = scratch.ok_or("scratch memory is not there")?;
+                Ok(Some((&*spot.memory, from(spot, self.evaluated(offset)?)?)))
+            }
+            Argument::Fault => Ok(Some((self.fault, 0))),
+            Argument::Size(_) | Argument::Real(_) => Ok(None),
+        }
+    }
+
+    fn evaluated(&self, dim: &Dim) -> Result<i64, String> {
+        match dim.as_const() {
+            Some(value) => Ok(value),
+            None => dim.eval(&self.bindings).map_err(|e| e.to_string()),
+        }
+    }
+
+    /// What this rank holds of an output.
+    fn output(&self, value: ValueId, name: &str) -> Result<Held, (ValueId, String)> {
+        let own_state = self.prepared.spacing.get(&value).and_then(|spacing| {
+            let pair = self.entry.graph.states.iter().find(|pair| *pair.output == *name)?;
+            self.states.contains_key(&pair.input).then_some(spacing.axis)
+        });
+        let held = match own_state {
+            Some(axis) => {
+                let dim = self.graph().ty(value).shape.get(axis);
+                let length = dim.map_or(Ok(0), |dim| self.context().size(dim));
+                length.map(|length| Held::InState { length })
+            }
+            None => self.fetch(value).map(Held::Here),
+        };
+        held.map_err(|what| (value, what))
+    }
+
+    /// What kernels met, after all of them are done.
+    fn fault(&self) -> Option<Failed> {
+        let mut bytes = [0u8; FAULT_BYTES as usize];
+        if let Err(error) = self.fault.download(0, &mut bytes) {
+            return Some(Failed::Step(error.to_string()));
+        }
+        let mut words = bytes.chunks_exact(8).map(|word| {
+            let mut whole = [0u8; 8];
+            whole.copy_from_slice(word);
+            i64::from_le_bytes(whole)
+        });
+        let mut word = || words.next().unwrap_or(0);
+        let [code, value, index, extent] = [word(), word(), word(), word()];
+        if code == 0 {
+            return None;
+        }
+        let value = u32::try_from(value).ok().filter(|&v| (v as usize) < self.graph().len()).map(ValueId);
+        let node = value.map_or_else(|| "a kernel".into(), |value| step::name(self.graph(), value));
+        Some(match code {
+            FAULT_INDEX => Failed::Index { node, index, extent },
+            _ => Failed::Step(format!("{node}: division by zero")),
+        })
+    }
+}
+
+/// Copies a constant to the device.
+pub(super) fn upload(device: &Device, value: &Value) -> Result<Memory, String> {
+    let tensor = value.tensor()?;
+    let data = bytes(tensor.data());
+    let put = || -> Result<Memory, DriverError> {
+        let memory = device.allocate(data.len() as u64)?;
+        memory.upload(0, data)?;
+        Ok(memory)
+    };
+    put().map_err(|error| error.to_string())
+}
