@@ -6,6 +6,7 @@
 
 pub mod build;
 pub mod cubins;
+pub mod cuda;
 pub mod elf;
 pub mod folder;
 pub mod report_html;

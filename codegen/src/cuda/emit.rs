@@ -1,0 +1,342 @@
+//! From the regions of an entry to its steps.
+
+use super::PRELUDE;
+use super::text::{Kernels, c_type};
+use super::views::View;
+use super::{attention, elementwise, product, rows, windows};
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use tpshard_ir::layout::{Mesh, local_runs};
+use tpshard_ir::op::Literal;
+use tpshard_ir::program::device::{DeviceLowering, DeviceStep, How, Launch, Product, capacity_symbol};
+use tpshard_ir::program::{Determinism, Entry, Family, Kernel, RankProgram, Region, Stage};
+use tpshard_ir::{Conversion, DType, Dim, Graph, Node, Op, Type, ValueId};
+
+/// Gives `program` kernels for a GPU, and every entry the calls of them.
+pub fn attach(program: &mut RankProgram) {
+    let mut kernels = Kernels::default();
+    let states: Vec<Arc<str>> = program.states.iter().map(|state| state.input.clone()).collect();
+    let lowerings: Vec<DeviceLowering> = program
+        .entries
+        .iter()
+        .map(|entry| {
+            let context = Context {
+                states: &states,
+                mesh: &program.mesh,
+                rank: program.rank,
+                round_each: program.determinism == Determinism::Tp,
+            };
+            Emitter::new(entry, &context, &mut kernels).run()
+        })
+        .collect();
+    for (entry, lowering) in program.entries.iter_mut().zip(lowerings) {
+        entry.device = Some(lowering);
+    }
+    program.device = Some(kernels.finish(PRELUDE));
+}
+
+/// What a program says besides its entries.
+struct Context<'a> {
+    states: &'a [Arc<str>],
+    mesh: &'a Mesh,
+    rank: usize,
+    /// 16-bit results are rounded after every elementwise function.
+    round_each: bool,
+}
+
+/// An operand: where its elements lie, and their type.
+#[derive(Clone, Debug)]
+pub(super) struct Operand {
+    pub(super) view: View,
+    pub(super) dtype: DType,
+    pub(super) shape: Vec<Dim>,
+}
+
+impl Operand {
+    /// The strides of this operand stretched to `shape`.
+    pub(super) fn strides_over(&self, shape: &[Dim]) -> Vec<Dim> {
+        self.view.stretched(&self.shape, shape).strides
+    }
+}
+
+/// How a value is computed on the device.
+pub(super) enum Made {
+    Calls(Vec<Launch>),
+    Product(Box<Product>),
+    /// No kernel here does it.
+    Not,
+}
+
+pub(super) struct Emitter<'a> {
+    pub(super) graph: &'a Graph,
+    entry: &'a Entry,
+    context: &'a Context<'a>,
+    pub(super) kernels: &'a mut Kernels,
+    constant: Vec<bool>,
+    views: Vec<Option<View>>,
+    made: Vec<bool>,
+    /// The room of values whose memory is spaced for what grows in it.
+    rooms: BTreeMap<ValueId, Vec<Dim>>,
+    steps: Vec<DeviceStep>,
+}
+
+impl<'a> Emitter<'a> {
+    fn new(entry: &'a Entry, context: &'a Context<'a>, kernels: &'a mut Kernels) -> Emitter<'a> {
+        let graph = &entry.graph;
+        Emitter {
+            graph,
+            entry,
+            context,
+            kernels,
+            constant: entry.lowering.constant_values(graph),
+            views: vec![None; graph.len()],
+            made: vec![false; graph.len()],
+            rooms: rooms(entry, context.states),
+            steps: vec![],
+        }
+    }
+
+    fn run(mut self) -> DeviceLowering {
+        for region in &self.entry.lowering.regions {
+            self.region(region);
+        }
+        for output in &self.graph.outputs {
+            self.materialise(output.value);
+        }
+        DeviceLowering { steps: self.steps }
+    }
+
+    pub(super) fn ty(&self, value: ValueId) -> &'a Type {
+        self.graph.ty(value)
+    }
+
+    pub(super) fn round_each(&self) -> bool {
+        self.context.round_each
+    }
+
+    /// The memory of a value that has its own.
+    pub(super) fn own(&self, value: ValueId) -> View {
+        View::whole(value, self.rooms.get(&value).unwrap_or(&self.ty(value).shape))
+    }
+
+    fn region(&mut self, region: &Region) {
+        let value = region.result();
+        let node = self.graph.node(value);
+        if let Some(view) = self.as_view(node) {
+            self.set(value, view);
+            return;
+        }
+        let own = self.own(value);
+        if region.stage == Stage::Load || is_stored(&node.op) {
+            // Made when something reads it.
+            self.set(value, own);
+            return;
+        }
+        let how = match &node.op {
+            Op::Convert(Conversion::OnlyFirst { monoid, .. }) => {
+                match elementwise::fill(self, value, *monoid) {
+                    Some(launch) => How::Launch(vec![launch]),
+                    None => How::Convert,
+                }
+            }
+            Op::Convert(_) => How::Convert,
+            Op::Append { axis } if self.rooms.contains_key(&value) => match node.args.split_first() {
+                Some((&state, new)) => {
+                    self.materialise(state);
+                    How::Append { state, launches: elementwise::append(self, value, state, new, *axis) }
+                }
+                None => How::Host,
+            },
+            _ => match self.computed(region, node) {
+                Made::Calls(launches) => How::Launch(launches),
+                Made::Product(product) => How::Product(product),
+                Made::Not => How::Host,
+            },
+        };
+        if matches!(how, How::Host | How::Convert) {
+            for &arg in &node.args {
+                self.materialise(arg);
+            }
+        }
+        self.push(value, Stage::Step, how);
+        self.set(value, own);
+    }
+
+    fn computed(&mut self, region: &Region, node: &Node) -> Made {
+        let known = |value: &ValueId| c_type(self.ty(*value).dtype).is_some();
+        if !node.args.iter().chain([&region.result()]).all(known) {
+            return Made::Not;
+        }
+        let value = region.result();
+        match (&node.op, region.kernel) {
+            (Op::Map(_), _) => elementwise::fused(self, region),
+            (Op::Iota { start, .. }, _) => elementwise::iota(self, value, start),
+            (Op::Reshape { .. } | Op::Slice { .. } | Op::Transpose { .. } | Op::Broadcast { .. }, _) => {
+                elementwise::copied(self, value, node)
+            }
+            (Op::Concat { axis } | Op::Append { axis }, _) => elementwise::concat(self, value, node, *axis),
+            (Op::Pad { low, mode, .. }, _) => elementwise::pad(self, value, node, low, *mode),
+            (Op::Gather { axis, window }, _) => {
+                elementwise::gather(self, value, node, *axis, window.as_ref())
+            }
+            (Op::GatherElements { axis }, _) => elementwise::gather_elements(self, value, node, *axis),
+            (Op::GatherNd { batch_dims }, _) => elementwise::gather_nd(self, value, node, *batch_dims),
+            (Op::Dequant { axis, block }, _) => elementwise::dequant(self, value, node, *axis, *block),
+            (Op::Softmax { axis }, _) => rows::softmax(self, value, node, *axis),
+            (Op::Norm { kind, axis, epsilon }, _) => rows::norm(self, value, node, *kind, *axis, epsilon.0),
+            (Op::Reduce { monoid, axes }, _) => rows::reduce(self, value, node, *monoid, axes),
+            (Op::Scan { monoid, axis, exclusive, reverse }, _) => {
+                rows::scan(self, value, node, *monoid, *axis, [*exclusive, *reverse])
+            }
+            (Op::Einsum(spec), Kernel::Einsum) => product::einsum(self, value, node, spec),
+            (Op::Attention { .. }, _) => attention::attention(self, value, node),
+            (Op::Rotary { interleaved }, _) => attention::rotary(self, value, node, *interleaved),
+            (Op::Conv { window, groups }, _) => windows::conv(self, value, node, window, *groups),
+            (Op::Pool { kind, window }, _) => windows::pool(self, value, node, *kind, window),
+            _ => Made::Not,
+        }
+    }
+
+    /// The value as a view of memory that is there, if it needs no memory of its own.
+    fn as_view(&self, node: &Node) -> Option<View> {
+        let (&first, _) = node.args.split_first()?;
+        let from = self.views.get(first.index())?.as_ref()?;
+        let shape = &self.ty(first).shape;
+        let packed = node.ty.dtype.is_packed();
+        match &node.op {
+            Op::Reshape { shape: to } => from.reshaped(shape, to),
+            _ if packed => None,
+            Op::Transpose { perm } => Some(from.transposed(perm)),
+            Op::Broadcast { shape: to } => Some(from.stretched(shape, to)),
+            Op::Slice { axis, start, step, .. } => Some(from.sliced(*axis, start, *step)),
+            Op::Convert(Conversion::ShardSlice { dim, .. }) => {
+                let start = self.share(node, first, *dim)?;
+                Some(from.sliced(*dim, &start, 1))
+            }
+            Op::Convert(Conversion::OnlyFirst { axes, .. }) => {
+                let group = self.context.mesh.group(self.context.rank, axes);
+                (group.first() == Some(&self.context.rank)).then(|| from.clone())
+            }
+            _ => None,
+        }
+    }
+
+    /// Where along `dim` the share that a rank keeps begins in what it had.
+    fn share(&self, node: &Node, from: ValueId, dim: usize) -> Option<Dim> {
+        let to = self.graph.nodes().iter().position(|n| std::ptr::eq(n, node))?;
+        let start = |family: &Family| {
+            let runs = local_runs(&family.ty.shape, &family.layout, self.context.mesh, self.context.rank);
+            runs.get(dim).map(|run| run.start.clone())
+        };
+        let families = &self.entry.families;
+        Some(start(families.get(to)?)? - start(families.get(from.index())?)?)
+    }
+
+    fn set(&mut self, value: ValueId, view: View) {
+        if let Some(slot) = self.views.get_mut(value.index()) {
+            *slot = Some(view);
+        }
+    }
+
+    fn push(&mut self, value: ValueId, stage: Stage, how: How) {
+        if let Some(made) = self.made.get_mut(value.index()) {
+            *made = true;
+        }
+        self.steps.push(DeviceStep { value, stage, scratch: Dim::constant(0), how });
+    }
+
+    fn is_made(&self, value: ValueId) -> bool {
+        self.made.get(value.index()).copied().unwrap_or(false)
+    }
+
+    fn is_constant(&self, value: ValueId) -> bool {
+        self.constant.get(value.index()).copied().unwrap_or(false)
+    }
+
+    /// An operand of a kernel.
+    pub(super) fn operand(&mut self, value: ValueId) -> Operand {
+        let view = self.views.get(value.index()).cloned().flatten().unwrap_or_else(|| self.own(value));
+        if !self.is_made(view.base) {
+            self.leaf(view.base);
+        }
+        let ty = self.ty(value);
+        Operand { view, dtype: ty.dtype, shape: ty.shape.clone() }
+    }
+
+    fn leaf(&mut self, value: ValueId) {
+        let stage = if self.is_constant(value) { Stage::Load } else { Stage::Step };
+        self.push(value, stage, How::Leaf);
+    }
+
+    /// Sees to it that a value has memory of its own, in which it lies row by row.
+    fn materialise(&mut self, value: ValueId) {
+        if self.is_made(value) {
+            return;
+        }
+        let own = self.own(value);
+        let view = self.views.get(value.index()).cloned().flatten().unwrap_or_else(|| own.clone());
+        if view.base == value || self.is_constant(value) {
+            self.leaf(value);
+        } else {
+            let operand = self.operand(value);
+            let base = view.base;
+            let same = view.is_dense(&operand.shape)
+                && self.ty(base).elements() == self.ty(value).elements()
+                && !self.rooms.contains_key(&base);
+            let how = match same {
+                true => How::Alias(base),
+                false if operand.dtype.is_packed() || c_type(operand.dtype).is_none() => {
+                    // Views of packed values are whole.
+                    How::Host
+                }
+                false => How::Launch(vec![elementwise::copy(self, &operand, value, &own)]),
+            };
+            if how == How::Host {
+                for &arg in &self.graph.node(value).args {
+                    self.materialise(arg);
+                }
+            }
+            self.push(value, Stage::Step, how);
+        }
+        self.set(value, own);
+    }
+
+    /// The literal that a value is, if it is one element.
+    pub(super) fn literal(&self, value: ValueId) -> Option<&'a Literal> {
+        match &self.graph.node(value).op {
+            Op::Literal(literal) if literal.0.shape().iter().product::<usize>() == 1 => Some(literal),
+            _ => None,
+        }
+    }
+}
+
+/// True for what is not computed but given.
+fn is_stored(op: &Op) -> bool {
+    matches!(op, Op::Input { .. } | Op::Weight(_) | Op::Literal(_) | Op::Size(_))
+}
+
+/// The room of state and of what is appended to it in place.
+fn rooms(entry: &Entry, states: &[Arc<str>]) -> BTreeMap<ValueId, Vec<Dim>> {
+    let graph = &entry.graph;
+    let mut rooms = BTreeMap::new();
+    let mut room = |value: ValueId, pair: usize, axis: usize| {
+        let mut shape = graph.ty(value).shape.clone();
+        if let Some(extent) = shape.get_mut(axis) {
+            *extent = Dim::symbol(&capacity_symbol(pair));
+        }
+        rooms.insert(value, shape);
+    };
+    for pair in &graph.states {
+        let Some(index) = states.iter().position(|name| *name == pair.input) else { continue };
+        let input = graph.inputs().find(|(_, name, _)| **name == pair.input).map(|(value, ..)| value);
+        let Some(input) = input else { continue };
+        room(input, index, pair.axis);
+        let output = graph.outputs.iter().find(|o| o.name == pair.output).map(|o| o.value);
+        let Some(output) = output else { continue };
+        let node = graph.node(output);
+        if node.op == (Op::Append { axis: pair.axis }) && node.args.first() == Some(&input) {
+            room(output, index, pair.axis);
+        }
+    }
+    rooms
+}
