@@ -5,7 +5,7 @@
 //! encoded around them and put into copies of the runner. `config.json` comes last, because it marks the folder as
 //! complete.
 
-use crate::cubins::{CudaTarget, Cubins};
+use crate::cubins::{Cubins, CudaTarget};
 use crate::cuda;
 use crate::elf::{self, ElfError};
 use crate::folder::{CONFIG, CONFIG_FORMAT, FolderError, OutputFolder};

@@ -53,9 +53,7 @@ pub(crate) fn shard(arguments: &ShardArguments, json: bool, quiet: bool) -> Outc
     let compiler = compiler(&arguments.target, arguments.pricing.determinism)?;
     let cuda = match &arguments.target {
         Target::Cpu => None,
-        Target::Cuda(all) => {
-            Some(CudaTarget { architectures: all.clone(), compiler: compiler.as_ref() })
-        }
+        Target::Cuda(all) => Some(CudaTarget { architectures: all.clone(), compiler: compiler.as_ref() }),
     };
     let inputs = build_inputs(arguments, source.imported, &plan, &runner, compiler.as_ref())?;
     let imported: Vec<&Graph> = graphs.iter().map(|imported| &imported.graph).collect();

@@ -188,7 +188,12 @@ pub unsafe extern "C" fn cuMemcpyDtoHAsync_v2(
 /// # Safety
 /// See above.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuMemcpyDtoDAsync_v2(to: u64, from: u64, bytes: usize, _stream: *mut c_void) -> c_int {
+pub unsafe extern "C" fn cuMemcpyDtoDAsync_v2(
+    to: u64,
+    from: u64,
+    bytes: usize,
+    _stream: *mut c_void,
+) -> c_int {
     if !memory::holds(to, bytes) || !memory::holds(from, bytes) {
         return INVALID_VALUE;
     }
@@ -251,7 +256,11 @@ pub unsafe extern "C" fn cuModuleUnload(_module: *mut c_void) -> c_int {
 /// # Safety
 /// See above.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuFuncSetAttribute(_function: *mut c_void, _attribute: c_int, _value: c_int) -> c_int {
+pub unsafe extern "C" fn cuFuncSetAttribute(
+    _function: *mut c_void,
+    _attribute: c_int,
+    _value: c_int,
+) -> c_int {
     SUCCESS
 }
 

@@ -7,8 +7,8 @@
 //!
 //! `TPSHARD_STANDIN` holds what is to go wrong: words such as `devices=0` (see [`settings`]).
 
-mod compiler;
-mod driver;
+pub mod compiler;
+pub mod driver;
 mod memory;
 mod modules;
-pub mod settings;
+mod settings;

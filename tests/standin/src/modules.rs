@@ -18,13 +18,8 @@ pub(crate) fn wrap(object: &[u8], arch: u32) -> Vec<u8> {
     image
 }
 
-type Launch = unsafe extern "C" fn(
-    *const c_char,
-    *const c_uint,
-    *const c_uint,
-    c_uint,
-    *mut *mut c_void,
-) -> c_int;
+type Launch =
+    unsafe extern "C" fn(*const c_char, *const c_uint, *const c_uint, c_uint, *mut *mut c_void) -> c_int;
 
 /// Opened code; never closed.
 pub(crate) struct Module {
