@@ -1,8 +1,8 @@
 // A stand-in for the CUDA device language, so that a C++ compiler for a CPU takes kernel text as it is.
 //
-// A block of one thread runs as a plain call. A block of several runs as fibers that take turns at barriers and
-// shuffles, in ascending, descending or a mixed order (TPSHARD_SHIM_ORDER = 0, 1 or another number, the seed), so that
-// results that depend on the order of threads show. Shared memory starts as NaN in every block; threads that do not all
+// By default a block is one thread, a plain call. Otherwise its threads are fibers that take turns at barriers and
+// shuffles, in ascending, descending or a mixed order (order 0, 1 or another number, the seed), so that results that
+// depend on the order of threads show. Shared memory starts as NaN in every block; threads that do not all
 // reach a barrier, and lanes that do not all take part in a shuffle, are an error.
 #include <cmath>
 #include <cstdint>

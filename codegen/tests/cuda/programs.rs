@@ -1,0 +1,1 @@
+//! Whole graphs: layers, and how many kernels they have.
