@@ -13,6 +13,8 @@
 #include <utility>
 #include <vector>
 
+// Without a name, so that what several libraries of one process have is not taken for the same.
+namespace {
 namespace shim {
 struct Dim3 { unsigned x, y, z; };
 enum State { RUNNING, AT_BARRIER, AT_SHUFFLE, ENDED };
@@ -130,6 +132,7 @@ template <class... A> void call(void (*kernel)(A...), void **arguments) {
 }
 struct Kernel { const char *name; void (*call)(void **); };
 }  // namespace shim
+}  // namespace
 
 #define __device__
 #define __global__

@@ -129,10 +129,9 @@ pub(super) fn norm(
 ) -> Made {
     let operands: Vec<Operand> = node.args.iter().map(|&arg| emitter.operand(arg)).collect();
     let Some(x) = operands.first() else { return Made::Not };
-    if !is_real(x.dtype) {
+    if !is_real(x.dtype) || x.dtype == DType::F64 {
         return Made::Not;
     }
-    let (real, suffix) = real(x.dtype);
     let shape = &node.ty.shape;
     let mut strides: Vec<Vec<Dim>> = vec![x.view.strides.clone(), dense(shape)];
     strides.extend(operands.iter().skip(1).map(|o| o.strides_over(shape)));
@@ -151,7 +150,7 @@ pub(super) fn norm(
     bases.extend(parameters.iter().map(|_| "0".to_string()));
     let count = call.variable(&length);
     if kind == NormKind::Layer {
-        call.line(format!("{real} mean = 0;"));
+        call.line("float mean = 0;");
         let places = walk(&mut call, &space.inner, &bases);
         let Some(from) = places.first() else { return Made::Not };
         call.line(format!("mean += {};", load(x.dtype, &source, from)));
@@ -162,14 +161,14 @@ pub(super) fn norm(
         NormKind::Layer => format!("{} - mean", load(x.dtype, &source, from)),
         NormKind::Rms => load(x.dtype, &source, from),
     };
-    call.line(format!("{real} squares = 0;"));
+    call.line("float squares = 0;");
     let places = walk(&mut call, &space.inner, &bases);
     let Some(from) = places.first() else { return Made::Not };
-    call.line(format!("{real} d = {};", centred(from)));
+    call.line(format!("float d = {};", centred(from)));
     call.line("squares += d * d;");
     call.line("}");
     call.line("squares = block_reduce(squares, Add());");
-    call.line(format!("{real} factor = 1 / sqrt{suffix}(squares / {count} + {epsilon});"));
+    call.line(format!("float factor = 1 / sqrtf(squares / {count} + {epsilon});"));
     let places = walk(&mut call, &space.inner, &bases);
     let [from, to, at @ ..] = places.as_slice() else { return Made::Not };
     let mut result = format!("({}) * factor", centred(from));
