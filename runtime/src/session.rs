@@ -25,6 +25,7 @@ use crate::state::{SlotId, StateOptions, StateStore, StepPart};
 use bind::Signature;
 use request::{InputHeader, Request, RunPart, request_of, run_part};
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 use tpshard_ir::border::Present;
 use tpshard_ir::deferred::SharedEvaluator;
 use tpshard_ir::program::RankProgram;
@@ -61,6 +62,8 @@ pub struct SessionOptions {
     /// Ranks on this machine; default: all.
     pub local_ranks: Option<usize>,
     pub device: DeviceChoice,
+    /// Folders that NVIDIA's libraries are looked for in before all others.
+    pub libraries: Vec<PathBuf>,
     /// The number of this rank among those of this machine, which chooses its GPU; default: the rank.
     pub local_rank: Option<usize>,
     /// Most bytes that one run may take besides the weights; default: this rank's share of the available memory.

@@ -10,6 +10,7 @@ mod cases;
 mod check;
 mod check_files;
 mod crash;
+mod cuda;
 mod deferred;
 mod determinism;
 mod draft;

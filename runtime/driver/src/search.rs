@@ -51,6 +51,11 @@ impl SearchPath {
         SearchPath { folders }
     }
 
+    /// The same, after looking into `folders`.
+    pub fn after(self, folders: &[PathBuf]) -> SearchPath {
+        SearchPath { folders: folders.iter().cloned().chain(self.folders).collect() }
+    }
+
     /// These folders and the system's loader only.
     pub fn of(folders: Vec<PathBuf>) -> SearchPath {
         SearchPath { folders }

@@ -82,6 +82,41 @@ fn carried(monoid: Monoid) -> comm::Monoid {
     }
 }
 
+/// As [`convert`], if the conversion needs no other rank.
+pub(crate) fn convert_alone(
+    conversion: &Conversion,
+    value: &Value,
+    [from, to]: [&Family; 2],
+    place: &Place<'_>,
+) -> Result<Option<Value>, StepError> {
+    Ok(match conversion {
+        Conversion::ShardSlice { dim, .. } => {
+            let outer = held(from, place, place.rank)?;
+            let inner = held(to, place, place.rank)?;
+            let (Some(outer), Some(inner)) = (outer.get(*dim), inner.get(*dim)) else {
+                return Err(format!("no dim {dim} to slice").into());
+            };
+            let start = inner.0.checked_sub(outer.0).ok_or("a share outside of what is held".to_string())?;
+            Some(value.sliced(*dim, start, inner.1, 1)?)
+        }
+        Conversion::OnlyFirst { monoid, .. } => {
+            let group = Group::new(place.mesh.group(place.rank, conversion.axes()))?;
+            if group.position(place.rank) == Some(0) {
+                Some(value.clone())
+            } else {
+                Some(Value::new(identity(*monoid, value.dtype(), value.shape())?))
+            }
+        }
+        Conversion::AllGather { .. }
+        | Conversion::AllReduce { .. }
+        | Conversion::ReduceScatter { .. }
+        | Conversion::AllToAll { .. }
+        | Conversion::Redeal { .. }
+        | Conversion::TreeReduce { .. }
+        | Conversion::Transfer => None,
+    })
+}
+
 /// Converts `value` of the family `from` to the family `to`.
 pub(crate) fn convert(
     conversion: &Conversion,
@@ -91,24 +126,11 @@ pub(crate) fn convert(
     communicator: &dyn Communicator,
     tag: Tag,
 ) -> Result<Value, StepError> {
+    if let Some(converted) = convert_alone(conversion, &value, [from, to], place)? {
+        return Ok(converted);
+    }
     let group = Group::new(place.mesh.group(place.rank, conversion.axes()))?;
     Ok(match conversion {
-        Conversion::ShardSlice { dim, .. } => {
-            let outer = held(from, place, place.rank)?;
-            let inner = held(to, place, place.rank)?;
-            let (Some(outer), Some(inner)) = (outer.get(*dim), inner.get(*dim)) else {
-                return Err(format!("no dim {dim} to slice").into());
-            };
-            let start = inner.0.checked_sub(outer.0).ok_or("a share outside of what is held".to_string())?;
-            value.sliced(*dim, start, inner.1, 1)?
-        }
-        Conversion::OnlyFirst { monoid, .. } => {
-            if group.position(place.rank) == Some(0) {
-                value
-            } else {
-                Value::new(identity(*monoid, value.dtype(), value.shape())?)
-            }
-        }
         Conversion::AllGather { dim, .. } => {
             let extents = extents(from, place, &group, *dim)?;
             Value::new(communicator.all_gather(&group, tag, *dim, &extents, &*value.tensor()?)?)
@@ -151,6 +173,9 @@ pub(crate) fn convert(
             let extents = extents(from, place, &group, *axis)?;
             let whole = communicator.all_gather(&group, tag, *axis, &extents, &*value.tensor()?)?;
             tree_reduce(&Value::new(whole), *axis)?
+        }
+        Conversion::ShardSlice { .. } | Conversion::OnlyFirst { .. } => {
+            return Err("a conversion that needs no other rank".to_string().into());
         }
         Conversion::Transfer => {
             return Err("transfers between device sets cannot be executed".to_string().into());

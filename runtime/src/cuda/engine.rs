@@ -1,7 +1,7 @@
 //! What outlives runs on a GPU: weights, kernels, the working memory, and the entries made ready.
 
 use super::exec::{FAULT_BYTES, Run, upload};
-use super::gpu::Gpu;
+use super::gpu::{Gpu, Surroundings};
 use super::plan::Plan;
 use super::prepared::Prepared;
 use super::tensor::DeviceTensor;
@@ -64,8 +64,7 @@ impl Engine {
         program: &RankProgram,
         code: &DeviceCode,
         weights: &mut dyn WeightSource,
-        local_rank: usize,
-        progress: &dyn Fn(),
+        host: &Surroundings<'_>,
     ) -> Result<Engine, SessionError> {
         let mut prepared = Vec::with_capacity(program.entries.len());
         for entry in &program.entries {
@@ -75,12 +74,12 @@ impl Engine {
             lowering.check(code, entry).map_err(|error| wrong(error.to_string()))?;
             prepared.push(Prepared::new(entry, lowering, &program.states).map_err(wrong)?);
         }
-        let gpu = Gpu::open(code, local_rank, progress)?;
+        let gpu = Gpu::open(code, host)?;
         let functions = code.kernels.iter().map(|kernel| gpu.module.function(&kernel.name));
         let functions = functions.collect::<Result<Vec<Function>, _>>().map_err(failed)?;
-        let (host, uploaded) = constants(program, &prepared, &gpu.device, weights, progress)?;
+        let (kept, uploaded) = constants(program, &prepared, &gpu.device, weights, host.progress)?;
         let entries = program.entries.iter().zip(prepared).map(|(entry, prepared)| {
-            let ids = host.of(&entry.graph, &entry.lowering);
+            let ids = kept.of(&entry.graph, &entry.lowering);
             let memory = |&value: &ValueId| {
                 let id = ids.get(value.index()).copied().flatten()?;
                 Some((value, uploaded.get(&id)?.clone()))
@@ -91,7 +90,7 @@ impl Engine {
         let entries = entries.collect();
         let arena = Arc::new(gpu.device.allocate(0).map_err(failed)?);
         let fault = gpu.device.allocate(FAULT_BYTES).map_err(failed)?;
-        Ok(Engine { functions, entries, host, arena, fault, gpu })
+        Ok(Engine { functions, entries, host: kept, arena, fault, gpu })
     }
 
     /// What was chosen, for people.

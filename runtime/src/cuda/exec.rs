@@ -10,7 +10,7 @@ use super::prepared::{Origin, Prepared, Spacing};
 use super::tensor::{DeviceTensor, download};
 use crate::comm::{CommError, Communicator, Tag, bytes};
 use crate::cpu::constants::Constants;
-use crate::cpu::convert::{Place, StepError, convert};
+use crate::cpu::convert::{Place, StepError, convert, convert_alone};
 use crate::cpu::deferred::Deferred;
 use crate::cpu::exec::{Finished, local_part};
 use crate::cpu::kernels::{Context, Made, run_kernel};
@@ -241,8 +241,7 @@ impl<'a> Run<'a> {
         let ty = self.graph().ty(value);
         let Ok(spot) = self.spot(value) else {
             return match (self.prepared.origin_of(value), &self.graph().node(value).op) {
-                (Some(_), _)
-                | (None, Op::Input { .. } | Op::Weight(_) | Op::Convert(_) | Op::Deferred { .. }) => {
+                (Some(_), _) | (None, Op::Input { .. } | Op::Weight(_) | Op::Deferred { .. }) => {
                     Err(format!("{value} is not there"))
                 }
                 (None, _) => self.computed(value).map_err(|error| match error {
@@ -268,6 +267,12 @@ impl<'a> Run<'a> {
         let node = self.graph().node(value);
         if node.op.is_leaf() {
             return Ok(step::leaf(&self.context(), &node.op)?);
+        }
+        if let (Op::Convert(conversion), Some(&from)) = (&node.op, node.args.first()) {
+            let families = [self.family(from)?, self.family(value)?];
+            let place = Place { mesh: self.mesh, rank: self.rank, bindings: &self.bindings };
+            let converted = convert_alone(conversion, &self.fetch(from)?, families, &place)?;
+            return converted.ok_or_else(|| format!("{value} is not there").into());
         }
         let args = node.args.iter().map(|&arg| self.fetch(arg)).collect::<Result<Vec<_>, _>>()?;
         let region = self.prepared.alone(value).ok_or_else(|| format!("{value} has no kernel"))?;

@@ -22,6 +22,15 @@ pub(super) struct Gpu {
     pub(super) description: String,
 }
 
+/// Where a rank finds itself.
+pub(crate) struct Surroundings<'a> {
+    /// The rank's number among those of this machine.
+    pub(crate) local_rank: usize,
+    pub(crate) search: SearchPath,
+    /// Says that the rank is at work.
+    pub(crate) progress: &'a dyn Fn(),
+}
+
 /// Why the program cannot run on a GPU here.
 fn unusable(what: impl std::fmt::Display) -> SessionError {
     let what = format!(
@@ -32,20 +41,14 @@ fn unusable(what: impl std::fmt::Display) -> SessionError {
 }
 
 impl Gpu {
-    /// `local_rank` is the rank's number among those of this machine.
-    pub(super) fn open(
-        code: &DeviceCode,
-        local_rank: usize,
-        progress: &dyn Fn(),
-    ) -> Result<Gpu, SessionError> {
-        let search = SearchPath::from_environment();
-        let driver = Driver::load(&search).map_err(unusable)?;
+    pub(super) fn open(code: &DeviceCode, host: &Surroundings<'_>) -> Result<Gpu, SessionError> {
+        let driver = Driver::load(&host.search).map_err(unusable)?;
         let visible = driver.devices().map_err(unusable)?;
-        let ordinal = choose(visible, local_rank)?;
+        let ordinal = choose(visible, host.local_rank)?;
         let device = driver.device(ordinal).map_err(unusable)?;
-        progress();
-        let (module, origin) = machine_code(code, &driver, &device, &search)?;
-        progress();
+        (host.progress)();
+        let (module, origin) = machine_code(code, &driver, &device, &host.search)?;
+        (host.progress)();
         let description = format!("GPU {ordinal} ({}, sm_{}), {origin}", device.name(), device.arch());
         Ok(Gpu { device, module, visible, description })
     }

@@ -17,5 +17,6 @@ mod prepared;
 mod tensor;
 
 pub(crate) use engine::{Engine, Request};
+pub(crate) use gpu::Surroundings;
 pub(crate) use plan::Plan;
 pub(crate) use tensor::DeviceTensor;

@@ -11,6 +11,7 @@ use crate::cuda;
 use crate::state::{Home, SlotGroup};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
+use tpshard_driver::SearchPath;
 use tpshard_ir::ValueId;
 use tpshard_ir::dim::Bindings;
 use tpshard_ir::program::{Determinism, MemoryPlan, RankProgram, lower_keeping};
@@ -74,8 +75,12 @@ impl Engine {
                 return Cpu::open(program, weights, progress).map(Engine::Cpu);
             }
         };
-        let local_rank = options.local_rank.unwrap_or(program.rank);
-        let engine = cuda::Engine::open(program, code, weights, local_rank, progress)?;
+        let host = cuda::Surroundings {
+            local_rank: options.local_rank.unwrap_or(program.rank),
+            search: SearchPath::from_environment().after(&options.libraries),
+            progress,
+        };
+        let engine = cuda::Engine::open(program, code, weights, &host)?;
         Ok(Engine::Cuda(Box::new(engine)))
     }
 
