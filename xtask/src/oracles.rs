@@ -1,5 +1,5 @@
-//! Comparisons with tools nobody here wrote: ONNX Runtime on the committed model, the launchers and the browser people
-//! use.
+//! Comparisons with tools nobody here wrote: ONNX Runtime on the committed model, NVIDIA's compiler, the launchers and the
+//! browser people use.
 
 use crate::chromium::check_pages;
 use crate::conformance;
@@ -10,6 +10,9 @@ use std::process::{Command, Stdio};
 
 /// Packages of the Python oracles, pinned.
 const PACKAGES: [&str; 3] = ["numpy==2.4.6", "onnx==1.23.2", "onnxruntime==1.31.1"];
+
+/// NVIDIA's compiler, pinned: code of version 12 loads on the most drivers.
+const NVRTC: &str = "nvidia-cuda-nvrtc-cu12==12.9.86";
 
 /// Names of the browser.
 const BROWSERS: [&str; 4] = ["chromium", "chromium-browser", "google-chrome-stable", "google-chrome"];
@@ -41,6 +44,10 @@ pub(crate) fn run(root: &Path) -> Result<Outcome> {
     match conformance::wheels(root) {
         Ok(wheels) => outcome.record("onnx-suite", conformance::run(root, &wheels, &[])),
         Err(why) => outcome.skip("onnx-suite", &why),
+    }
+    match nvrtc(&work) {
+        Ok(folder) => outcome.record("nvrtc", nvrtc_tests(root, &folder)),
+        Err(why) => outcome.skip("nvrtc", &why),
     }
     match find("mpirun") {
         Some(mpirun) => outcome.record("mpirun", mpirun_ranks(root, &work, &tpshard, &mpirun)),
@@ -102,6 +109,33 @@ fn python(work: &Path) -> Result<PathBuf, String> {
     quietly(Command::new(&python).args(["-m", "pip", "install", "--quiet"]).args(PACKAGES))?;
     std::fs::write(stamp, wanted).map_err(|e| e.to_string())?;
     Ok(python)
+}
+
+/// NVIDIA's compiler, which needs no GPU: a package of 90 MB, fetched once.
+fn nvrtc(work: &Path) -> Result<PathBuf, String> {
+    let packages = work.join("nvrtc");
+    let stamp = packages.join("package");
+    let folder = packages.join("nvidia/cuda_nvrtc/lib");
+    if std::fs::read_to_string(&stamp).is_ok_and(|found| found == NVRTC) {
+        return Ok(folder);
+    }
+    println!("oracle nvrtc: fetching {NVRTC} (90 MB)");
+    let base = find("python3").ok_or("no python3 on PATH")?;
+    let mut pip = Command::new(base);
+    pip.args(["-m", "pip", "install", "--quiet", "--no-deps", "--upgrade", "--target"]).arg(&packages);
+    quietly(pip.arg(NVRTC))?;
+    std::fs::write(stamp, NVRTC).map_err(|e| e.to_string())?;
+    Ok(folder)
+}
+
+/// The tests that compile kernels with it, which otherwise skip themselves.
+fn nvrtc_tests(root: &Path, folder: &Path) -> Result<()> {
+    let cargo = std::env::var("CARGO").unwrap_or_else(|_| "cargo".into());
+    let mut command = Command::new(cargo);
+    command.current_dir(root).args(["test", "--quiet", "--release"]);
+    command.args(["-p", "tpshard-driver", "-p", "tpshard-codegen", "nvrtc"]);
+    command.env("TPSHARD_CUDA_PATH", folder).env("TPSHARD_REQUIRE", "nvrtc");
+    run_checked(&mut command)
 }
 
 fn quietly(command: &mut Command) -> Result<(), String> {

@@ -1,4 +1,4 @@
-//! ONNX's own backend tests, run by worker processes: `conformance [--write] [--only TEXT] DOCUMENT VERSION=WHEEL…`.
+//! ONNX's own backend tests, run by worker processes: `conformance [--write] [--cuda] [--only TEXT] DOCUMENT VERSION=WHEEL…`.
 //!
 //! [`suite`] unpacks the tests that a wheel of the `onnx` package holds, [`worker`] runs each on 1, 2 and 3 ranks as it
 //! stands and with constants in place of inputs, [`document`] writes down what passes. What is written must be what is
@@ -24,10 +24,11 @@ use std::process::ExitCode;
 use std::time::Instant;
 use suite::Test;
 
-const USAGE: &str = "usage: conformance [--write] [--only TEXT] [--workers N] DOCUMENT VERSION=WHEEL…\n\
-                            conformance --corpus DIR [--only TEXT] [--workers N]\n\
+const USAGE: &str = "usage: conformance [--write] [--cuda] [--only TEXT] [--workers N] DOCUMENT VERSION=WHEEL…\n\
+                            conformance --corpus DIR [--cuda] [--only TEXT] [--workers N]\n\
                      \n\
                      --write      write the document instead of comparing it\n\
+                     --cuda       run on a GPU, or what TPSHARD_CUDA_PATH names in place of one\n\
                      --only TEXT  run the tests whose name holds TEXT, print every run, compare no document";
 
 /// What the command line asks for.
@@ -35,6 +36,7 @@ const USAGE: &str = "usage: conformance [--write] [--only TEXT] [--workers N] DO
 struct Arguments {
     write: bool,
     serve: bool,
+    cuda: bool,
     only: Option<String>,
     workers: Option<usize>,
     corpus: Option<PathBuf>,
@@ -67,6 +69,7 @@ impl Arguments {
             match word.as_str() {
                 "--write" => found.write = true,
                 "--serve" => found.serve = true,
+                "--cuda" => found.cuda = true,
                 "--corpus" => found.corpus = Some(words.next()?.into()),
                 "--only" => found.only = Some(words.next()?.clone()),
                 "--workers" => found.workers = Some(words.next()?.parse().ok().filter(|n| *n > 0)?),
@@ -100,7 +103,7 @@ fn conformance(arguments: &Arguments, words: &[String]) -> Result<bool> {
         tests.retain(|test| test.name.contains(text.as_str()));
     }
     if arguments.serve {
-        worker::serve(&tests)?;
+        worker::serve(&tests, arguments.cuda)?;
         return Ok(true);
     }
     if tests.is_empty() {

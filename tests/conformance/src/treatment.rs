@@ -49,14 +49,21 @@ fn refusal(error: &ImportError) -> Obstacle {
     Obstacle(verdict, format!("{node}{}", fault.message))
 }
 
-/// Runs an imported model on `ranks` ranks with every pair.
-pub(crate) fn run(imported: &Imported, test: &Test, pairs: &[Pair], form: Form, ranks: usize) -> Outcome {
+/// Runs an imported model on `ranks` ranks with every pair, on a GPU if `cuda` says so.
+pub(crate) fn run(
+    imported: &Imported,
+    test: &Test,
+    pairs: &[Pair],
+    form: Form,
+    ranks: usize,
+    cuda: bool,
+) -> Outcome {
     let mut outcome = Outcome::new(form, ranks, Verdict::Pass, "");
     let done = planned(imported, ranks).and_then(|plan| {
         for (_, program) in &plan.programs {
             count(program, &mut outcome);
         }
-        pairs.iter().try_for_each(|pair| compared(imported, &plan, test, pair))
+        pairs.iter().try_for_each(|pair| compared(imported, &plan, test, pair, cuda))
     });
     match done {
         Ok(()) => outcome,
@@ -93,9 +100,12 @@ fn count(program: &Spmd, outcome: &mut Outcome) {
     }
 }
 
-fn compared(imported: &Imported, plan: &Plan, test: &Test, pair: &Pair) -> Result<(), Obstacle> {
+fn compared(imported: &Imported, plan: &Plan, test: &Test, pair: &Pair, cuda: bool) -> Result<(), Obstacle> {
     let ranks = plan.programs.first().map_or(1, |(_, program)| program.mesh.ranks());
-    let programs = (0..ranks).map(|rank| rank_program(plan, rank)).collect::<Result<Vec<_>, _>>()?;
+    let mut programs = (0..ranks).map(|rank| rank_program(plan, rank)).collect::<Result<Vec<_>, _>>()?;
+    if cuda {
+        programs.iter_mut().for_each(tpshard_codegen::cuda::attach);
+    }
     let mut inputs = BTreeMap::new();
     let graph = &imported.model.graph;
     // Data may be given for the inputs that have no default.

@@ -25,12 +25,12 @@ const PATIENCE: Duration = Duration::from_secs(120);
 const DONE: &str = "done";
 
 /// Answers until standard input ends.
-pub(crate) fn serve(tests: &[Test]) -> Result<()> {
+pub(crate) fn serve(tests: &[Test], cuda: bool) -> Result<()> {
     std::panic::set_hook(Box::new(|_| {}));
     for line in io::stdin().lock().lines() {
         let line = line?;
         let test = line.parse::<usize>().ok().and_then(|index| tests.get(index)).context("no such test")?;
-        attempt(test)?;
+        attempt(test, cuda)?;
         say(&DONE)?;
     }
     Ok(())
@@ -42,7 +42,7 @@ fn say(line: &dyn std::fmt::Display) -> Result<()> {
     Ok(out.flush()?)
 }
 
-fn attempt(test: &Test) -> Result<()> {
+fn attempt(test: &Test, cuda: bool) -> Result<()> {
     let bytes = fs::read(&test.model)?;
     let proto = ModelProto::decode(bytes.as_slice())?;
     let read = pairs(test, &proto);
@@ -70,7 +70,8 @@ fn attempt(test: &Test) -> Result<()> {
                 Err(error) => return say(&Outcome::new(form, 1, Verdict::Failed, &format!("{error:#}"))),
             };
             for ranks in RANKS {
-                let outcome = guarded(form, ranks, || run(&model, test, &first(read, form), form, ranks));
+                let outcome =
+                    guarded(form, ranks, || run(&model, test, &first(read, form), form, ranks, cuda));
                 say(&outcome)?;
                 if outcome.verdict != Verdict::Pass {
                     break;
