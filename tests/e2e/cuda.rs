@@ -252,7 +252,7 @@ fn what_is_missing_is_said() {
     let old = ["sm_90 by NVRTC 12.8", "for CUDA 11.4", "libnvrtc.so.12"];
     run_with("driver=11040", &driver_only, &prompt()).fails(5, &old);
     run_with("memory=300000", &driver_only, &prompt()).fails(5, &["weights do not fit", "OUT_OF_MEMORY"]);
-    run_with("memory=1000000", &driver_only, &prompt()).fails(5, &["bytes on rank", "the limit is"]);
+    run_with("memory=600000", &driver_only, &prompt()).fails(5, &["bytes on rank", "the limit is"]);
     run_with("devices=2", &driver_only, &prompt()).ok();
 
     let cpu_folder = sharded(2);
