@@ -154,8 +154,16 @@ pub(crate) fn entry(graph: &Graph) -> Entry {
     Entry::from_spmd(&spmd, 0, "case").unwrap()
 }
 
-/// All cases as entries of one program, with kernels.
+/// All cases as entries of one program, with kernels; what is written comes back, and holds together.
 pub(crate) fn program(cases: &[Case]) -> RankProgram {
+    let program = attached(cases);
+    let bytes = program.encode(&[]).unwrap();
+    assert_eq!(RankProgram::decode(&bytes).unwrap(), program);
+    program
+}
+
+/// All cases as entries of one program, with kernels.
+pub(crate) fn attached(cases: &[Case]) -> RankProgram {
     let entries: Vec<Entry> = cases.iter().map(|case| entry(&case.graph)).collect();
     let mut states = Vec::new();
     for state in entries.iter().flat_map(Entry::states) {
@@ -175,8 +183,5 @@ pub(crate) fn program(cases: &[Case]) -> RankProgram {
         program_hash: String::new(),
     };
     attach(&mut program);
-    // What is written comes back, and holds together.
-    let bytes = program.encode(&[]).unwrap();
-    assert_eq!(RankProgram::decode(&bytes).unwrap(), program);
     program
 }

@@ -68,8 +68,7 @@ pub(crate) fn check(cases: &[Case], host: usize) {
 const FLOATS: [&str; 4] = ["f32", "f16", "bf16", "f64"];
 const SINGLE: [&str; 3] = ["f32", "f16", "bf16"];
 
-#[test]
-fn elementwise_functions_of_floats() {
+fn elementwise_functions_of_floats_cases() -> Vec<Case> {
     let unary = "neg abs sign reciprocal sqrt rsqrt exp log sin cos tan asin acos atan sinh cosh asinh acosh atanh tanh \
                  sigmoid erf floor ceil round is_nan is_inf";
     let binary = "add sub mul div pow min max mod rem equal less less_equal greater greater_equal";
@@ -82,11 +81,10 @@ fn elementwise_functions_of_floats() {
             cases.push(case("n=9", &format!("x: {dtype}[n, 3]\ny: {dtype}[3]\n{function} (0, 1)")));
         }
     }
-    check(&cases, 0);
+    cases
 }
 
-#[test]
-fn elementwise_functions_of_integers() {
+fn elementwise_functions_of_integers_cases() -> Vec<Case> {
     let mut cases = Vec::new();
     for dtype in ["i8", "i16", "i32", "i64", "u8", "u16", "u32", "u64"] {
         for function in "neg abs sign bit_not".split_whitespace() {
@@ -107,11 +105,10 @@ fn elementwise_functions_of_integers() {
     for function in "div mod rem".split_whitespace() {
         cases.push(case("n=9", &format!("x: i32[n, 30]\ny: i32[30] -9..-1\n{function} (0, 1)")));
     }
-    check(&cases, 0);
+    cases
 }
 
-#[test]
-fn casts() {
+fn casts_cases() -> Vec<Case> {
     let types = "f32 f16 bf16 f64 i8 i16 i32 i64 u8 u16 u32 u64 bool";
     let mut cases = Vec::new();
     for from in types.split_whitespace() {
@@ -125,11 +122,10 @@ fn casts() {
             cases.push(case("", &format!("x: {from}[40]{range}\ncast {{to={to}}} (0)")));
         }
     }
-    check(&cases, 0);
+    cases
 }
 
-#[test]
-fn bools_and_selections() {
+fn bools_and_selections_cases() -> Vec<Case> {
     let mut cases = Vec::new();
     for function in "and or xor equal".split_whitespace() {
         cases.push(case("n=9", &format!("x: bool[n, 30]\ny: bool[30]\n{function} (0, 1)")));
@@ -139,11 +135,10 @@ fn bools_and_selections() {
         let text = format!("c: bool[n, 1]\nx: {dtype}[n, 30]\ny: {dtype}[30]\nselect (0, 1, 2)");
         cases.push(case("n=9", &text));
     }
-    check(&cases, 0);
+    cases
 }
 
-#[test]
-fn fused_regions_read_through_views() {
+fn fused_regions_read_through_views_cases() -> Vec<Case> {
     let cases = [
         "x: f32[b, s, 8]\nw: f32[8]\nmul (0, 1)\nliteral f32[] [0.5] ()\nadd (2, 3)\nsigmoid (4)\nmul (4, 5)",
         "x: f32[b, s, 8]\ntranspose {perm=[0, 2, 1]} (0)\nexp (1)\ny: f32[b, 8, s]\nadd (2, 3)",
@@ -161,11 +156,10 @@ fn fused_regions_read_through_views() {
         .iter()
         .flat_map(|text| ["b=2 s=5", "b=1 s=1", "b=3 s=100", "b=0 s=4"].map(|b| case(b, text)))
         .collect();
-    check(&cases, 0);
+    cases
 }
 
-#[test]
-fn copies_concatenations_and_pads() {
+fn copies_concatenations_and_pads_cases() -> Vec<Case> {
     let mut cases = Vec::new();
     for dtype in ["f32", "f16", "bool", "i64", "u8"] {
         cases.push(case("s=4", &format!("x: {dtype}[s, 3]\ny: {dtype}[s, 5]\nconcat {{axis=1}} (0, 1, 0)")));
@@ -181,11 +175,10 @@ fn copies_concatenations_and_pads() {
     }
     cases.push(case("", "x: i64[5]\npad {low=[2], high=[1], mode=constant(-7.0)} (0)"));
     cases.push(case("", "x: f32[5, 4]\npad {low=[-1, 2], high=[-2, 0], mode=constant(-inf)} (0)"));
-    check(&cases, 0);
+    cases
 }
 
-#[test]
-fn gathers() {
+fn gathers_cases() -> Vec<Case> {
     let mut cases = Vec::new();
     for dtype in ["f32", "bf16", "i64", "bool"] {
         for index in ["i64", "i32"] {
@@ -205,11 +198,10 @@ fn gathers() {
         let text = format!("t: {dtype}[4, 4, 3]\ni: i64[b, s, 1] -4..4\ngather_nd {{batch_dims=0}} (0, 1)");
         cases.push(case("b=2 s=5", &text));
     }
-    check(&cases, 0);
+    cases
 }
 
-#[test]
-fn quantised_blocks() {
+fn quantised_blocks_cases() -> Vec<Case> {
     let mut cases = Vec::new();
     for dtype in ["i8", "u8", "i4", "u4", "i2", "u2"] {
         for float in ["f32", "f16"] {
@@ -224,11 +216,10 @@ fn quantised_blocks() {
         }
         cases.push(case("", &format!("q: {dtype}[6, 32]\ncast {{to=i32}} (0)")));
     }
-    check(&cases, 0);
+    cases
 }
 
-#[test]
-fn softmax_over_any_axis() {
+fn softmax_over_any_axis_cases() -> Vec<Case> {
     let mut cases = Vec::new();
     for dtype in FLOATS {
         for axis in 0..3 {
@@ -238,11 +229,10 @@ fn softmax_over_any_axis() {
         cases.push(case("b=2 s=300", &text));
         cases.push(case("b=1 s=1", &text));
     }
-    check(&cases, 0);
+    cases
 }
 
-#[test]
-fn norms() {
+fn norms_cases() -> Vec<Case> {
     let mut cases = Vec::new();
     for dtype in SINGLE {
         for kind in ["layer", "rms"] {
@@ -260,11 +250,10 @@ fn norms() {
             cases.push(case("b=2 s=3", &text));
         }
     }
-    check(&cases, 0);
+    cases
 }
 
-#[test]
-fn reductions_and_scans() {
+fn reductions_and_scans_cases() -> Vec<Case> {
     let mut cases = Vec::new();
     for dtype in ["f32", "f16", "f64", "i32", "i64", "u8", "u64"] {
         for monoid in ["sum", "prod", "max", "min"] {
@@ -282,11 +271,10 @@ fn reductions_and_scans() {
             }
         }
     }
-    check(&cases, 0);
+    cases
 }
 
-#[test]
-fn products() {
+fn products_cases() -> Vec<Case> {
     let mut cases = Vec::new();
     for dtype in SINGLE {
         for (spec, a, b) in [
@@ -316,11 +304,10 @@ fn products() {
     let constant = "x: f32[s, 9]\nweight init(\"w\", f32, [7, 9]) ()\neinsum \"nk,sk->sn\" (1, 0)";
     cases.push(case("s=2", constant));
     cases.push(case("s=90", constant));
-    check(&cases, 0);
+    cases
 }
 
-#[test]
-fn attention() {
+fn attention_cases() -> Vec<Case> {
     let mut cases = Vec::new();
     for dtype in SINGLE {
         for (map, kv) in [("[0, 1, 2, 3]", 4), ("[0, 0, 1, 1]", 2), ("[0, 1, 1, 1]", 2), ("[1, 0, 1, 0]", 2)]
@@ -345,7 +332,40 @@ fn attention() {
             }
         }
     }
-    check(&cases, 0);
+    cases
+}
+
+/// A test for each family, and the list of all.
+macro_rules! families {
+    ($($name:ident: $cases:ident;)*) => {
+        $(#[test]
+        fn $name() {
+            check(&$cases(), 0);
+        })*
+
+        /// The cases of all families.
+        pub(crate) fn samples() -> Vec<Case> {
+            [$($cases(),)*].into_iter().flatten().collect()
+        }
+    };
+}
+
+families! {
+    elementwise_functions_of_floats: elementwise_functions_of_floats_cases;
+    elementwise_functions_of_integers: elementwise_functions_of_integers_cases;
+    casts: casts_cases;
+    bools_and_selections: bools_and_selections_cases;
+    fused_regions_read_through_views: fused_regions_read_through_views_cases;
+    copies_concatenations_and_pads: copies_concatenations_and_pads_cases;
+    gathers: gathers_cases;
+    quantised_blocks: quantised_blocks_cases;
+    softmax_over_any_axis: softmax_over_any_axis_cases;
+    norms: norms_cases;
+    reductions_and_scans: reductions_and_scans_cases;
+    products: products_cases;
+    attention: attention_cases;
+    rotary_embeddings: rotary_embeddings_cases;
+    convolutions_and_pools: convolutions_and_pools_cases;
 }
 
 #[test]
@@ -365,8 +385,7 @@ fn attention_of_masked_rows_and_transposed_operands() {
     check(&cases, 0);
 }
 
-#[test]
-fn rotary_embeddings() {
+fn rotary_embeddings_cases() -> Vec<Case> {
     let mut cases = Vec::new();
     for dtype in SINGLE {
         for interleaved in [true, false] {
@@ -382,11 +401,10 @@ fn rotary_embeddings() {
             cases.push(case("b=2 s=5", &text));
         }
     }
-    check(&cases, 0);
+    cases
 }
 
-#[test]
-fn convolutions_and_pools() {
+fn convolutions_and_pools_cases() -> Vec<Case> {
     let mut cases = Vec::new();
     for dtype in SINGLE {
         for groups in [1, 2] {
@@ -418,7 +436,7 @@ fn convolutions_and_pools() {
             }
         }
     }
-    check(&cases, 0);
+    cases
 }
 
 #[test]

@@ -5,6 +5,5 @@ mod case;
 mod families;
 mod library;
 mod machine;
-mod programs;
 mod shim;
 mod text;

@@ -1,1 +1,0 @@
-//! Whole graphs: layers, and how many kernels they have.
