@@ -6,6 +6,7 @@
 
 mod chromium;
 mod conformance;
+mod gpu;
 mod oracles;
 mod trusted;
 
@@ -13,10 +14,11 @@ use anyhow::{Context, Result, bail};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 
-const USAGE: &str = "usage: cargo xtask test-all | conformance [--write] [--only TEXT] | trusted-base\n\
+const USAGE: &str = "usage: cargo xtask test-all | conformance [--write] [--only TEXT] | gpu-test [DIR…] | trusted-base\n\
                      \n\
                      test-all      formatting, lints, all tests, and comparisons with tools nobody here wrote\n\
                      conformance   ONNX's own backend tests; --write writes docs/onnx-support.md\n\
+                     gpu-test      models on the GPU of this machine; DIR holds more of them\n\
                      trusted-base  writes the table of what must be right into docs/architecture.md";
 
 fn main() -> ExitCode {
@@ -24,6 +26,7 @@ fn main() -> ExitCode {
     let result = match arguments.iter().map(String::as_str).collect::<Vec<_>>().as_slice() {
         ["test-all"] => test_all(),
         ["conformance", words @ ..] => conform(words),
+        ["gpu-test", folders @ ..] => root().and_then(|root| gpu::run(&root, folders)),
         ["trusted-base"] => root().and_then(|root| trusted::write(&root)),
         _ => {
             eprintln!("{USAGE}");

@@ -15,7 +15,8 @@ use std::fmt::Write;
 use std::path::Path;
 use tpshard_codegen::build::{PART_LAUNCHER, PLAN_TEXT};
 use tpshard_frontend::{Imported, Limits};
-use tpshard_ir::program::device::DeviceCode;
+use tpshard_ir::program::RankProgram;
+use tpshard_ir::program::device::How;
 use tpshard_ir::{Border, Filling, Op};
 use tpshard_passes::report::Bytes;
 
@@ -139,7 +140,7 @@ fn executable(path: &Path, tir: bool, json: bool) -> Outcome<()> {
         "weight_bytes": weight_bytes,
         "weights_hash": program.weights_hash,
         "program_hash": program.program_hash,
-        "device": program.device.as_ref().map(device),
+        "device": device(program),
     });
     if json {
         return output::line(summary);
@@ -154,7 +155,7 @@ fn executable(path: &Path, tir: bool, json: bool) -> Outcome<()> {
         file.input_names.join(", "),
         file.output_names.join(", ")
     ))?;
-    program.device.as_ref().map_or(Ok(()), |code| output::line(device_line(code)))
+    device_line(program).map_or(Ok(()), output::line)
 }
 
 /// `config.json`, with what the programs of the ranks hold for GPUs.
@@ -162,7 +163,7 @@ fn with_devices(folder: &Folder) -> Outcome<Value> {
     let mut config = folder.config.clone();
     for rank in 0..folder.ranks {
         let file = RankFile::read(&folder.executable(rank))?;
-        let described = file.program.device.as_ref().map(device);
+        let described = device(&file.program);
         if let (Some(described), Some(entry)) = (described, config.pointer_mut(&format!("/ranks/{rank}"))) {
             entry["device"] = described;
         }
@@ -171,7 +172,8 @@ fn with_devices(folder: &Folder) -> Outcome<Value> {
 }
 
 /// The kernels of a rank, and the machine code that it has of them.
-fn device(code: &DeviceCode) -> Value {
+fn device(program: &RankProgram) -> Option<Value> {
+    let code = program.device.as_ref()?;
     let cubins = code.cubins.iter().map(|cubin| {
         json!({
             "arch": format!("sm_{}", cubin.arch),
@@ -179,23 +181,40 @@ fn device(code: &DeviceCode) -> Value {
             "bytes": cubin.bytes.len(),
         })
     });
-    json!({
+    Some(json!({
         "target": "cuda",
         "source_bytes": code.source.len(),
         "kernels": code.kernels.iter().map(|kernel| &kernel.name).collect::<Vec<_>>(),
         "cubins": cubins.collect::<Vec<_>>(),
-    })
+        "on_host": on_host(program),
+    }))
+}
+
+/// Operations that no kernel does, and how many steps of all entries they are.
+fn on_host(program: &RankProgram) -> BTreeMap<&'static str, usize> {
+    let mut found = BTreeMap::new();
+    for entry in &program.entries {
+        let steps = entry.device.iter().flat_map(|device| &device.steps);
+        for step in steps.filter(|step| step.how == How::Host) {
+            *found.entry(entry.graph.node(step.value).op.name()).or_default() += 1;
+        }
+    }
+    found
 }
 
 /// A line about it for people.
-fn device_line(code: &DeviceCode) -> String {
+fn device_line(program: &RankProgram) -> Option<String> {
+    let code = program.device.as_ref()?;
     let cubins: Vec<String> = code
         .cubins
         .iter()
         .map(|c| format!("sm_{} ({}, NVRTC {})", c.arch, Bytes(c.bytes.len() as u64), version_text(c.nvrtc)))
         .collect();
     let cubins = if cubins.is_empty() { "compiled at the first start".to_owned() } else { cubins.join(", ") };
-    format!("cuda    {} kernels, {cubins}", code.kernels.len())
+    let on_host: Vec<String> = on_host(program).iter().map(|(op, n)| format!("{n} {op}")).collect();
+    let rest =
+        if on_host.is_empty() { String::new() } else { format!("; on the host: {}", on_host.join(", ")) };
+    Some(format!("cuda    {} kernels, {cubins}{rest}", code.kernels.len()))
 }
 
 fn model(path: &Path, tir: bool, json: bool) -> Outcome<()> {

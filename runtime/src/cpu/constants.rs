@@ -200,7 +200,10 @@ impl Constants {
         for id in needed {
             let constant = &self.interned[id];
             let quantised = self.pack_quantised(constant)?;
-            let whole = quantised.len() < constant.packs.len() || constant.retained || constant.handed_on || operand[id];
+            let whole = quantised.len() < constant.packs.len()
+                || constant.retained
+                || constant.handed_on
+                || operand[id];
             self.packed.extend(quantised);
             if whole {
                 let value = self.make(id, program, source)?;

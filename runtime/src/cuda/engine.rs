@@ -194,6 +194,7 @@ impl Engine {
             bindings: request.plan.bindings.clone(),
             inputs: request.inputs,
             states: request.states,
+            sizes: ready.prepared.calls.sizes(&request.plan.bindings),
             timed: request.timed,
             deferred: request.deferred,
             spots: vec![None; entry.graph.len()],

@@ -5,6 +5,7 @@
 //! collective: zeros take the place of what is missing, the error is kept, and the caller tells all ranks at the end. A
 //! device that fails altogether fails every step after, and the rank still takes part in all collectives.
 
+use super::calls::{Call, CallArgument, SizeId, Sizes};
 use super::plan::{Plan, size};
 use super::prepared::{Origin, Prepared, Spacing};
 use super::tensor::{DeviceTensor, download};
@@ -22,9 +23,9 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use tpshard_driver::DriverError;
 use tpshard_driver::cuda::{self, Device, Function, Memory};
-use tpshard_ir::dim::{Bindings, Dim};
+use tpshard_ir::dim::Bindings;
 use tpshard_ir::layout::Mesh;
-use tpshard_ir::program::device::{Argument, DeviceStep, FAULT_INDEX, How, Launch};
+use tpshard_ir::program::device::{DeviceStep, FAULT_INDEX, How};
 use tpshard_ir::program::{Entry, Family};
 use tpshard_ir::{Graph, Op, Tensor, ValueId};
 
@@ -57,6 +58,8 @@ pub(super) struct Run<'a> {
     pub(super) inputs: &'a BTreeMap<Arc<str>, Value>,
     /// State that stays on the device.
     pub(super) states: &'a BTreeMap<Arc<str>, DeviceTensor>,
+    /// The dims of all calls under these bindings.
+    pub(super) sizes: Sizes,
     pub(super) timed: bool,
     pub(super) deferred: Deferred<'a>,
     /// Where every value lies that has been made.
@@ -157,18 +160,14 @@ impl<'a> Run<'a> {
                 self.put_spot(value, Some(spot));
                 Ok(())
             }
-            How::Launch(launches) => {
+            How::Launch(_) | How::Product(_) => {
                 self.begin(index, value)?;
-                self.launch_all(index, step, launches)
+                self.launch_all(index, step)
             }
-            How::Product(product) => {
-                self.begin(index, value)?;
-                self.launch_all(index, step, &product.fallback)
-            }
-            How::Append { state, launches } => {
+            How::Append { state, .. } => {
                 let spot = self.spot(*state)?;
                 self.put_spot(value, Some(spot));
-                self.launch_all(index, step, launches)
+                self.launch_all(index, step)
             }
             How::Convert => self.convert(index, value, communicator, sequence),
             How::Host => {
@@ -285,7 +284,10 @@ impl<'a> Run<'a> {
             return self.computed(value);
         }
         let args = node.args.iter().map(|&arg| self.fetch(arg)).collect::<Result<Vec<_>, _>>();
-        self.deferred.run(self.entry, &self.entry.lowering, value, args, &mut self.bindings)
+        let made = self.deferred.run(self.entry, &self.entry.lowering, value, args, &mut self.bindings);
+        // It may have decided sizes, also by failing.
+        self.sizes = self.prepared.calls.sizes(&self.bindings);
+        made
     }
 
     fn leaf(&mut self, index: usize, value: ValueId) -> Result<(), StepError> {
@@ -338,26 +340,26 @@ impl<'a> Run<'a> {
         lost.map_or(Ok(()), |what| Err(what.into()))
     }
 
-    fn launch_all(&self, index: usize, step: &DeviceStep, launches: &[Launch]) -> Result<(), StepError> {
+    fn launch_all(&self, index: usize, step: &DeviceStep) -> Result<(), StepError> {
         let scratch = match self.plan.scratch.get(index).copied().flatten() {
             Some(offset) => Some(Spot { memory: self.arena.clone(), offset }),
             None => {
-                let bytes = self.evaluated(&step.scratch)?;
+                let bytes = step.scratch.eval(&self.bindings).map_err(local)?;
                 let memory = u64::try_from(bytes).ok().filter(|&bytes| bytes > 0);
                 let memory = memory.map(|bytes| self.device.allocate(bytes)).transpose().map_err(local)?;
                 memory.map(|memory| Spot { memory: Arc::new(memory), offset: 0 })
             }
         };
-        for launch in launches {
-            self.launch(launch, scratch.as_ref())?;
+        for call in self.prepared.calls.of(index) {
+            self.launch(call, scratch.as_ref())?;
         }
         Ok(())
     }
 
-    fn launch(&self, launch: &Launch, scratch: Option<&Spot>) -> Result<(), StepError> {
+    fn launch(&self, call: &Call, scratch: Option<&Spot>) -> Result<(), StepError> {
         let mut blocks = [0u32; 3];
-        for ((count, dim), most) in blocks.iter_mut().zip(&launch.blocks).zip(MOST_BLOCKS) {
-            let wanted = self.evaluated(dim)?;
+        for ((count, &id), most) in blocks.iter_mut().zip(&call.blocks).zip(MOST_BLOCKS) {
+            let wanted = self.size(id)?;
             if wanted > most {
                 return Err(format!("a kernel of {wanted} blocks along one dim, possible are {most}").into());
             }
@@ -367,56 +369,41 @@ impl<'a> Run<'a> {
         if blocks.contains(&0) {
             return Ok(());
         }
-        let function = self.functions.get(launch.kernel);
-        let function = function.ok_or_else(|| format!("kernel {} does not exist", launch.kernel))?;
-        // Memory is borrowed by the arguments, so that spots are found first.
-        let spots = launch.arguments.iter().map(|argument| self.memory_of(argument, scratch));
-        let spots = spots.collect::<Result<Vec<Option<(&Memory, u64)>>, String>>()?;
-        let mut arguments = Vec::with_capacity(spots.len());
-        for (argument, spot) in launch.arguments.iter().zip(spots) {
-            arguments.push(match (argument, spot) {
-                (_, Some((memory, offset))) => cuda::Argument::Memory(memory, offset),
-                (Argument::Size(dim), None) => cuda::Argument::Size(self.evaluated(dim)?),
-                (Argument::Real(bits), None) => cuda::Argument::Real(f32::from_bits(*bits)),
-                (_, None) => return Err("a kernel's argument is not there".into()),
-            });
-        }
-        function.launch(blocks, launch.threads, launch.shared, &arguments).map_err(local)
+        let function = self.functions.get(call.kernel);
+        let function = function.ok_or_else(|| format!("kernel {} does not exist", call.kernel))?;
+        let arguments = call.arguments.iter().map(|argument| self.argument(argument, scratch));
+        let arguments = arguments.collect::<Result<Vec<cuda::Argument<'_>>, String>>()?;
+        function.launch(blocks, call.threads, call.shared, &arguments).map_err(local)
     }
 
-    /// The memory that an argument names, if it names any.
-    fn memory_of<'s>(
+    fn argument<'s>(
         &'s self,
-        argument: &Argument,
+        argument: &CallArgument,
         scratch: Option<&'s Spot>,
-    ) -> Result<Option<(&'s Memory, u64)>, String> {
+    ) -> Result<cuda::Argument<'s>, String> {
         let beyond = || "a place beyond memory".to_owned();
-        let from = |spot: &Spot, bytes: i64| {
-            let bytes = u64::try_from(bytes).ok();
-            bytes.and_then(|bytes| spot.offset.checked_add(bytes)).ok_or_else(beyond)
+        let from = |spot: &'s Spot, bytes: i64| {
+            let offset = u64::try_from(bytes).ok().and_then(|bytes| spot.offset.checked_add(bytes));
+            offset.map(|offset| cuda::Argument::Memory(&*spot.memory, offset)).ok_or_else(beyond)
         };
         match argument {
-            Argument::Value { value, offset } => {
+            CallArgument::Value { value, offset } => {
                 let spot = self.spots.get(value.index()).and_then(Option::as_ref);
                 let spot = spot.ok_or_else(|| format!("{value} is not there"))?;
                 let bits = i64::try_from(self.graph().ty(*value).dtype.bits()).map_err(|_| beyond())?;
-                let bytes = self.evaluated(offset)?.checked_mul(bits).ok_or_else(beyond)? / 8;
-                Ok(Some((&*spot.memory, from(spot, bytes)?)))
+                from(spot, self.size(*offset)?.checked_mul(bits).ok_or_else(beyond)? / 8)
             }
-            Argument::Scratch { offset } => {
-                let spot = scratch.ok_or("scratch memory is not there")?;
-                Ok(Some((&*spot.memory, from(spot, self.evaluated(offset)?)?)))
+            CallArgument::Scratch { offset } => {
+                from(scratch.ok_or("scratch memory is not there")?, self.size(*offset)?)
             }
-            Argument::Fault => Ok(Some((self.fault, 0))),
-            Argument::Size(_) | Argument::Real(_) => Ok(None),
+            CallArgument::Size(id) => Ok(cuda::Argument::Size(self.size(*id)?)),
+            CallArgument::Real(real) => Ok(cuda::Argument::Real(*real)),
+            CallArgument::Fault => Ok(cuda::Argument::Memory(self.fault, 0)),
         }
     }
 
-    fn evaluated(&self, dim: &Dim) -> Result<i64, String> {
-        match dim.as_const() {
-            Some(value) => Ok(value),
-            None => dim.eval(&self.bindings).map_err(|e| e.to_string()),
-        }
+    fn size(&self, id: SizeId) -> Result<i64, String> {
+        self.prepared.calls.size(&self.sizes, id)
     }
 
     /// What this rank holds of an output.

@@ -9,6 +9,7 @@
 //! entries, state across runs; see [`crate::session`].
 
 mod cache;
+mod calls;
 mod engine;
 mod exec;
 mod gpu;

@@ -3,6 +3,7 @@
 //! A value in another shape lies where the first one does, and so does a state with something appended: its memory has
 //! room behind what it holds. Everything else has memory of its own.
 
+use super::calls::Calls;
 use std::collections::{BTreeMap, BTreeSet};
 use tpshard_ir::dim::Dim;
 use tpshard_ir::program::device::{DeviceLowering, DeviceStep, How, capacity_symbol};
@@ -37,6 +38,8 @@ pub(super) struct Room {
 pub(crate) struct Prepared {
     /// The steps of every run, in order.
     pub(super) steps: Vec<DeviceStep>,
+    /// The calls of each of them.
+    pub(super) calls: Calls,
     /// Of every value that has memory.
     pub(super) origin: Vec<Option<Origin>>,
     /// Of every value that grows in place.
@@ -71,6 +74,7 @@ impl Prepared {
             regions: BTreeMap::new(),
             on_device: BTreeSet::new(),
             on_host: BTreeSet::new(),
+            calls: Calls::new(&steps),
             steps,
         };
         for value in &constants {
