@@ -384,7 +384,7 @@ impl<'a> Run<'a> {
         let beyond = || "a place beyond memory".to_owned();
         let from = |spot: &'s Spot, bytes: i64| {
             let offset = u64::try_from(bytes).ok().and_then(|bytes| spot.offset.checked_add(bytes));
-            offset.map(|offset| cuda::Argument::Memory(&*spot.memory, offset)).ok_or_else(beyond)
+            offset.map(|offset| cuda::Argument::Memory(&spot.memory, offset)).ok_or_else(beyond)
         };
         match argument {
             CallArgument::Value { value, offset } => {
