@@ -300,6 +300,29 @@ fn the_end_of_a_rank_ends_the_others() {
     assert!(started.elapsed() < Duration::from_secs(5), "{:?}", started.elapsed());
 }
 
+#[test]
+fn bench_names_the_kernels_that_ran() {
+    if !has_compiler() {
+        return;
+    }
+    let folder = sharded_for_gpu(2);
+    let kernels = |device: &str| {
+        let mut words = words!["bench", folder, "--inputs", prompt(), "--device", device].to_vec();
+        words.extend(words!["--samples", "2", "--warm-up", "1", "--by-op", "--json"]);
+        let found = end(with_libraries(&mut tpshard(words), &standin())).ok().json();
+        let phases = found["phases"].as_object().unwrap().values().cloned();
+        let names = phases.flat_map(|phase| phase["kernels"].as_array().cloned().unwrap_or_default());
+        names.map(|kernel| kernel["name"].as_str().unwrap().to_owned()).collect::<Vec<String>>()
+    };
+    let listed = end(&mut tpshard(words!["inspect", folder.join("rank0"), "--json"])).ok().json();
+    let known = listed["device"]["kernels"].as_array().unwrap();
+    let [gpu, cpu] = ["auto", "cpu"].map(kernels);
+    let of_table = |name: &&String| known.iter().any(|kernel| kernel == name.as_str());
+    assert!(gpu.iter().filter(of_table).count() > 5, "{gpu:?}");
+    assert!(gpu.iter().any(|name| name == "all_reduce"), "{gpu:?}");
+    assert!(cpu.iter().any(|name| name == "einsum"), "{cpu:?}");
+}
+
 /// All ranks of a folder on threads; `body` is rank 0.
 fn with_session<T: Send>(folder: &Path, device: DeviceChoice, body: impl Fn(&mut Session) -> T + Sync) -> T {
     let ends = threads(2, &CommOptions::default()).unwrap();
@@ -378,6 +401,17 @@ fn slots_change_hands_on_the_gpu_as_on_the_processor() {
         let full =
             BTreeMap::from([("input_ids".to_string(), Tensor::from_vec(vec![1, 9], vec![1i64; 9]).unwrap())]);
         session.run_step(&[SlotId(9)], &full).unwrap_err();
+        assert_eq!(session.slot_length(SlotId(9)), before);
+        // Nor by a step that fails while it runs.
+        let wrong = |columns: usize, id: i64| Tensor::from_vec(vec![1, columns], vec![id; columns]).unwrap();
+        let held = before.unwrap() as i64;
+        let outside = BTreeMap::from([
+            ("input_ids".to_string(), wrong(1, 70_000)),
+            ("position_ids".to_string(), wrong(1, held)),
+            ("attention_mask".to_string(), wrong(held as usize + 1, 1)),
+        ]);
+        let error = session.run_step(&[SlotId(9)], &outside).unwrap_err();
+        assert!(error.to_string().contains("index 70000 is outside of a table of 512"), "{error}");
         assert_eq!(session.slot_length(SlotId(9)), before);
         logits.extend(step(session, &[9], &[2]));
         logits

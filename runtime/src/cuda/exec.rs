@@ -5,16 +5,18 @@
 //! collective: zeros take the place of what is missing, the error is kept, and the caller tells all ranks at the end. A
 //! device that fails altogether fails every step after, and the rank still takes part in all collectives.
 
+mod host;
+
 use super::calls::{Call, CallArgument, SizeId, Sizes};
 use super::plan::{Plan, size};
 use super::prepared::{Origin, Prepared, Spacing};
-use super::tensor::{DeviceTensor, download};
+use super::tensor::DeviceTensor;
 use crate::comm::{CommError, Communicator, Tag, bytes};
 use crate::cpu::constants::Constants;
-use crate::cpu::convert::{Place, StepError, convert, convert_alone};
+use crate::cpu::convert::{Place, StepError, convert};
 use crate::cpu::deferred::Deferred;
 use crate::cpu::exec::{Finished, local_part};
-use crate::cpu::kernels::{Context, Made, run_kernel};
+use crate::cpu::kernels::Context;
 use crate::cpu::step::{self, Failed, Held};
 use crate::cpu::value::Value;
 use crate::cpu::write_row;
@@ -120,9 +122,7 @@ impl<'a> Run<'a> {
                 Err(error) => {
                     let failed = step::describe(self.graph(), step.value, error);
                     self.failure.get_or_insert(failed);
-                    // Where there is no memory for zeros either, reading the value fails in turn.
-                    let _ =
-                        self.store(index, step.value, step::zeros(self.graph(), &self.bindings, step.value));
+                    self.put_zeros(index, step.value);
                 }
             }
         }
@@ -178,6 +178,19 @@ impl<'a> Run<'a> {
         }
     }
 
+    /// Zeros for a value that could not be made, if it has memory of its own: state stays as it was. Where there is no
+    /// memory for zeros either, reading the value fails in turn.
+    fn put_zeros(&mut self, index: usize, value: ValueId) {
+        let given = match &self.graph().node(value).op {
+            Op::Input { name } => self.states.contains_key(name),
+            _ => false,
+        };
+        if !given && self.prepared.origin_of(value) == Some(Origin::Step(index)) {
+            let zeros = step::zeros(self.graph(), &self.bindings, value);
+            let _ = self.store(index, value, zeros);
+        }
+    }
+
     fn spot(&self, value: ValueId) -> Result<Spot, String> {
         let spot = self.spots.get(value.index()).cloned().flatten();
         spot.ok_or_else(|| format!("{value} is not there"))
@@ -229,65 +242,6 @@ impl<'a> Run<'a> {
     fn spaced_shape(&self, value: ValueId) -> Result<Vec<usize>, String> {
         let context = self.context();
         self.prepared.spaced_shape(self.entry, value).iter().map(|dim| context.size(dim)).collect()
-    }
-
-    /// A copy of a value on the host. What has no memory is computed from what has.
-    fn fetch(&self, value: ValueId) -> Result<Value, String> {
-        let constant = self.ids.get(value.index()).copied().flatten();
-        if let Some(constant) = constant.and_then(|id| self.host.value(id)) {
-            return Ok(constant.clone());
-        }
-        let ty = self.graph().ty(value);
-        let Ok(spot) = self.spot(value) else {
-            return match (self.prepared.origin_of(value), &self.graph().node(value).op) {
-                (Some(_), _) | (None, Op::Input { .. } | Op::Weight(_) | Op::Deferred { .. }) => {
-                    Err(format!("{value} is not there"))
-                }
-                (None, _) => self.computed(value).map_err(|error| match error {
-                    StepError::Local(what) => what,
-                    StepError::Index { index, extent } => format!("index {index} is outside of {extent}"),
-                    StepError::Collective(error) => error.to_string(),
-                }),
-            };
-        };
-        let shape = self.spaced_shape(value)?;
-        let held = Value::new(download(&spot.memory, spot.offset, ty.dtype, &shape)?);
-        match self.prepared.spacing.get(&value) {
-            Some(Spacing { axis, .. }) => {
-                let length = ty.shape.get(*axis).map_or(Ok(0), |dim| self.context().size(dim))?;
-                held.sliced(*axis, 0, length, 1)
-            }
-            None => Ok(held),
-        }
-    }
-
-    /// A node alone, by the CPU's kernels.
-    fn computed(&self, value: ValueId) -> Result<Value, StepError> {
-        let node = self.graph().node(value);
-        if node.op.is_leaf() {
-            return Ok(step::leaf(&self.context(), &node.op)?);
-        }
-        if let (Op::Convert(conversion), Some(&from)) = (&node.op, node.args.first()) {
-            let families = [self.family(from)?, self.family(value)?];
-            let place = Place { mesh: self.mesh, rank: self.rank, bindings: &self.bindings };
-            let converted = convert_alone(conversion, &self.fetch(from)?, families, &place)?;
-            return converted.ok_or_else(|| format!("{value} is not there").into());
-        }
-        let args = node.args.iter().map(|&arg| self.fetch(arg)).collect::<Result<Vec<_>, _>>()?;
-        let region = self.prepared.alone(value).ok_or_else(|| format!("{value} has no kernel"))?;
-        run_kernel(&self.context(), region, &args, Vec::new(), Made::default())
-    }
-
-    fn on_host(&mut self, value: ValueId) -> Result<Value, StepError> {
-        let node = self.graph().node(value);
-        if !matches!(node.op, Op::Deferred { .. }) {
-            return self.computed(value);
-        }
-        let args = node.args.iter().map(|&arg| self.fetch(arg)).collect::<Result<Vec<_>, _>>();
-        let made = self.deferred.run(self.entry, &self.entry.lowering, value, args, &mut self.bindings);
-        // It may have decided sizes, also by failing.
-        self.sizes = self.prepared.calls.sizes(&self.bindings);
-        made
     }
 
     fn leaf(&mut self, index: usize, value: ValueId) -> Result<(), StepError> {
@@ -410,7 +364,9 @@ impl<'a> Run<'a> {
     fn output(&self, value: ValueId, name: &str) -> Result<Held, (ValueId, String)> {
         let own_state = self.prepared.spacing.get(&value).and_then(|spacing| {
             let pair = self.entry.graph.states.iter().find(|pair| *pair.output == *name)?;
-            self.states.contains_key(&pair.input).then_some(spacing.axis)
+            let state = self.states.get(&pair.input)?;
+            let spot = self.spot(value).ok()?;
+            Arc::ptr_eq(&spot.memory, &state.memory).then_some(spacing.axis)
         });
         let held = match own_state {
             Some(axis) => {

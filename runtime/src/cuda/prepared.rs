@@ -193,3 +193,82 @@ impl Prepared {
         self.on_host.extend(outputs.filter(|value| constants.contains(value)));
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tpshard_ir::layout::{Layout, Mesh};
+    use tpshard_ir::program::RankProgram;
+    use tpshard_ir::{Graph, Output, Spmd, SpmdOutput, StatePair, Step, StepId, StepKind, Type};
+
+    /// `present = append(past, x)`, `again = append(past, x)`, `flat = reshape(present)`.
+    fn program() -> RankProgram {
+        let mut g = Graph::new("state");
+        let ty = |grows: &str| Type::new(DType::F32, vec![Dim::symbol(grows), 2i64.into()]);
+        let past = g.input("past", ty("p"));
+        let x = g.input("x", ty("s"));
+        let present = g.add(Op::Append { axis: 0 }, &[past, x]).unwrap();
+        let again = g.add(Op::Append { axis: 0 }, &[past, x]).unwrap();
+        let shape = vec![Dim::product(&g.ty(present).shape.clone())];
+        let flat = g.add(Op::Reshape { shape }, &[present]).unwrap();
+        for (name, value) in [("present", present), ("again", again), ("flat", flat)] {
+            g.outputs.push(Output { name: name.into(), value });
+        }
+        g.states.push(StatePair { input: "past".into(), output: "present".into(), axis: 0 });
+        let mesh = Mesh::flat(1);
+        let step = |value: u32, args: &[u32]| Step {
+            value: ValueId(value),
+            layout: Layout::replicated(&mesh),
+            kind: StepKind::Compute,
+            args: args.iter().map(|&a| StepId(a)).collect(),
+        };
+        let steps = vec![step(0, &[]), step(1, &[]), step(2, &[0, 1]), step(3, &[0, 1]), step(4, &[2])];
+        let output = |(name, step): (&str, u32)| SpmdOutput { name: name.into(), step: StepId(step) };
+        let outputs = [("present", 2), ("again", 3), ("flat", 4)].map(output).to_vec();
+        let spmd = Spmd { mesh, imported: g.len(), logical: g, equations: vec![], steps, outputs };
+        RankProgram::from_spmd(&spmd, 0).unwrap()
+    }
+
+    fn prepared(hows: [How; 5]) -> Result<Prepared, String> {
+        let program = program();
+        let step = |(value, how)| DeviceStep {
+            value: ValueId(value),
+            stage: Stage::Step,
+            scratch: Dim::constant(0),
+            how,
+        };
+        let lowering = DeviceLowering { steps: (0..).zip(hows).map(step).collect() };
+        Prepared::new(&program.entries[0], &lowering, &program.states)
+    }
+
+    fn append() -> How {
+        How::Append { state: ValueId(0), launches: vec![] }
+    }
+
+    #[test]
+    fn a_state_and_what_is_appended_to_it_are_one_memory() {
+        let prepared = prepared([How::Leaf, How::Leaf, append(), How::Host, How::Host]).unwrap();
+        assert_eq!(prepared.origin_of(ValueId(2)), Some(Origin::Step(0)));
+        assert_eq!(prepared.origin_of(ValueId(3)), Some(Origin::Step(3)));
+        assert_eq!(prepared.spacing.get(&ValueId(2)), Some(&Spacing { pair: 0, axis: 0 }));
+        assert_eq!(prepared.spacing.get(&ValueId(3)), None);
+        let rooms: Vec<Option<usize>> = prepared.rooms.iter().map(|r| r.as_ref().map(|r| r.last)).collect();
+        // The state leaves the program as its present; the input is last read by the second append.
+        assert_eq!(rooms, [Some(5), Some(3), None, Some(5), Some(5)]);
+        let state = prepared.rooms[0].as_ref().unwrap();
+        let bindings = [(capacity_symbol(0).into(), 10), ("p".into(), 3), ("s".into(), 1)].into();
+        assert_eq!(state.elements.eval(&bindings), Ok(20));
+    }
+
+    #[test]
+    fn tables_that_would_spoil_a_state_are_refused() {
+        let error = |hows| prepared(hows).err().unwrap_or_default();
+        let twice = error([How::Leaf, How::Leaf, append(), append(), How::Host]);
+        assert!(twice.contains("%3 appends to %0 a second time"), "{twice}");
+        let shown = error([How::Leaf, How::Leaf, append(), How::Host, How::Alias(ValueId(2))]);
+        assert!(shown.contains("%4 shows %2 in another shape"), "{shown}");
+        let input = How::Append { state: ValueId(1), launches: vec![] };
+        let roomless = error([How::Leaf, How::Leaf, input, How::Host, How::Host]);
+        assert!(roomless.contains("%1, which has no room"), "{roomless}");
+    }
+}

@@ -6,8 +6,9 @@ use crate::runner::session_failure;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
-use tpshard_ir::program::RankProgram;
-use tpshard_ir::{Op, Tensor};
+use tpshard_ir::program::device::{DeviceStep, How};
+use tpshard_ir::program::{Entry, RankProgram};
+use tpshard_ir::{Op, Tensor, ValueId};
 use tpshard_runtime::comm::CommStats;
 use tpshard_runtime::session::{Session, StepTime, now};
 use tpshard_runtime::state::SlotId;
@@ -79,7 +80,7 @@ pub(crate) fn work(
     let log = RankLog {
         rank: program.rank,
         peak_bytes: peak_bytes().unwrap_or(0),
-        names: names(program, &steps),
+        names: names(program, session.device().is_some(), &steps),
         steps: steps.iter().map(|s| (s.run, s.entry, s.value.0, s.start, s.nanoseconds)).collect(),
         measured,
     };
@@ -160,26 +161,45 @@ fn carried(stats: &CommStats) -> (u64, u64) {
     (stats.total().collectives, stats.total().bytes)
 }
 
-fn names(program: &RankProgram, steps: &[StepTime]) -> Vec<(usize, u32, StepName)> {
+/// What steps are called, by what executed them.
+fn names(program: &RankProgram, on_gpu: bool, steps: &[StepTime]) -> Vec<(usize, u32, StepName)> {
     let seen: BTreeSet<(usize, u32)> = steps.iter().map(|s| (s.entry, s.value.0)).collect();
     let mut names = Vec::with_capacity(seen.len());
     for (index, entry) in program.entries.iter().enumerate() {
-        for region in &entry.lowering.regions {
-            let value = region.result();
+        let made = if on_gpu { by_gpu(program, entry) } else { by_processor(entry) };
+        for (value, kernel) in made {
             if !seen.contains(&(index, value.0)) {
                 continue;
             }
             let node = entry.graph.node(value);
             let (kernel, communicates) = match &node.op {
-                Op::Convert(conversion) => (conversion.name(), conversion.communicates()),
-                Op::Input { .. } => ("input", false),
-                _ => (region.kernel.name(), false),
+                Op::Convert(conversion) => (conversion.name().into(), conversion.communicates()),
+                Op::Input { .. } => ("input".into(), false),
+                _ => (kernel, false),
             };
-            let name = StepName { kernel: kernel.into(), node: node.origin.to_string(), communicates };
+            let name = StepName { kernel, node: node.origin.to_string(), communicates };
             names.push((index, value.0, name));
         }
     }
     names
+}
+
+fn by_processor(entry: &Entry) -> Vec<(ValueId, String)> {
+    entry.lowering.regions.iter().map(|region| (region.result(), region.kernel.name().into())).collect()
+}
+
+/// By the kernel that completes each value.
+fn by_gpu(program: &RankProgram, entry: &Entry) -> Vec<(ValueId, String)> {
+    let kernels = program.device.as_ref().map_or(&[][..], |code| &code.kernels);
+    let steps = entry.device.iter().flat_map(|device| &device.steps);
+    let name = |step: &DeviceStep| match &step.how {
+        How::Host => format!("host {}", entry.graph.node(step.value).op.name()),
+        how => {
+            let last = how.launches().last().and_then(|launch| kernels.get(launch.kernel));
+            last.map_or_else(|| "view".into(), |kernel| kernel.name.clone())
+        }
+    };
+    steps.map(|step| (step.value, name(step))).collect()
 }
 
 /// The most memory this process ever had, as Linux counts it.
