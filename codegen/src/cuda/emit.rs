@@ -77,6 +77,11 @@ pub(super) struct Emitter<'a> {
     made: Vec<bool>,
     /// The room of values whose memory is spaced for what grows in it.
     rooms: BTreeMap<ValueId, Vec<Dim>>,
+    /// Regions that are computed when something reads them, which may be never.
+    pending: BTreeMap<ValueId, &'a Region>,
+    /// Bytes that the calls of the step under construction need.
+    scratch: Dim,
+    users: Vec<Vec<ValueId>>,
     steps: Vec<DeviceStep>,
 }
 
@@ -92,6 +97,9 @@ impl<'a> Emitter<'a> {
             views: vec![None; graph.len()],
             made: vec![false; graph.len()],
             rooms: rooms(entry, context.states),
+            pending: BTreeMap::new(),
+            scratch: Dim::constant(0),
+            users: graph.users(),
             steps: vec![],
         }
     }
@@ -119,7 +127,7 @@ impl<'a> Emitter<'a> {
         View::whole(value, self.rooms.get(&value).unwrap_or(&self.ty(value).shape))
     }
 
-    fn region(&mut self, region: &Region) {
+    fn region(&mut self, region: &'a Region) {
         let value = region.result();
         let node = self.graph.node(value);
         if let Some(view) = self.as_view(node) {
@@ -132,6 +140,20 @@ impl<'a> Emitter<'a> {
             self.set(value, own);
             return;
         }
+        let users = self.users.get(value.index()).map_or(&[][..], Vec::as_slice);
+        if product::is_made_on_the_way(self.graph, value, users) {
+            self.pending.insert(value, region);
+            self.set(value, own);
+            return;
+        }
+        self.compute(region);
+    }
+
+    /// The step of a region.
+    fn compute(&mut self, region: &'a Region) {
+        let value = region.result();
+        let node = self.graph.node(value);
+        let own = self.own(value);
         let how = match &node.op {
             Op::Convert(Conversion::OnlyFirst { monoid, .. }) => {
                 match elementwise::fill(self, value, *monoid) {
@@ -242,25 +264,43 @@ impl<'a> Emitter<'a> {
         if let Some(made) = self.made.get_mut(value.index()) {
             *made = true;
         }
-        self.steps.push(DeviceStep { value, stage, scratch: Dim::constant(0), how });
+        let scratch = match how.launches().is_empty() {
+            true => Dim::constant(0),
+            false => std::mem::replace(&mut self.scratch, Dim::constant(0)),
+        };
+        self.steps.push(DeviceStep { value, stage, scratch, how });
+    }
+
+    /// The calls of the step under construction need so many bytes.
+    pub(super) fn need_scratch(&mut self, bytes: Dim) {
+        self.scratch = bytes;
     }
 
     fn is_made(&self, value: ValueId) -> bool {
         self.made.get(value.index()).copied().unwrap_or(false)
     }
 
-    fn is_constant(&self, value: ValueId) -> bool {
+    pub(super) fn is_constant(&self, value: ValueId) -> bool {
         self.constant.get(value.index()).copied().unwrap_or(false)
     }
 
     /// An operand of a kernel.
     pub(super) fn operand(&mut self, value: ValueId) -> Operand {
         let view = self.views.get(value.index()).cloned().flatten().unwrap_or_else(|| self.own(value));
-        if !self.is_made(view.base) {
-            self.leaf(view.base);
-        }
+        self.need(view.base);
         let ty = self.ty(value);
         Operand { view, dtype: ty.dtype, shape: ty.shape.clone() }
+    }
+
+    /// Sees to it that a value with memory of its own is made.
+    fn need(&mut self, value: ValueId) {
+        if self.is_made(value) {
+            return;
+        }
+        match self.pending.remove(&value) {
+            Some(region) => self.compute(region),
+            None => self.leaf(value),
+        }
     }
 
     fn leaf(&mut self, value: ValueId) {
@@ -276,7 +316,7 @@ impl<'a> Emitter<'a> {
         let own = self.own(value);
         let view = self.views.get(value.index()).cloned().flatten().unwrap_or_else(|| own.clone());
         if view.base == value || self.is_constant(value) {
-            self.leaf(value);
+            self.need(value);
         } else {
             let operand = self.operand(value);
             let base = view.base;

@@ -19,6 +19,9 @@ typedef unsigned long long u64;
 struct f16 { unsigned short bits; };
 struct bf16 { unsigned short bits; };
 
+// Neighbouring elements, read at once.
+template <class T, int COUNT, int BYTES> struct alignas(BYTES) Pack { T e[COUNT]; };
+
 #define INFINITE (__int_as_float(0x7f800000))
 #define NOT_A_NUMBER (__int_as_float(0x7fc00000))
 

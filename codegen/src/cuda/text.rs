@@ -126,6 +126,11 @@ impl Call {
         self.parameter(Parameter::Write(dtype), name, Argument::Value { value, offset: offset.clone() })
     }
 
+    /// Scratch memory, to be written or read.
+    pub(super) fn scratch(&mut self, name: &str, parameter: Parameter, offset: Dim) -> String {
+        self.parameter(parameter, name, Argument::Scratch { offset })
+    }
+
     /// A size: a number if it is 0 or 1, else a parameter.
     pub(super) fn size(&mut self, dim: &Dim) -> String {
         if let Some(number @ (0 | 1)) = dim.as_const() {

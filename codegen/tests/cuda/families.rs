@@ -301,9 +301,62 @@ fn products_cases() -> Vec<Case> {
                 slice {axis=2, start=1, length=4, step=1} (2)\neinsum \"bhsd,bhtd->bhst\" (1, 3)";
     cases.push(case("b=2 s=5", text));
     cases.push(case("b=2 s=0", text));
+    for dtype in SINGLE {
+        // Aligned for reads of 16 bytes, with more columns than a block has, and a depth that is cut into parts.
+        for (spec, y) in [("sk,nk->sn", "300, 264"), ("sk,kn->sn", "264, 300"), ("sk,kn->sn", "264, 296")] {
+            for rows in ["s=1", "s=4", "s=6"] {
+                cases.push(case(
+                    rows,
+                    &format!("x: {dtype}[s, 264]\ny: {dtype}[{y}]\neinsum \"{spec}\" (0, 1)"),
+                ));
+            }
+        }
+        let text = format!(
+            "x: {dtype}[s, 272]\nslice {{axis=1, start=3, length=264, step=1}} (0)\ny: {dtype}[24, 264]\n\
+             einsum \"sk,nk->sn\" (1, 2)"
+        );
+        cases.push(case("s=3", &text));
+    }
     let constant = "x: f32[s, 9]\nweight init(\"w\", f32, [7, 9]) ()\neinsum \"nk,sk->sn\" (1, 0)";
     cases.push(case("s=2", constant));
     cases.push(case("s=90", constant));
+    cases
+}
+
+fn products_of_quantised_blocks_cases() -> Vec<Case> {
+    let mut cases = Vec::new();
+    for dtype in ["u4", "i4", "u8", "i8", "u2"] {
+        for float in ["f32", "f16"] {
+            let (blocks, depth) = (3, 96);
+            let q = format!("x: {float}[b, s, {depth}]\nq: {dtype}[20, {depth}]\ns: {float}[20, {blocks}]\n");
+            for sizes in ["b=1 s=1", "b=2 s=5"] {
+                cases.push(case(
+                    sizes,
+                    &format!("{q}z: {dtype}[20, {blocks}]\ndequant {{axis=1, block=32}} (1, 2, 3)\neinsum \"bsk,nk->bsn\" (0, 4)"),
+                ));
+                cases.push(case(
+                    sizes,
+                    &format!("{q}dequant {{axis=1, block=32}} (1, 2)\neinsum \"bsk,nk->bsn\" (0, 3)"),
+                ));
+                let text = format!(
+                    "x: {float}[b, s, {depth}]\nq: {dtype}[{depth}, 20]\ns: {float}[12, 20]\nz: {dtype}[12, 20]\n\
+                     dequant {{axis=0, block=8}} (1, 2, 3)\neinsum \"bsk,kn->bsn\" (0, 4)"
+                );
+                cases.push(case(sizes, &text));
+                let text = format!(
+                    "x: {float}[b, s, {depth}]\nq: {dtype}[{depth}, 20]\ns: {float}[{depth}, 5]\n\
+                     dequant {{axis=1, block=4}} (1, 2)\neinsum \"bsk,kn->bsn\" (0, 3)"
+                );
+                cases.push(case(sizes, &text));
+            }
+        }
+    }
+    // Also read by something else, so that it is made.
+    cases.push(case(
+        "s=2",
+        "x: f32[s, 32]\nq: u4[20, 32]\ns: f32[20, 4]\ndequant {axis=1, block=8} (1, 2)\neinsum \"sk,nk->sn\" (0, 3)\n\
+         reduce {monoid=sum, axes=[1]} (3)\nreshape {shape=[1, 20]} (5)\nadd (4, 6)",
+    ));
     cases
 }
 
@@ -363,6 +416,7 @@ families! {
     norms: norms_cases;
     reductions_and_scans: reductions_and_scans_cases;
     products: products_cases;
+    products_of_quantised_blocks: products_of_quantised_blocks_cases;
     attention: attention_cases;
     rotary_embeddings: rotary_embeddings_cases;
     convolutions_and_pools: convolutions_and_pools_cases;

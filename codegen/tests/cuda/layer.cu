@@ -15,33 +15,45 @@ extern "C" __global__ void __launch_bounds__(32) rms_norm_f32(const float *x, co
     }
 }
 
-extern "C" __global__ void __launch_bounds__(256) product_narrow_f32(const float *left, const float *right, float *y, i64 n0, i64 n1, i64 n2, i64 n3) {
+extern "C" __global__ void __launch_bounds__(256) product_parts_f32(const float *left, const float *right, float *y, i64 n0, i64 n1, i64 n2) {
+    SHARED(float, partial, 8 * 32 * 4);
     unsigned lanes = blockDim.x < 32 ? 1 : 32;
-    unsigned lane = threadIdx.x % lanes, warps = blockDim.x / lanes;
-    for (i64 batch = blockIdx.y; batch < n3; batch += gridDim.y) {
-        i64 left_batch = 0;
-        i64 right_batch = 0;
-        i64 y_batch = 0;
-        for (i64 column = blockIdx.x * (i64)warps + threadIdx.x / lanes; column < n0; column += gridDim.x * (i64)warps) {
-            for (i64 first = 0; first < n2; first += 4) {
-                float sums[4] = {};
-                for (i64 k = lane; k < n1; k += lanes) {
-                    float w = wide(right[right_batch + column + k * n0]);
-                    UNROLL
-                    for (int m = 0; m < 4; m++) {
-                        if (first + m < n2) {
-                            i64 r = first + m;
-                            sums[m] += wide(left[left_batch + r * n1 + k]) * w;
-                        }
-                    }
-                }
+    unsigned lane = threadIdx.x % lanes, warp = threadIdx.x / lanes, warps = blockDim.x / lanes;
+    for (i64 base = blockIdx.x * (i64)lanes * 4; base < n0; base += gridDim.x * (i64)lanes * 4) {
+        i64 column = base + lane * 4;
+        float sums_of[4][4] = {};
+        for (i64 k = blockIdx.y * warps + warp; k < n1; k += gridDim.y * warps) {
+            float w[4] = {};
+            const float *from = right + (k * n0 + column);
+            if (column + 4 <= n0 && (u64)from % 16 == 0) {
+                Pack<float, 4, 16> pack = *reinterpret_cast<const Pack<float, 4, 16> *>(from);
                 UNROLL
-                for (int m = 0; m < 4; m++) {
-                    float sum = warp_reduce(sums[m], Add());
-                    if (lane == 0 && first + m < n2) {
-                        i64 r = first + m;
-                        put(y + (y_batch + r * n0 + column), sum);
-                    }
+                for (int j = 0; j < 4; j++) w[j] = wide(pack.e[j]);
+            } else {
+                UNROLL
+                for (int j = 0; j < 4; j++) if (column + j < n0) w[j] = wide(from[j]);
+            }
+            UNROLL
+            for (int m = 0; m < 4; m++) {
+                if (m < n2) {
+                    float x = wide(left[0 + m * n1 + k]);
+                    UNROLL
+                    for (int j = 0; j < 4; j++) sums_of[m][j] += x * w[j];
+                }
+            }
+        }
+        UNROLL
+        for (int m = 0; m < 4; m++) {
+            if (m < n2) {
+                __syncthreads();
+                UNROLL
+                for (int j = 0; j < 4; j++) partial[(warp * lanes + lane) * 4 + j] = sums_of[m][j];
+                __syncthreads();
+                for (i64 c = threadIdx.x; c < lanes * 4 && base + c < n0; c += blockDim.x) {
+                    float sum = 0;
+                    for (unsigned other = 0; other < warps; other++) sum += partial[other * lanes * 4 + c];
+                    i64 o = base + c;
+                    put(y + (0 + m * n0 + o), sum);
                 }
             }
         }

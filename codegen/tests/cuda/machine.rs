@@ -22,6 +22,7 @@ pub(crate) struct Machine<'a> {
     reference: &'a [Tensor],
     memory: BTreeMap<ValueId, Vec<u64>>,
     rooms: BTreeMap<ValueId, Vec<Dim>>,
+    scratch: Vec<u64>,
     pub(crate) fault: [i64; 4],
     /// How many steps were left to the CPU.
     pub(crate) host: usize,
@@ -52,8 +53,9 @@ impl<'a> Machine<'a> {
             }
         }
         let code = program.device.as_ref().unwrap();
-        let memory = BTreeMap::new();
-        Machine { code, kernels, entry, case, bindings, reference, memory, rooms, fault: [0; 4], host: 0 }
+        let (memory, scratch) = (BTreeMap::new(), vec![]);
+        let (fault, host) = ([0; 4], 0);
+        Machine { code, kernels, entry, case, bindings, reference, memory, rooms, scratch, fault, host }
     }
 
     /// Follows all steps; the result of the first kernel that fails.
@@ -74,13 +76,11 @@ impl<'a> Machine<'a> {
                     let memory = self.memory[from].clone();
                     self.memory.insert(value, memory);
                 }
-                How::Launch(launches) => {
+                How::Launch(_) | How::Product(_) => {
                     self.allocate(value);
-                    self.launches(launches)?;
-                }
-                How::Product(product) => {
-                    self.allocate(value);
-                    self.launches(&product.fallback)?;
+                    let bytes = step.scratch.eval(&self.bindings).map_err(|e| e.to_string())?;
+                    self.scratch = vec![u64::MAX; bytes as usize / 8 + 1];
+                    self.launches(step.how.launches())?;
                 }
                 How::Append { state, launches } => {
                     let memory = self.memory[state].clone();
@@ -133,7 +133,9 @@ impl<'a> Machine<'a> {
                 Argument::Size(dim) => eval(dim)? as u64,
                 Argument::Real(bits) => u64::from(*bits),
                 Argument::Fault => self.fault.as_mut_ptr() as u64,
-                Argument::Scratch { .. } => return Err("scratch memory".into()),
+                Argument::Scratch { offset } => {
+                    (self.scratch.as_mut_ptr() as u64).wrapping_add_signed(eval(offset)?)
+                }
             });
         }
         let mut pointers: Vec<*mut c_void> = words.iter_mut().map(|w| std::ptr::from_mut(w).cast()).collect();
