@@ -3,7 +3,7 @@
 use super::PRELUDE;
 use super::text::{Kernels, c_type};
 use super::views::View;
-use super::{attention, elementwise, product, rows, windows};
+use super::{attention, elementwise, indexed, movement, product, rows, windows};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use tpshard_ir::layout::{Mesh, local_runs};
@@ -155,17 +155,15 @@ impl<'a> Emitter<'a> {
         let node = self.graph.node(value);
         let own = self.own(value);
         let how = match &node.op {
-            Op::Convert(Conversion::OnlyFirst { monoid, .. }) => {
-                match elementwise::fill(self, value, *monoid) {
-                    Some(launch) => How::Launch(vec![launch]),
-                    None => How::Convert,
-                }
-            }
+            Op::Convert(Conversion::OnlyFirst { monoid, .. }) => match movement::fill(self, value, *monoid) {
+                Some(launch) => How::Launch(vec![launch]),
+                None => How::Convert,
+            },
             Op::Convert(_) => How::Convert,
             Op::Append { axis } if self.rooms.contains_key(&value) => match node.args.split_first() {
                 Some((&state, new)) => {
                     self.materialise(state);
-                    How::Append { state, launches: elementwise::append(self, value, state, new, *axis) }
+                    How::Append { state, launches: movement::append(self, value, state, new, *axis) }
                 }
                 None => How::Host,
             },
@@ -192,17 +190,20 @@ impl<'a> Emitter<'a> {
         let value = region.result();
         match (&node.op, region.kernel) {
             (Op::Map(_), _) => elementwise::fused(self, region),
-            (Op::Iota { start, .. }, _) => elementwise::iota(self, value, start),
+            (Op::Iota { start, .. }, _) => movement::iota(self, value, start),
             (Op::Reshape { .. } | Op::Slice { .. } | Op::Transpose { .. } | Op::Broadcast { .. }, _) => {
-                elementwise::copied(self, value, node)
+                movement::copied(self, value, node)
             }
-            (Op::Concat { axis } | Op::Append { axis }, _) => elementwise::concat(self, value, node, *axis),
-            (Op::Pad { low, mode, .. }, _) => elementwise::pad(self, value, node, low, *mode),
-            (Op::Gather { axis, window }, _) => {
-                elementwise::gather(self, value, node, *axis, window.as_ref())
+            (Op::Concat { axis } | Op::Append { axis }, _) => movement::concat(self, value, node, *axis),
+            (Op::Pad { low, mode, .. }, _) => movement::pad(self, value, node, low, *mode),
+            (Op::Gather { axis, window }, _) => indexed::gather(self, value, node, *axis, window.as_ref()),
+            (Op::GatherElements { axis }, _) => indexed::gather_elements(self, value, node, *axis),
+            (Op::GatherNd { batch_dims }, _) => indexed::gather_nd(self, value, node, *batch_dims),
+            (Op::ScatterElements { axis, monoid }, _) => {
+                indexed::scatter_elements(self, value, node, *axis, *monoid)
             }
-            (Op::GatherElements { axis }, _) => elementwise::gather_elements(self, value, node, *axis),
-            (Op::GatherNd { batch_dims }, _) => elementwise::gather_nd(self, value, node, *batch_dims),
+            (Op::ScatterNd { monoid }, _) => indexed::scatter_nd(self, value, node, *monoid),
+            (Op::TopK { axis, k, largest }, _) => rows::top_k(self, value, node, *axis, k, *largest),
             (Op::Dequant { axis, block }, _) => elementwise::dequant(self, value, node, *axis, *block),
             (Op::Softmax { axis }, _) => rows::softmax(self, value, node, *axis),
             (Op::Norm { kind, axis, epsilon }, _) => rows::norm(self, value, node, *kind, *axis, epsilon.0),
@@ -329,7 +330,7 @@ impl<'a> Emitter<'a> {
                     // Views of packed values are whole.
                     How::Host
                 }
-                false => How::Launch(vec![elementwise::copy(self, &operand, value, &own)]),
+                false => How::Launch(vec![movement::copy(self, &operand, value, &own)]),
             };
             if how == How::Host {
                 for &arg in &self.graph.node(value).args {

@@ -152,3 +152,4 @@ struct Kernel { const char *name; void (*call)(void **); };
 #define DYNAMIC_SHARED(type, name) type *name = reinterpret_cast<type *>(shim::dynamic.data())
 static inline float __int_as_float(int x) { float y; memcpy(&y, &x, sizeof y); return y; }
 static inline int __float_as_int(float x) { int y; memcpy(&y, &x, sizeof y); return y; }
+static inline long long __double_as_longlong(double x) { long long y; memcpy(&y, &x, sizeof y); return y; }

@@ -6,8 +6,10 @@
 //!
 //! | module | writes |
 //! |---|---|
-//! | [`elementwise`] | fused elementwise work, copies, gathers, pads |
-//! | [`rows`] | softmax, norms, reductions, scans |
+//! | [`elementwise`] | fused elementwise functions, quantised blocks |
+//! | [`movement`] | copies, concatenations, pads |
+//! | [`indexed`] | gathers and scatters |
+//! | [`rows`] | softmax, norms, reductions, scans, the best entries |
 //! | [`product`] | contractions |
 //! | [`attention`] | attention with softmax on the way, rotary embeddings |
 //! | [`windows`] | convolution and pooling |
@@ -19,6 +21,8 @@ mod attention;
 mod elementwise;
 mod emit;
 mod host;
+mod indexed;
+mod movement;
 mod product;
 mod rows;
 mod scalar;

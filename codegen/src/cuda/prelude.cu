@@ -133,6 +133,18 @@ __device__ __forceinline__ double modulo(double a, double b) {
     return rest != 0 && (rest < 0) != (b < 0) ? rest + b : rest;
 }
 
+// Integers in the order of numbers; not a number is above all, and both zeros are one.
+#define LARGEST 0x7fffffffffffffffLL
+__device__ __forceinline__ i64 sort_key(i64 x) { return x; }
+__device__ __forceinline__ i64 sort_key(float x) {
+    int bits = __float_as_int(x);
+    return x != x ? LARGEST : bits < 0 ? -(i64)(bits & 0x7fffffff) : bits;
+}
+__device__ __forceinline__ i64 sort_key(double x) {
+    i64 bits = __double_as_longlong(x);
+    return x != x ? LARGEST : bits < 0 ? -(bits & LARGEST) : bits;
+}
+
 // Integers wrap.
 __device__ __forceinline__ i64 add(i64 a, i64 b) { return (i64)((u64)a + (u64)b); }
 __device__ __forceinline__ i64 subtract(i64 a, i64 b) { return (i64)((u64)a - (u64)b); }

@@ -1,10 +1,10 @@
-//! Kernels over rows: softmax, norms, reductions, scans.
+//! Kernels over rows: softmax, norms, reductions, scans, the best entries.
 //!
 //! A block takes one row at a time; its threads walk the row in strides and combine what they found. Rows may lie in any
 //! way: the dims of a row and the dims that number the rows are two iteration spaces. Short rows are taken by one thread.
 
-use super::elementwise::identity;
 use super::emit::{Emitter, Made, Operand};
+use super::movement::identity;
 use super::space::Offsets;
 use super::text::{Call, THREADS, load, store, wide_type};
 use super::views::dense;
@@ -14,6 +14,8 @@ use tpshard_ir::{DType, Dim, Node, ValueId};
 
 /// Rows up to this length are reduced by one thread each.
 const SHORT: usize = 64;
+/// Most entries that are picked one by one.
+const MOST_PICKS: usize = 256;
 
 /// A shape cut into the dims that number rows and the dims of a row.
 struct Rows {
@@ -190,7 +192,7 @@ pub(super) fn norm(
 }
 
 /// The type in which elements are combined, and the name of the operation in the prelude.
-fn combination(monoid: Monoid, dtype: DType) -> Option<(&'static str, &'static str)> {
+pub(super) fn combination(monoid: Monoid, dtype: DType) -> Option<(&'static str, &'static str)> {
     if dtype == DType::Bool || dtype.is_packed() || dtype.is_float() && !is_real(dtype) {
         return None;
     }
@@ -296,4 +298,61 @@ pub(super) fn scan(
     call.line("}");
     call.line("}");
     Made::Calls(vec![call.over(emitter.kernels, &format!("scan_{monoid}_{}", x.dtype), &rows)])
+}
+
+/// The best of what is left, over and over: a block finds its key, then its first place.
+pub(super) fn top_k(
+    emitter: &mut Emitter<'_>,
+    value: ValueId,
+    node: &Node,
+    axis: usize,
+    k: &Dim,
+    largest: bool,
+) -> Made {
+    let Some(&arg) = node.args.first() else { return Made::Not };
+    let x = emitter.operand(arg);
+    let Some(extent) = x.shape.get(axis).cloned() else { return Made::Not };
+    let ordered = is_real(x.dtype) || x.dtype.is_integer() && !x.dtype.is_packed() && x.dtype != DType::U64;
+    // More than there are is an error, which the CPU's executor words.
+    if !ordered || !(&extent - k).is_nonnegative() || k.as_size().is_none_or(|k| k > MOST_PICKS) {
+        return Made::Not;
+    }
+    let mut shape = x.shape.clone();
+    if let Some(slot) = shape.get_mut(axis) {
+        *slot = k.clone();
+    }
+    let out_strides = dense(&shape);
+    let space = Rows::new(&x.shape, &|dim| dim == axis, &[&x.view.strides, &out_strides]);
+    let step = |strides: &[Dim]| strides.get(axis).cloned().unwrap_or_else(|| Dim::constant(0));
+    let mut call = Call::new();
+    let source = call.read("x", x.dtype, x.view.base, &x.view.offset);
+    call.write("y", DType::I64, value, &Dim::constant(0));
+    let rows = space.rows.count();
+    let (length, count) = (call.variable(&extent), call.variable(k));
+    let (x_step, out_step) = (call.size(&step(&x.view.strides)), call.size(&step(&out_strides)));
+    call.for_each_row("row", &rows);
+    bases(&mut call, &space.rows, &["from", "to"]);
+    let element = load(x.dtype, &source, &format!("from + j * {x_step}"));
+    let turned = if largest { "" } else { "~" };
+    call.lines(&format!(
+        "i64 last = LARGEST, last_place = -1;
+        for (i64 pick = 0; pick < {count}; pick++) {{
+        i64 best = ~LARGEST;
+        for (i64 j = threadIdx.x; j < {length}; j += blockDim.x) {{
+        i64 key = {turned}sort_key({element});
+        if (key < last || key == last && j > last_place) best = maximum(best, key);
+        }}
+        best = block_reduce(best, Maximum());
+        i64 place = {length};
+        for (i64 j = threadIdx.x; j < {length}; j += blockDim.x) {{
+        if ({turned}sort_key({element}) == best && (best < last || j > last_place)) place = minimum(place, j);
+        }}
+        place = block_reduce(place, Minimum());
+        if (threadIdx.x == 0) y[to + pick * {out_step}] = place;
+        last = best;
+        last_place = place;
+        }}
+        }}"
+    ));
+    Made::Calls(vec![call.over_rows(emitter.kernels, &format!("top_k_{}", x.dtype), &rows, threads(&extent))])
 }

@@ -360,6 +360,55 @@ fn products_of_quantised_blocks_cases() -> Vec<Case> {
     cases
 }
 
+fn scatters_cases() -> Vec<Case> {
+    let mut cases = Vec::new();
+    for dtype in ["f32", "f16", "i64", "u8", "bool"] {
+        for monoid in ["none", "sum", "prod", "max", "min"] {
+            if dtype == "bool" && monoid != "none" {
+                continue;
+            }
+            for (axis, shape) in [(0, "8, 5"), (1, "9, s")] {
+                let text = format!(
+                    "x: {dtype}[9, 5]\ni: i64[{shape}] -5..5\nu: {dtype}[{shape}]\n\
+                     scatter_elements {{axis={axis}, monoid={monoid}}} (0, 1, 2)"
+                );
+                if axis == 0 {
+                    cases.push(case("s=3", &text));
+                }
+                let text = format!(
+                    "x: {dtype}[6, 4]\ni: i64[6, 3] -4..4\nu: {dtype}[3, 6]\ntranspose {{perm=[1, 0]}} (2)\n\
+                     scatter_elements {{axis=1, monoid={monoid}}} (0, 1, 3)"
+                );
+                cases.push(case("", &text));
+            }
+            let text = format!(
+                "x: {dtype}[4, 5, s]\ni: i64[2, 3, 2] -4..4\nu: {dtype}[2, 3, s]\nscatter_nd {{monoid={monoid}}} (0, 1, 2)"
+            );
+            cases.push(case("s=70", &text));
+        }
+    }
+    cases
+}
+
+fn best_entries_cases() -> Vec<Case> {
+    let mut cases = Vec::new();
+    for dtype in ["f32", "f16", "f64", "i64", "u8"] {
+        for largest in [true, false] {
+            // Few different numbers, so that there are ties.
+            let text =
+                format!("x: {dtype}[s, 40] 0..9\nround (0)\ntop_k {{axis=1, k=7, largest={largest}}} (1)");
+            let whole = text.replace("\nround (0)", "").replace("(1)", "(0)");
+            let text = if dtype.starts_with('f') { text } else { whole };
+            cases.push(case("s=3", &text));
+            let text = format!("x: {dtype}[3, 5, s]\nlog (0)\ntop_k {{axis=1, k=5, largest={largest}}} (1)");
+            let whole = text.replace("\nlog (0)", "").replace("(1)", "(0)");
+            // Logarithms of negative numbers are not numbers.
+            cases.push(case("s=70", if dtype.starts_with('f') { &text } else { &whole }));
+        }
+    }
+    cases
+}
+
 fn attention_cases() -> Vec<Case> {
     let mut cases = Vec::new();
     for dtype in SINGLE {
@@ -415,6 +464,8 @@ families! {
     softmax_over_any_axis: softmax_over_any_axis_cases;
     norms: norms_cases;
     reductions_and_scans: reductions_and_scans_cases;
+    scatters: scatters_cases;
+    best_entries: best_entries_cases;
     products: products_cases;
     products_of_quantised_blocks: products_of_quantised_blocks_cases;
     attention: attention_cases;
@@ -522,9 +573,10 @@ fn state_grows_in_its_room() {
 fn what_has_no_kernel_is_left_to_the_cpu() {
     let cases = [
         case("s=9", "x: f32[s, 7]\ntranspose {perm=[1, 0]} (0)\ntop_k {axis=1, k=3, largest=true} (1)"),
+        case("s=9", "x: f32[s]\ni: i64[4, 1] 0..9\nu: f32[4]\nscatter_nd {monoid=none} (0, 1, 2)"),
         case("s=9", "x: i64[s, 7]\ny: i64[7, 3]\neinsum \"sk,kn->sn\" (0, 1)"),
     ];
-    check(&cases, 2);
+    check(&cases, 3);
 }
 
 /// Weights and literals are no work of a step, and reshapes of what lies densely are no work at all.
