@@ -135,6 +135,28 @@ fn generate_keeps_its_state_on_the_gpu() {
 }
 
 #[test]
+fn several_graphs_and_entries_share_weights_and_state_on_the_gpu() {
+    if !has_compiler() {
+        return;
+    }
+    let scratch = scratch();
+    let merged = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/models/merged-decoder/model.onnx");
+    let dims = ["--dim", "decode*9:seq=1,past=0..64", "--dim", "prefill:seq=2..64,past=0"];
+    // The first begins its state anew in one of its graphs.
+    for (name, model, more) in [("merged", merged, &[][..]), ("entries", model(), &dims)] {
+        let folder = scratch.path().join(name);
+        let words = words![model, "--tp", "2", "--target", "cuda:sm_90", "--split-all", "-o", folder];
+        end(with_libraries(tpshard(words).args(more), &standin())).ok();
+        let [gpu, cpu] = ["auto", "cpu"].map(|device| {
+            let mut words = words!["generate", folder, "--max-tokens", "5", "--device", device].to_vec();
+            words.extend(words!["--prompt-ids", "5,10,7,42", "--prompt-ids", "3,9", "--ignore-stop"]);
+            end(with_libraries(&mut tpshard(words), &standin())).ok().stdout
+        });
+        assert_eq!(gpu, cpu, "{name}");
+    }
+}
+
+#[test]
 fn verify_and_bisect_look_at_what_the_gpu_computed() {
     if !has_compiler() {
         return;
