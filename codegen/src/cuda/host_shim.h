@@ -4,6 +4,7 @@
 // shuffles, in ascending, descending or a mixed order (order 0, 1 or another number, the seed), so that results that
 // depend on the order of threads show. Shared memory starts as NaN in every block; threads that do not all
 // reach a barrier, and lanes that do not all take part in a shuffle, are an error.
+#include <csetjmp>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -19,14 +20,15 @@ namespace shim {
 struct Dim3 { unsigned x, y, z; };
 enum State { RUNNING, AT_BARRIER, AT_SHUFFLE, ENDED };
 struct Fiber {
-    ucontext_t context;
     std::vector<char> stack;
+    jmp_buf place;
+    bool started;
     State state;
     unsigned long long sent;
 };
 static thread_local Dim3 thread_index, block_index, block_extent, grid_extent;
 static thread_local std::vector<Fiber> fibers;
-static thread_local ucontext_t scheduler;
+static thread_local jmp_buf scheduler;
 static thread_local unsigned current;
 static thread_local void (*entry)(void **);
 static thread_local void **entry_arguments;
@@ -34,9 +36,10 @@ static thread_local std::vector<unsigned char> dynamic;
 static thread_local std::vector<unsigned char> fixed;
 static thread_local const char *fault;
 
+// Fibers are entered by way of contexts once, and change by jumps from then on, which cost no system call.
 inline void pause(State why) {
     fibers[current].state = why;
-    swapcontext(&fibers[current].context, &scheduler);
+    if (_setjmp(fibers[current].place) == 0) _longjmp(scheduler, 1);
 }
 inline void barrier() {
     if (block_extent.x > 1) pause(AT_BARRIER);
@@ -65,36 +68,48 @@ inline void *at(size_t place) {
 template <class Tag, class T, size_t COUNT> struct Place { static const size_t offset; };
 template <class Tag, class T, size_t COUNT> const size_t Place<Tag, T, COUNT>::offset = reserve(sizeof(T) * COUNT);
 inline void run_fiber() {
-    entry(entry_arguments);
-    fibers[current].state = ENDED;
-    swapcontext(&fibers[current].context, &scheduler);
+    for (;;) {
+        entry(entry_arguments);
+        pause(ENDED);
+    }
+}
+inline void resume(unsigned index) {
+    current = index;
+    thread_index = Dim3{index, 0, 0};
+    if (_setjmp(scheduler) != 0) return;
+    Fiber &fiber = fibers[index];
+    if (fiber.started) _longjmp(fiber.place, 1);
+    fiber.started = true;
+    fiber.stack.resize(64 << 10);
+    static thread_local ucontext_t first, here;
+    getcontext(&first);
+    first.uc_stack.ss_sp = fiber.stack.data();
+    first.uc_stack.ss_size = fiber.stack.size();
+    first.uc_link = nullptr;
+    makecontext(&first, run_fiber, 0);
+    swapcontext(&here, &first);
 }
 inline unsigned long long mix(unsigned long long x) {
     x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ULL;
     x = (x ^ (x >> 27)) * 0x94d049bb133111ebULL;
     return x ^ (x >> 31);
 }
+// What became of the block is of no use to a next one.
+inline bool fail(const char *why) {
+    fault = why;
+    fibers.clear();
+    return false;
+}
 // Lets every thread that may go on go on until all wait at the same place, over and over.
 inline bool run_block(unsigned long long seed) {
     unsigned count = block_extent.x;
     if (fibers.size() < count) fibers.resize(count);
-    for (unsigned i = 0; i < count; i++) {
-        Fiber &fiber = fibers[i];
-        if (fiber.stack.empty()) fiber.stack.resize(64 << 10);
-        fiber.state = RUNNING;
-        getcontext(&fiber.context);
-        fiber.context.uc_stack.ss_sp = fiber.stack.data();
-        fiber.context.uc_stack.ss_size = fiber.stack.size();
-        fiber.context.uc_link = nullptr;
-        makecontext(&fiber.context, run_fiber, 0);
-    }
+    for (unsigned i = 0; i < count; i++) fibers[i].state = RUNNING;
     for (unsigned long long round = 0;; round++) {
         for (unsigned i = 0; i < count; i++) {
             unsigned turn = seed == 0 ? i : seed == 1 ? count - 1 - i : (unsigned)((i * 7919ULL + mix(seed + round)) % count);
             if (fibers[turn].state != RUNNING) continue;
-            current = turn;
-            thread_index = Dim3{turn, 0, 0};
-            swapcontext(&scheduler, &fibers[turn].context);
+            resume(turn);
         }
         unsigned ended = 0, barriers = 0;
         for (unsigned i = 0; i < count; i++) {
@@ -103,8 +118,7 @@ inline bool run_block(unsigned long long seed) {
         }
         if (ended == count) return true;
         if (barriers > 0 && barriers < count && barriers + ended == count) {
-            fault = "some threads of a block reached a barrier, others ended";
-            return false;
+            return fail("some threads of a block reached a barrier, others ended");
         }
         bool moved = false;
         for (unsigned first = 0; first < count; first += 32) {
@@ -119,8 +133,7 @@ inline bool run_block(unsigned long long seed) {
             moved = true;
         }
         if (!moved) {
-            fault = "some threads wait for others that never come";
-            return false;
+            return fail("some threads wait for others that never come");
         }
     }
 }
