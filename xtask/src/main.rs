@@ -47,8 +47,10 @@ fn test_all() -> Result<()> {
     cargo(&root, &["fmt", "--all", "--check"])?;
     trusted::check(&root)?;
     cargo(&root, &["clippy", "--quiet", "--workspace", "--all-targets", "--", "-D", "warnings"])?;
-    cargo(&root, &["test", "--quiet", "--workspace", "--release"])?;
-    let outcome = oracles::run(&root)?;
+    let nvrtc = oracles::nvrtc(&root);
+    let found = nvrtc.as_ref().ok().map(|folder| ("TPSHARD_CUDA_PATH", folder.as_path()));
+    cargo_with(&root, &["test", "--quiet", "--workspace", "--release"], found)?;
+    let outcome = oracles::run(&root, &nvrtc)?;
     println!("{outcome}");
     if outcome.failed > 0 { bail!("{} oracle checks failed", outcome.failed) } else { Ok(()) }
 }
@@ -71,9 +73,15 @@ fn target(root: &Path) -> PathBuf {
 }
 
 fn cargo(root: &Path, arguments: &[&str]) -> Result<()> {
+    cargo_with(root, arguments, None)
+}
+
+/// Runs cargo with a variable.
+fn cargo_with(root: &Path, arguments: &[&str], variable: Option<(&str, &Path)>) -> Result<()> {
     let cargo = std::env::var("CARGO").unwrap_or_else(|_| "cargo".into());
     println!("xtask: cargo {}", arguments.join(" "));
-    let status =
-        Command::new(cargo).current_dir(root).args(arguments).status().context("cannot start cargo")?;
+    let mut command = Command::new(cargo);
+    let status = command.current_dir(root).args(arguments).envs(variable).status();
+    let status = status.context("cannot start cargo")?;
     if status.success() { Ok(()) } else { bail!("cargo {} failed", arguments.join(" ")) }
 }

@@ -31,11 +31,17 @@ impl fmt::Display for Outcome {
     }
 }
 
-/// Runs every check whose tool is here or can be fetched.
-pub(crate) fn run(root: &Path) -> Result<Outcome> {
-    let mut outcome = Outcome::default();
+/// Where oracles are kept.
+fn kept(root: &Path) -> Result<PathBuf> {
     let work = crate::target(root).join("oracles");
     std::fs::create_dir_all(&work).with_context(|| format!("cannot make {}", work.display()))?;
+    Ok(work)
+}
+
+/// Runs every check whose tool is here or can be fetched. `nvrtc` is what [`nvrtc`] found before the tests.
+pub(crate) fn run(root: &Path, nvrtc: &Result<PathBuf, String>) -> Result<Outcome> {
+    let mut outcome = Outcome::default();
+    let work = kept(root)?;
     let tpshard = crate::target(root).join("release").join("tpshard");
     match python(&work) {
         Ok(python) => outcome.record("onnxruntime", onnxruntime(root, &work, &tpshard, &python)),
@@ -45,9 +51,10 @@ pub(crate) fn run(root: &Path) -> Result<Outcome> {
         Ok(wheels) => outcome.record("onnx-suite", conformance::run(root, &wheels, &[])),
         Err(why) => outcome.skip("onnx-suite", &why),
     }
-    match nvrtc(&work) {
-        Ok(folder) => outcome.record("nvrtc", nvrtc_tests(root, &folder)),
-        Err(why) => outcome.skip("nvrtc", &why),
+    match nvrtc {
+        // The tests have passed with it.
+        Ok(_) => outcome.record("nvrtc", Ok(())),
+        Err(why) => outcome.skip("nvrtc", why),
     }
     match find("mpirun") {
         Some(mpirun) => outcome.record("mpirun", mpirun_ranks(root, &work, &tpshard, &mpirun)),
@@ -111,9 +118,10 @@ fn python(work: &Path) -> Result<PathBuf, String> {
     Ok(python)
 }
 
-/// NVIDIA's compiler, which needs no GPU: a package of 90 MB, fetched once.
-fn nvrtc(work: &Path) -> Result<PathBuf, String> {
-    let packages = work.join("nvrtc");
+/// The folder of NVIDIA's compiler, which needs no GPU: a package of 90 MB, fetched once. The tests that compile kernels
+/// skip themselves without it.
+pub(crate) fn nvrtc(root: &Path) -> Result<PathBuf, String> {
+    let packages = kept(root).map_err(|error| format!("{error:#}"))?.join("nvrtc");
     let stamp = packages.join("package");
     let folder = packages.join("nvidia/cuda_nvrtc/lib");
     if std::fs::read_to_string(&stamp).is_ok_and(|found| found == NVRTC) {
@@ -126,16 +134,6 @@ fn nvrtc(work: &Path) -> Result<PathBuf, String> {
     quietly(pip.arg(NVRTC))?;
     std::fs::write(stamp, NVRTC).map_err(|e| e.to_string())?;
     Ok(folder)
-}
-
-/// The tests that compile kernels with it, which otherwise skip themselves.
-fn nvrtc_tests(root: &Path, folder: &Path) -> Result<()> {
-    let cargo = std::env::var("CARGO").unwrap_or_else(|_| "cargo".into());
-    let mut command = Command::new(cargo);
-    command.current_dir(root).args(["test", "--quiet", "--release"]);
-    command.args(["-p", "tpshard-driver", "-p", "tpshard-codegen", "nvrtc"]);
-    command.env("TPSHARD_CUDA_PATH", folder).env("TPSHARD_REQUIRE", "nvrtc");
-    run_checked(&mut command)
 }
 
 fn quietly(command: &mut Command) -> Result<(), String> {
