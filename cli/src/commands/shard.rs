@@ -46,7 +46,7 @@ pub(crate) fn shard(arguments: &ShardArguments, json: bool, quiet: bool) -> Outc
     check(&plan, &graphs, arguments)?;
     let plan_text = plan.report.to_string();
     let report_html = report_page(&file_name(&arguments.model), &planning, &plan);
-    let needed = Sizes::of(&plan, &graphs, &runner).folder(arguments.tp);
+    let needed = Sizes::of(&plan, &graphs, &runner, &arguments.target).folder(arguments.tp);
     let needed = needed.saturating_add(report_html.len() as u64);
     folder.require_space(needed).or_fail(Kind::Resource)?;
     let source = ModelWeights::of(&graphs)?;
@@ -151,6 +151,8 @@ fn read_runner(path: Option<&Path>) -> Outcome<Vec<u8>> {
 const ROOM_PER_RANK: u64 = 16 << 10;
 /// A tensor's line in the header of a weight file, in the program's table and in `config.json`.
 const ROOM_PER_TENSOR: u64 = 2 << 10;
+/// The kernels of a model as text, or as machine code for one architecture.
+const ROOM_PER_CUBIN: u64 = 1 << 20;
 
 /// Bytes of what a folder is made of.
 struct Sizes {
@@ -163,10 +165,12 @@ struct Sizes {
     tensors: u64,
     /// The tensors' bytes on one rank.
     weights: u64,
+    /// Kernels of one rank.
+    kernels: u64,
 }
 
 impl Sizes {
-    fn of(plan: &Plan, graphs: &[Imported], runner: &[u8]) -> Sizes {
+    fn of(plan: &Plan, graphs: &[Imported], runner: &[u8], target: &Target) -> Sizes {
         let is_weight = |node: &&Node| matches!(node.op, Op::Weight(_));
         let sum = |size: &dyn Fn(&Spmd) -> u64| plan.programs.iter().map(|(_, program)| size(program)).sum();
         Sizes {
@@ -175,6 +179,10 @@ impl Sizes {
             model: graphs.iter().map(|i| tpshard_ir::text::print_graph(&i.graph).len() as u64).sum(),
             tensors: sum(&|program| program.logical.nodes().iter().filter(is_weight).count() as u64),
             weights: plan.report.weight_bytes,
+            kernels: match target {
+                Target::Cpu => 0,
+                Target::Cuda(all) => (all.len() as u64 + 1).saturating_mul(ROOM_PER_CUBIN),
+            },
         }
     }
 
@@ -183,7 +191,7 @@ impl Sizes {
         // A rank's graph and tables are about as long as its certificate; the folder has the model's graph once more.
         let programs = self.certificate.saturating_mul(2).saturating_add(ROOM_PER_RANK);
         let tables = self.tensors.saturating_mul(ROOM_PER_TENSOR);
-        let parts = [programs, tables, self.weights, self.runner];
+        let parts = [programs, tables, self.weights, self.kernels, self.runner];
         let rank = parts.into_iter().fold(0, u64::saturating_add);
         let whole = rank.saturating_mul(ranks as u64).saturating_add(self.runner).saturating_add(self.model);
         whole.saturating_add(whole / 100)
@@ -361,9 +369,20 @@ mod tests {
     #[test]
     fn many_ranks_of_a_small_model_need_little_more_than_their_runners() {
         let runner = 10 << 20;
-        let sizes = Sizes { runner, certificate: 100 << 10, model: 50 << 10, tensors: 40, weights: 1 << 20 };
+        let sizes = Sizes {
+            runner,
+            certificate: 100 << 10,
+            model: 50 << 10,
+            tensors: 40,
+            weights: 1 << 20,
+            kernels: 0,
+        };
         let (needed, runners) = (sizes.folder(1024), 1025 * runner);
         assert!(needed > runners + (1 << 30) && needed < runners + runners / 4, "{needed}");
+        assert_eq!(
+            Sizes { kernels: 1 << 20, ..sizes }.folder(2) - sizes.folder(2),
+            (2 << 20) + (2 << 20) / 100
+        );
         assert_eq!(Sizes { weights: u64::MAX, ..sizes }.folder(2), u64::MAX);
     }
 
