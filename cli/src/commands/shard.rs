@@ -379,10 +379,7 @@ mod tests {
         };
         let (needed, runners) = (sizes.folder(1024), 1025 * runner);
         assert!(needed > runners + (1 << 30) && needed < runners + runners / 4, "{needed}");
-        assert_eq!(
-            Sizes { kernels: 1 << 20, ..sizes }.folder(2) - sizes.folder(2),
-            (2 << 20) + (2 << 20) / 100
-        );
+        assert!(Sizes { kernels: 1 << 20, ..sizes }.folder(2) >= sizes.folder(2) + (2 << 20));
         assert_eq!(Sizes { weights: u64::MAX, ..sizes }.folder(2), u64::MAX);
     }
 
