@@ -1,5 +1,5 @@
-//! Programs for GPUs where there is none: a library of our own stands in for NVIDIA's driver and compiler, and runs the
-//! same kernels on the processor.
+//! Programs for GPUs where there is none: a library of our own stands in for NVIDIA's, and runs the same kernels on the
+//! processor.
 
 use crate::support::*;
 use crate::words;
@@ -20,9 +20,10 @@ use tpshard_runtime::state::{SlotId, StateOptions};
 /// Largest difference from the processor's results, relative to their range.
 const TOLERANCE: f32 = 1e-5;
 
-/// The driver's name and the compiler's, in folders of their own.
+/// The names of the driver, of the compiler and of what multiplies matrices.
 const DRIVER: &str = "libcuda.so.1";
 const COMPILER: &str = "libnvrtc.so.12";
+const PRODUCTS: &str = "libcublasLt.so.12";
 
 /// Whether kernels can be compiled; says so if not.
 fn has_compiler() -> bool {
@@ -49,7 +50,7 @@ fn libraries(folder: &Path, names: &[&str]) -> PathBuf {
     folder.to_path_buf()
 }
 
-/// Both libraries.
+/// The driver and the compiler.
 fn standin() -> PathBuf {
     static MADE: OnceLock<PathBuf> = OnceLock::new();
     let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("standin");
@@ -154,6 +155,30 @@ fn several_graphs_and_entries_share_weights_and_state_on_the_gpu() {
         });
         assert_eq!(gpu, cpu, "{name}");
     }
+}
+
+#[test]
+fn products_are_left_to_the_matrix_library_where_it_is() {
+    if !has_compiler() {
+        return;
+    }
+    let scratch = scratch();
+    let folder = scratch.path().join("out");
+    let all = libraries(&scratch.path().join("all"), &[DRIVER, COMPILER, PRODUCTS]);
+    shard_for("cuda:sm_90", 2, &folder, &all);
+    // Prompts of as many tokens as the library is asked for; it has nothing for 17.
+    let prompts = [16, 17, 40].map(|length| {
+        let tokens: Vec<String> = (0..length).map(|i| ((31 * i + 5) % 512).to_string()).collect();
+        tokens.join(",")
+    });
+    let [gpu, cpu] = ["auto", "cpu"].map(|device| {
+        let mut words = words!["generate", folder, "--max-tokens", "4", "--device", device].to_vec();
+        words.extend(prompts.iter().flat_map(|prompt| words!["--prompt-ids", prompt]));
+        let ended = end(with_libraries(&mut tpshard(words).arg("--ignore-stop"), &all)).ok();
+        assert_eq!(ended.stderr.contains("products by cuBLASLt"), device == "auto", "{}", ended.stderr);
+        ended.stdout
+    });
+    assert_eq!(gpu, cpu);
 }
 
 #[test]

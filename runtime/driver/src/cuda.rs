@@ -12,7 +12,8 @@ pub use functions::OUT_OF_MEMORY;
 use crate::error::DriverError;
 use crate::library::Library;
 use crate::search::SearchPath;
-use functions::{DevicePointer, Functions};
+pub(crate) use functions::DevicePointer;
+use functions::Functions;
 use std::ffi::{CString, c_int, c_void};
 use std::path::Path;
 use std::sync::Arc;
@@ -214,6 +215,15 @@ impl Device {
         Ok(Module(Arc::new(Loaded { queue: self.0.clone(), module: module as usize })))
     }
 
+    /// Makes the device that of this thread.
+    pub(crate) fn enter(&self) -> Result<(), DriverError> {
+        self.0.enter()
+    }
+
+    pub(crate) fn stream(&self) -> *mut c_void {
+        self.0.stream()
+    }
+
     /// Waits for all work to be done.
     ///
     /// # Errors
@@ -241,7 +251,7 @@ impl Memory {
     }
 
     /// The address of byte `offset`, of which `bytes` lie within.
-    fn at(&self, offset: u64, bytes: u64) -> Result<DevicePointer, DriverError> {
+    pub(crate) fn at(&self, offset: u64, bytes: u64) -> Result<DevicePointer, DriverError> {
         match offset.checked_add(bytes) {
             Some(end) if end <= self.bytes => Ok(self.address + offset),
             _ => Err(DriverError::Bounds { offset, bytes, size: self.bytes }),

@@ -1,4 +1,5 @@
-//! NVIDIA's libraries, opened while the program runs: the driver (`libcuda`) and the compiler (`libnvrtc`).
+//! NVIDIA's libraries, opened while the program runs: the driver (`libcuda`), the compiler (`libnvrtc`)
+//! and the matrix library (`libcublasLt`).
 //!
 //! Nothing of CUDA is needed to build this or to start it. A library that is not there, or that lacks a function, is an
 //! error value which says where was looked ([`SearchPath`]); libraries that were opened stay open for the life of the
@@ -6,6 +7,7 @@
 //!
 //! What must not live here: programs, tensors, ranks; see `tpshard_runtime::cuda`.
 
+pub mod cublaslt;
 pub mod cuda;
 mod error;
 mod library;

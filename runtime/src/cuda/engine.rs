@@ -182,6 +182,7 @@ impl Engine {
             entry,
             prepared: &ready.prepared,
             device: &self.gpu.device,
+            library: self.gpu.library.as_ref(),
             functions: &self.functions,
             constants: &ready.constants,
             host: &self.host,

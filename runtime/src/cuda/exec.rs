@@ -24,23 +24,29 @@ use crate::session::now;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use tpshard_driver::DriverError;
+use tpshard_driver::cublaslt::{self, CublasLt, Element};
 use tpshard_driver::cuda::{self, Device, Function, Memory};
-use tpshard_ir::dim::Bindings;
+use tpshard_ir::dim::{Bindings, Dim};
 use tpshard_ir::layout::Mesh;
-use tpshard_ir::program::device::{DeviceStep, FAULT_INDEX, How};
+use tpshard_ir::program::device::{DeviceStep, FAULT_INDEX, How, Matrix, Product};
 use tpshard_ir::program::{Entry, Family};
-use tpshard_ir::{Graph, Op, Tensor, ValueId};
+use tpshard_ir::{DType, Graph, Op, Tensor, ValueId};
 
 /// Bytes of the words in which kernels say what they met.
 pub(super) const FAULT_BYTES: u64 = 32;
 /// Most blocks along x, y and z.
 const MOST_BLOCKS: [i64; 3] = [(1 << 31) - 1, (1 << 16) - 1, (1 << 16) - 1];
 
+/// Fewest rows, and columns, of a product that the library is asked for.
+const LEAST_ROWS: i64 = 16;
+
 /// What a run of one entry is given.
 pub(super) struct Run<'a> {
     pub(super) entry: &'a Entry,
     pub(super) prepared: &'a Prepared,
     pub(super) device: &'a Device,
+    /// What multiplies matrices, if it is there.
+    pub(super) library: Option<&'a CublasLt>,
     /// The kernels, in the order of the program's table.
     pub(super) functions: &'a [Function],
     /// Constants on the device, by value.
@@ -160,9 +166,13 @@ impl<'a> Run<'a> {
                 self.put_spot(value, Some(spot));
                 Ok(())
             }
-            How::Launch(_) | How::Product(_) => {
+            How::Launch(_) => {
                 self.begin(index, value)?;
                 self.launch_all(index, step)
+            }
+            How::Product(product) => {
+                self.begin(index, value)?;
+                if self.multiplied(product)? { Ok(()) } else { self.launch_all(index, step) }
             }
             How::Append { state, .. } => {
                 let spot = self.spot(*state)?;
@@ -292,6 +302,44 @@ impl<'a> Run<'a> {
         let converted = step::checked(self.graph(), &self.bindings, value, converted)?;
         self.store(index, value, converted)?;
         lost.map_or(Ok(()), |what| Err(what.into()))
+    }
+
+    /// True if the library has taken the product.
+    fn multiplied(&self, product: &Product) -> Result<bool, StepError> {
+        let Some(library) = self.library else { return Ok(false) };
+        let element = match product.dtype {
+            DType::F32 => Element::F32,
+            DType::F64 => Element::F64,
+            DType::F16 => Element::F16,
+            DType::BF16 => Element::BF16,
+            _ => return Ok(false),
+        };
+        let size = |dim: &Dim| dim.eval(&self.bindings).map_err(|error| error.to_string());
+        let (rows, columns) = (size(&product.rows)?, size(&product.columns)?);
+        // Products of few rows read one operand once, which our own kernels do as fast.
+        if rows.min(columns) < LEAST_ROWS {
+            return Ok(false);
+        }
+        let matrix = |matrix: &Matrix| -> Result<cublaslt::Matrix<'_>, String> {
+            let spot = self.spots.get(matrix.value.index()).and_then(Option::as_ref);
+            let spot = spot.ok_or_else(|| format!("{} is not there", matrix.value))?;
+            let bytes = size(&matrix.offset)?.checked_mul(product.dtype.bits() as i64 / 8);
+            let offset = bytes.and_then(|bytes| spot.offset.checked_add_signed(bytes));
+            let offset = offset.ok_or("a place beyond memory")?;
+            let [batch, row, column] = [size(&matrix.batch)?, size(&matrix.row)?, size(&matrix.column)?];
+            Ok(cublaslt::Matrix { memory: &spot.memory, offset, batch, row, column })
+        };
+        let asked = cublaslt::Product {
+            element,
+            batch: size(&product.batch)?,
+            rows,
+            columns,
+            depth: size(&product.depth)?,
+            left: matrix(&product.left)?,
+            right: matrix(&product.right)?,
+            result: matrix(&product.result)?,
+        };
+        library.multiply(&asked).map_err(local)
     }
 
     fn launch_all(&self, index: usize, step: &DeviceStep) -> Result<(), StepError> {

@@ -7,6 +7,7 @@
 use super::cache::{self, Key};
 use crate::session::SessionError;
 use std::fmt::Write;
+use tpshard_driver::cublaslt::CublasLt;
 use tpshard_driver::cuda::{Device, Driver, Module};
 use tpshard_driver::nvrtc::Nvrtc;
 use tpshard_driver::{DriverError, SearchPath};
@@ -16,6 +17,8 @@ use tpshard_ir::program::device::{Cubin, DeviceCode};
 pub(super) struct Gpu {
     pub(super) device: Device,
     pub(super) module: Module,
+    /// What multiplies matrices, if it is there.
+    pub(super) library: Option<CublasLt>,
     /// GPUs that this process sees.
     pub(super) visible: usize,
     /// What was chosen, for people.
@@ -49,8 +52,12 @@ impl Gpu {
         (host.progress)();
         let (module, origin) = machine_code(code, &driver, &device, &host.search)?;
         (host.progress)();
-        let description = format!("GPU {ordinal} ({}, sm_{}), {origin}", device.name(), device.arch());
-        Ok(Gpu { device, module, visible, description })
+        // Without it, products are made by our own kernels.
+        let library = CublasLt::load(&host.search, &device).ok();
+        let products = if library.is_some() { ", products by cuBLASLt" } else { "" };
+        let description =
+            format!("GPU {ordinal} ({}, sm_{}), {origin}{products}", device.name(), device.arch());
+        Ok(Gpu { device, module, library, visible, description })
     }
 }
 

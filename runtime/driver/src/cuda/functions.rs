@@ -9,7 +9,7 @@ use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
 pub const OUT_OF_MEMORY: i32 = 2;
 
 /// An address of device memory.
-pub(super) type DevicePointer = u64;
+pub(crate) type DevicePointer = u64;
 
 functions! {
     /// The functions of `libcuda` that are used.
