@@ -70,9 +70,8 @@ pub(super) fn fused(emitter: &mut Emitter<'_>, region: &Region) -> Made {
         call.line(format!("{ty} {name} = {element};"));
         names.insert(*value, name);
     }
-    let round_each = emitter.round_each();
     for &id in &region.nodes {
-        let name = function(&mut call, emitter, id, result, &names, round_each);
+        let name = function(&mut call, emitter, id, result, &names);
         names.insert(id, name);
     }
     let value = names.get(&result).cloned().unwrap_or_default();
@@ -90,7 +89,6 @@ fn function(
     id: ValueId,
     result: ValueId,
     names: &BTreeMap<ValueId, String>,
-    round_each: bool,
 ) -> String {
     let node = emitter.graph.node(id);
     let Op::Map(function) = node.op else { return String::new() };
@@ -98,7 +96,7 @@ fn function(
     let args: Vec<&str> = node.args.iter().filter_map(|arg| names.get(arg).map(String::as_str)).collect();
     let fault = if scalar::may_fault(function, from) { call.fault(result) } else { String::new() };
     let mut value = scalar::expression(function, from, to, &args, &fault);
-    if (round_each || matches!(function, Scalar::Cast(_))) && id != result {
+    if matches!(function, Scalar::Cast(_)) && id != result {
         value = scalar::rounded(to, &value);
     }
     let name = call.fresh("x");

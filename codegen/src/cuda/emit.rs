@@ -9,7 +9,7 @@ use std::sync::Arc;
 use tpshard_ir::layout::{Mesh, local_runs};
 use tpshard_ir::op::Literal;
 use tpshard_ir::program::device::{DeviceLowering, DeviceStep, How, Launch, Product, capacity_symbol};
-use tpshard_ir::program::{Determinism, Entry, Family, Kernel, RankProgram, Region, Stage};
+use tpshard_ir::program::{Entry, Family, RankProgram, Region, Stage};
 use tpshard_ir::{Conversion, DType, Dim, Graph, Node, Op, Type, ValueId};
 
 /// Gives `program` kernels for a GPU, and every entry the calls of them.
@@ -20,12 +20,7 @@ pub fn attach(program: &mut RankProgram) {
         .entries
         .iter()
         .map(|entry| {
-            let context = Context {
-                states: &states,
-                mesh: &program.mesh,
-                rank: program.rank,
-                round_each: program.determinism == Determinism::Tp,
-            };
+            let context = Context { states: &states, mesh: &program.mesh, rank: program.rank };
             Emitter::new(entry, &context, &mut kernels).run()
         })
         .collect();
@@ -40,8 +35,6 @@ struct Context<'a> {
     states: &'a [Arc<str>],
     mesh: &'a Mesh,
     rank: usize,
-    /// 16-bit results are rounded after every elementwise function.
-    round_each: bool,
 }
 
 /// An operand: where its elements lie, and their type.
@@ -118,10 +111,6 @@ impl<'a> Emitter<'a> {
         self.graph.ty(value)
     }
 
-    pub(super) fn round_each(&self) -> bool {
-        self.context.round_each
-    }
-
     /// The memory of a value that has its own.
     pub(super) fn own(&self, value: ValueId) -> View {
         View::whole(value, self.rooms.get(&value).unwrap_or(&self.ty(value).shape))
@@ -188,35 +177,40 @@ impl<'a> Emitter<'a> {
             return Made::Not;
         }
         let value = region.result();
-        match (&node.op, region.kernel) {
-            (Op::Map(_), _) => elementwise::fused(self, region),
-            (Op::Iota { start, .. }, _) => movement::iota(self, value, start),
-            (Op::Reshape { .. } | Op::Slice { .. } | Op::Transpose { .. } | Op::Broadcast { .. }, _) => {
+        match &node.op {
+            Op::Map(_) => elementwise::fused(self, region),
+            Op::Iota { start, .. } => movement::iota(self, value, start),
+            Op::Reshape { .. } | Op::Slice { .. } | Op::Transpose { .. } | Op::Broadcast { .. } => {
                 movement::copied(self, value, node)
             }
-            (Op::Concat { axis } | Op::Append { axis }, _) => movement::concat(self, value, node, *axis),
-            (Op::Pad { low, mode, .. }, _) => movement::pad(self, value, node, low, *mode),
-            (Op::Gather { axis, window }, _) => indexed::gather(self, value, node, *axis, window.as_ref()),
-            (Op::GatherElements { axis }, _) => indexed::gather_elements(self, value, node, *axis),
-            (Op::GatherNd { batch_dims }, _) => indexed::gather_nd(self, value, node, *batch_dims),
-            (Op::ScatterElements { axis, monoid }, _) => {
+            Op::Concat { axis } | Op::Append { axis } => movement::concat(self, value, node, *axis),
+            Op::Pad { low, mode, .. } => movement::pad(self, value, node, low, *mode),
+            Op::Gather { axis, window } => indexed::gather(self, value, node, *axis, window.as_ref()),
+            Op::GatherElements { axis } => indexed::gather_elements(self, value, node, *axis),
+            Op::GatherNd { batch_dims } => indexed::gather_nd(self, value, node, *batch_dims),
+            Op::ScatterElements { axis, monoid } => {
                 indexed::scatter_elements(self, value, node, *axis, *monoid)
             }
-            (Op::ScatterNd { monoid }, _) => indexed::scatter_nd(self, value, node, *monoid),
-            (Op::TopK { axis, k, largest }, _) => rows::top_k(self, value, node, *axis, k, *largest),
-            (Op::Dequant { axis, block }, _) => elementwise::dequant(self, value, node, *axis, *block),
-            (Op::Softmax { axis }, _) => rows::softmax(self, value, node, *axis),
-            (Op::Norm { kind, axis, epsilon }, _) => rows::norm(self, value, node, *kind, *axis, epsilon.0),
-            (Op::Reduce { monoid, axes }, _) => rows::reduce(self, value, node, *monoid, axes),
-            (Op::Scan { monoid, axis, exclusive, reverse }, _) => {
+            Op::ScatterNd { monoid } => indexed::scatter_nd(self, value, node, *monoid),
+            Op::TopK { axis, k, largest } => rows::top_k(self, value, node, *axis, k, *largest),
+            Op::Dequant { axis, block } => elementwise::dequant(self, value, node, *axis, *block),
+            Op::Softmax { axis } => rows::softmax(self, value, node, *axis),
+            Op::Norm { kind, axis, epsilon } => rows::norm(self, value, node, *kind, *axis, epsilon.0),
+            Op::Reduce { monoid, axes } => rows::reduce(self, value, node, *monoid, axes),
+            Op::Scan { monoid, axis, exclusive, reverse } => {
                 rows::scan(self, value, node, *monoid, *axis, [*exclusive, *reverse])
             }
-            (Op::Einsum(spec), Kernel::Einsum) => product::einsum(self, value, node, spec),
-            (Op::Attention { .. }, _) => attention::attention(self, value, node),
-            (Op::Rotary { interleaved }, _) => attention::rotary(self, value, node, *interleaved),
-            (Op::Conv { window, groups }, _) => windows::conv(self, value, node, window, *groups),
-            (Op::Pool { kind, window }, _) => windows::pool(self, value, node, *kind, window),
-            _ => Made::Not,
+            Op::Einsum(spec) => product::einsum(self, value, node, spec),
+            Op::Attention { .. } => attention::attention(self, value, node),
+            Op::Rotary { interleaved } => attention::rotary(self, value, node, *interleaved),
+            Op::Conv { window, groups } => windows::conv(self, value, node, window, *groups),
+            Op::Pool { kind, window } => windows::pool(self, value, node, *kind, window),
+            Op::Input { .. }
+            | Op::Weight(_)
+            | Op::Literal(_)
+            | Op::Size(_)
+            | Op::Deferred { .. }
+            | Op::Convert(_) => Made::Not,
         }
     }
 

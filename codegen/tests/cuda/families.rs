@@ -301,6 +301,11 @@ fn products_cases() -> Vec<Case> {
                 slice {axis=2, start=1, length=4, step=1} (2)\neinsum \"bhsd,bhtd->bhst\" (1, 3)";
     cases.push(case("b=2 s=5", text));
     cases.push(case("b=2 s=0", text));
+    for dtype in ["f64", "i32", "i64", "u8", "u64"] {
+        for (sizes, spec, y) in [("s=2", "sk,kn->sn", "9, 5"), ("s=70", "sk,nk->sn", "5, 9")] {
+            cases.push(case(sizes, &format!("x: {dtype}[s, 9]\ny: {dtype}[{y}]\neinsum \"{spec}\" (0, 1)")));
+        }
+    }
     for dtype in SINGLE {
         // Aligned for reads of 16 bytes, with more columns than a block has, and a depth that is cut into parts.
         for (spec, y) in [("sk,nk->sn", "300, 264"), ("sk,kn->sn", "264, 300"), ("sk,kn->sn", "264, 296")] {
@@ -574,7 +579,7 @@ fn what_has_no_kernel_is_left_to_the_cpu() {
     let cases = [
         case("s=9", "x: f32[s, 7]\ntranspose {perm=[1, 0]} (0)\ntop_k {axis=1, k=3, largest=true} (1)"),
         case("s=9", "x: f32[s]\ni: i64[4, 1] 0..9\nu: f32[4]\nscatter_nd {monoid=none} (0, 1, 2)"),
-        case("s=9", "x: i64[s, 7]\ny: i64[7, 3]\neinsum \"sk,kn->sn\" (0, 1)"),
+        case("s=9", "x: f32[s, 7]\ny: f32[3]\neinsum \"sk,n->sn\" (0, 1)"),
     ];
     check(&cases, 3);
 }

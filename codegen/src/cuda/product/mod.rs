@@ -91,6 +91,13 @@ fn letters(spec: &EinsumSpec) -> Option<[Vec<u8>; 4]> {
     ])
 }
 
+/// True if a letter is summed over within one operand.
+fn has_lone_letters(spec: &EinsumSpec) -> bool {
+    let [a, b] = spec.inputs.as_slice() else { return true };
+    let lone = |a: &[u8], b: &[u8]| a.iter().any(|l| !b.contains(l) && !spec.output.contains(l));
+    lone(a, b) || lone(b, a)
+}
+
 impl Groups {
     fn new(graph: &Graph, node: &Node, spec: &EinsumSpec, left: &Operand, right: &Right) -> Option<Groups> {
         let [a, b] = spec.inputs.as_slice() else { return None };
@@ -202,7 +209,8 @@ pub(super) fn is_made_on_the_way(graph: &Graph, value: ValueId, users: &[ValueId
 pub(super) fn einsum(emitter: &mut Emitter<'_>, value: ValueId, node: &Node, spec: &EinsumSpec) -> Made {
     let &[a, b] = node.args.as_slice() else { return Made::Not };
     let dtype = node.ty.dtype;
-    if !matches!(dtype, DType::F32 | DType::F16 | DType::BF16 | DType::F64) {
+    let computed = dtype != DType::Bool && !dtype.is_packed();
+    if !computed || has_lone_letters(spec) {
         return Made::Not;
     }
     // What is known when a session opens plays the columns.
@@ -258,6 +266,9 @@ impl Task {
     /// What a library takes: every group one dim, and in every matrix one of its two dims dense.
     fn matrices(&self) -> Option<[Matrix; 3]> {
         let Right::Plain(right) = &self.right else { return None };
+        if !self.dtype.is_float() {
+            return None;
+        }
         let matrix = |operand: usize, base: ValueId, offset: &Dim, row: &Offsets, column: &Offsets| {
             let (row, column) = (Groups::step(row, operand)?, Groups::step(column, operand)?);
             let fits = row.is_one() || column.is_one();

@@ -21,12 +21,13 @@ pub(super) fn narrow(emitter: &mut Emitter<'_>, task: &Task, when: &Dim) -> Vec<
     let stride = |group, operand| Groups::step(group, operand).is_some_and(|s| s.is_one());
     let Groups { batch, columns, depth, .. } = &task.groups;
     let along_depth = stride(depth, LEFT) && stride(depth, RIGHT);
+    let single = matches!(task.dtype, DType::F32 | DType::F16 | DType::BF16);
     match &task.right {
-        Right::Plain(_) if along_depth && task.dtype != DType::F64 => {
+        Right::Plain(_) if along_depth && single => {
             vec![by_columns(emitter, task, when, Some(16 * 8 / task.dtype.bits()))]
         }
         Right::Quantised(q) if along_depth && q.in_eights() => vec![by_columns(emitter, task, when, Some(8))],
-        Right::Plain(_) if batch.extents.is_empty() && stride(columns, RIGHT) && task.dtype != DType::F64 => {
+        Right::Plain(_) if batch.extents.is_empty() && stride(columns, RIGHT) && single => {
             by_parts(emitter, task, when)
         }
         _ => vec![by_columns(emitter, task, when, None)],
