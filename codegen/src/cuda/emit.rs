@@ -266,9 +266,10 @@ impl<'a> Emitter<'a> {
         self.steps.push(DeviceStep { value, stage, scratch, how });
     }
 
-    /// The calls of the step under construction need so many bytes.
+    /// The calls of the step under construction need so many bytes. There is a little more, so that there is a place to name
+    /// where sizes make it none.
     pub(super) fn need_scratch(&mut self, bytes: Dim) {
-        self.scratch = bytes;
+        self.scratch = bytes + Dim::constant(16);
     }
 
     fn is_made(&self, value: ValueId) -> bool {
