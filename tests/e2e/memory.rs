@@ -36,7 +36,7 @@ fn chain(folder: &Path, dtype: DType, layers: usize) -> u64 {
             name: format!("w{i}"),
             dims: vec![WIDTH as i64; 2],
             data_type,
-            data_location: Some(1),
+            data_location: 1,
             external_data: vec![
                 entry("location", "weights".into()),
                 entry("offset", (i as u64 * bytes).to_string()),
