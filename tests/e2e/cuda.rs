@@ -174,7 +174,7 @@ fn products_are_left_to_the_matrix_library_where_it_is() {
     let [gpu, cpu] = ["auto", "cpu"].map(|device| {
         let mut words = words!["generate", folder, "--max-tokens", "4", "--device", device].to_vec();
         words.extend(prompts.iter().flat_map(|prompt| words!["--prompt-ids", prompt]));
-        let ended = end(with_libraries(&mut tpshard(words).arg("--ignore-stop"), &all)).ok();
+        let ended = end(with_libraries(tpshard(words).arg("--ignore-stop"), &all)).ok();
         assert_eq!(ended.stderr.contains("products by cuBLASLt"), device == "auto", "{}", ended.stderr);
         ended.stdout
     });

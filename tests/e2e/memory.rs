@@ -30,8 +30,7 @@ fn chain(folder: &Path, dtype: DType, layers: usize) -> u64 {
         ..NodeProto::default()
     };
     let weight = |i: usize| {
-        let entry =
-            |key: &str, value: String| StringStringEntryProto { key: key.into(), value: value.into() };
+        let entry = |key: &str, value: String| StringStringEntryProto { key: key.into(), value };
         TensorProto {
             name: format!("w{i}"),
             dims: vec![WIDTH as i64; 2],
