@@ -261,7 +261,7 @@ impl Blocks {
                             sum[c].add_scaled(factor, &widened_bytes(&codes[c]));
                         }
                     }
-                    total = added(&scaling, total, sum, row, chain);
+                    total = scaling.of_chain::<C>(chain, 0).added(total, sum, scaling.sum(row, chain));
                 }
             }
             Codes::Nibbles(codes) => {
@@ -277,7 +277,7 @@ impl Blocks {
                             sum[c].add_scaled(second, &high);
                         }
                     }
-                    total = added(&scaling, total, sum, row, chain);
+                    total = scaling.of_chain::<C>(chain, 0).added(total, sum, scaling.sum(row, chain));
                 }
             }
         }
@@ -286,22 +286,6 @@ impl Blocks {
             total[c].store(&mut to[c * LANES..][..LANES]);
         }
     }
-}
-
-/// `total` and the sum of a chain of all columns of a panel.
-#[inline(always)]
-fn added<const C: usize>(
-    scaling: &Scaling<'_>,
-    mut total: [Lanes; C],
-    sum: [Lanes; C],
-    row: usize,
-    chain: usize,
-) -> [Lanes; C] {
-    let (scale, factors) = (scaling.of_chain::<C>(chain, 0), scaling.sum(row, chain));
-    for c in 0..C {
-        total[c] = scale.added(total[c], sum[c], factors, c);
-    }
-    total
 }
 
 /// How sums of chains become sums of weights.
@@ -318,12 +302,11 @@ pub(super) struct Scaling<'a> {
 }
 
 impl<'a> Scaling<'a> {
-    /// What scales a chain.
+    /// What scales a chain, for `C` vectors of columns from `first` on.
     #[inline(always)]
-    pub(super) fn of_chain<const C: usize>(&self, chain: usize, first: usize) -> ChainScale<'a, C> {
+    pub(super) fn of_chain<const C: usize>(&self, chain: usize, first: usize) -> ChainScale<'a> {
         let at = (chain >> self.chains_per_block_log2) * self.vectors + first;
-        let part = |all: &'a [Lanes]| all[at..].first_chunk::<C>();
-        ChainScale { scales: part(self.scales), zeros: self.zeros.and_then(part) }
+        ChainScale { scales: &self.scales[at..][..C], zeros: self.zeros.map(|zeros| &zeros[at..][..C]) }
     }
 
     /// The sum of a row's elements over a chain; 0 if it is not needed.
@@ -335,22 +318,28 @@ impl<'a> Scaling<'a> {
 
 /// How the sum of a chain becomes one of weights, for some vectors of columns.
 #[derive(Clone, Copy)]
-pub(super) struct ChainScale<'a, const C: usize> {
-    scales: Option<&'a [Lanes; C]>,
-    zeros: Option<&'a [Lanes; C]>,
+pub(super) struct ChainScale<'a> {
+    scales: &'a [Lanes],
+    zeros: Option<&'a [Lanes]>,
 }
 
-impl<const C: usize> ChainScale<'_, C> {
-    /// `before + (sum - zero * factors) * scale` for one of the vectors; `factors` is the sum of the row's elements.
+impl ChainScale<'_> {
+    /// `before + (sum - zero * factors) * scale` for the vectors; `factors` is the sum of the row's elements.
     #[inline(always)]
-    pub(super) fn added(&self, before: Lanes, sum: Lanes, factors: f32, vector: usize) -> Lanes {
-        let mut sum = sum;
+    pub(super) fn added<const C: usize>(
+        &self,
+        before: [Lanes; C],
+        sum: [Lanes; C],
+        factors: f32,
+    ) -> [Lanes; C] {
+        let (mut sum, mut added) = (sum, before);
         if let Some(zeros) = self.zeros {
-            sum.add_scaled(-factors, &zeros[vector]);
+            for c in 0..C {
+                sum[c].add_scaled(-factors, &zeros[c]);
+            }
         }
-        let mut added = before;
-        if let Some(scales) = self.scales {
-            added.add_product(&sum, &scales[vector]);
+        for c in 0..C {
+            added[c].add_product(&sum[c], &self.scales[c]);
         }
         added
     }

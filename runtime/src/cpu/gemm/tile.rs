@@ -181,9 +181,12 @@ impl<P: Panel> Work<'_, P> {
                 for (r, sums) in sums.iter().enumerate() {
                     let factors = scaling.sum(row + r, chain);
                     let to = out.row(row + r, columns.clone());
-                    for (c, (sum, to)) in sums.iter().zip(to.chunks_exact_mut(LANES)).enumerate() {
-                        let before = if is_first { Lanes::ZERO } else { Lanes::load(to) };
-                        scale.added(before, *sum, factors, c).store(to);
+                    let load = |c: usize| {
+                        if is_first { Lanes::ZERO } else { Lanes::load(&to[c * LANES..][..LANES]) }
+                    };
+                    let after = scale.added(std::array::from_fn::<_, C, _>(load), *sums, factors);
+                    for c in 0..C {
+                        after[c].store(&mut to[c * LANES..][..LANES]);
                     }
                 }
             }
