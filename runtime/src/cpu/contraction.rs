@@ -12,6 +12,7 @@ use super::value::{Value, merged};
 use rayon::prelude::*;
 use tpshard_ir::DType;
 use tpshard_ir::op::EinsumSpec;
+use tpshard_ir::tensor::Element;
 
 /// The groups of letters of a contraction.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -74,16 +75,18 @@ impl Contraction {
         if !self.batch.is_empty() || value.len() == 0 {
             return Ok(None);
         }
-        let operand = Matrices::new(
-            &value.as_f32()?,
-            self.letters(self.column_operand()),
-            [&[], &self.depth, &self.columns],
-        )?;
-        let packed = Packed::new(&operand.matrix(0)?);
+        let (letters, groups) = (self.letters(self.column_operand()), [&[][..], &self.depth, &self.columns]);
+        let halves = |half: Half| -> Result<Packed, String> {
+            let operand = Matrices::new(value, letters, groups)?;
+            match half {
+                Half::F16 => operand.halves(half, |x: half::f16| x.to_bits()),
+                Half::Bf16 => operand.halves(half, |x: half::bf16| x.to_bits()),
+            }
+        };
         Ok(Some(match value.dtype() {
-            DType::F16 => packed.halved(Half::F16),
-            DType::BF16 => packed.halved(Half::Bf16),
-            _ => packed,
+            DType::F16 => halves(Half::F16)?,
+            DType::BF16 => halves(Half::Bf16)?,
+            _ => Packed::new(&Matrices::new(&value.as_f32()?, letters, groups)?.matrix(0)?),
         }))
     }
 
@@ -196,6 +199,18 @@ impl Matrices {
             shape: [rows, columns],
             strides: [row_stride, column_stride],
         })
+    }
+
+    /// The first matrix, of halves.
+    fn halves<T: Element>(&self, half: Half, bits: impl Fn(T) -> u16 + Sync) -> Result<Packed, String> {
+        let elements = self.value.elements::<T>()?.get(self.value.offset()..);
+        let elements = elements.ok_or("a matrix leaves its tensor")?;
+        let ([rows, columns], [row, column]) = (self.shape, self.strides);
+        let last = rows.saturating_sub(1) * row + columns.saturating_sub(1) * column;
+        if last >= elements.len() {
+            return Err("a matrix leaves its tensor".into());
+        }
+        Ok(Packed::halves(half, self.shape, |r, c| bits(elements[r * row + c * column])))
     }
 
     fn matrix(&self, index: usize) -> Result<Matrix<'_>, String> {

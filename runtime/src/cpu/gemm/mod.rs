@@ -410,6 +410,10 @@ mod tests {
     #[test]
     fn halves_multiply_as_the_floats_they_are() {
         for half in [Half::F16, Half::Bf16] {
+            let bits = |x: f32| match half {
+                Half::F16 => half::f16::from_f32(x).to_bits(),
+                Half::Bf16 => half::bf16::from_f32(x).to_bits(),
+            };
             let narrow = |x: f32| match half {
                 Half::F16 => half::f16::from_f32(x).to_f32(),
                 Half::Bf16 => half::bf16::from_f32(x).to_f32(),
@@ -418,8 +422,7 @@ mod tests {
                 let b: Vec<f32> = numbers(depth * columns, 2).into_iter().map(narrow).collect();
                 let a = numbers(rows * depth, 1);
                 let left = Matrix::new(&a, [rows, depth], [depth, 1]).unwrap();
-                let right = Matrix::new(&b, [depth, columns], [columns, 1]).unwrap();
-                let packed = Packed::new(&right).halved(half);
+                let packed = Packed::halves(half, [depth, columns], |k, c| bits(b[k * columns + c]));
                 let mut out = vec![f32::NAN; rows * columns];
                 multiply(&mut out, left, Right::Packed(&packed)).unwrap();
                 assert_eq!(out, by_definition(&a, &b, shape), "{half:?} {shape:?}");

@@ -24,14 +24,6 @@ pub(crate) enum Half {
 pub(super) type Halves = [u16; LANES];
 
 impl Half {
-    /// The bits of a float that is one of these.
-    fn narrowed(self, x: f32) -> u16 {
-        match self {
-            Half::F16 => half::f16::from_f32(x).to_bits(),
-            Half::Bf16 => half::bf16::from_f32(x).to_bits(),
-        }
-    }
-
     #[inline(always)]
     pub(super) fn widened(self, halves: &Halves) -> Lanes {
         let mut lanes = Lanes::ZERO;
@@ -42,15 +34,6 @@ impl Half {
             };
         }
         lanes
-    }
-
-    pub(super) fn all_narrowed(self, from: &[Lanes]) -> Vec<Halves> {
-        let mut halves = filled([0; LANES], from.len());
-        halves
-            .par_iter_mut()
-            .zip(from)
-            .for_each(|(to, from)| *to = std::array::from_fn(|lane| self.narrowed(from.0[lane])));
-        halves
     }
 }
 
@@ -370,7 +353,7 @@ fn widened_bytes(bytes: &[i8; LANES]) -> Lanes {
 }
 
 /// Something per step and vector, panel by panel.
-fn in_panels<T: Copy + Send + Sync>(
+pub(super) fn in_panels<T: Copy + Send + Sync>(
     steps: usize,
     vectors: usize,
     empty: T,

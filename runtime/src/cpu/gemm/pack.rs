@@ -1,6 +1,6 @@
 //! Second operands laid out for [`multiply`](super::multiply).
 
-use super::narrow::{Blocks, Half, Halves, Quantised, QuantisedShape};
+use super::narrow::{Blocks, Half, Halves, Quantised, QuantisedShape, in_panels};
 use super::pages::filled;
 use super::{LANES, Lanes, Matrix};
 use rayon::prelude::*;
@@ -43,12 +43,19 @@ impl Packed {
         Packed { form: Form::Floats(panels), rows, columns }
     }
 
-    /// The same in half the memory; all elements are such floats.
-    pub(crate) fn halved(self, half: Half) -> Packed {
-        match self.form {
-            Form::Floats(panels) => Packed { form: Form::Halves(half, half.all_narrowed(&panels)), ..self },
-            _ => self,
-        }
+    /// A matrix of halves, given by their bits.
+    pub(crate) fn halves(
+        half: Half,
+        [rows, columns]: [usize; 2],
+        bits: impl Fn(usize, usize) -> u16 + Sync,
+    ) -> Packed {
+        let panels = in_panels(rows, columns.div_ceil(LANES), [0; LANES], |row, vector| {
+            std::array::from_fn(|lane| {
+                let column = vector * LANES + lane;
+                if column < columns { bits(row, column) } else { 0 }
+            })
+        });
+        Packed { form: Form::Halves(half, panels), rows, columns }
     }
 
     /// Quantised weights as they are, if their blocks allow it.
