@@ -132,34 +132,13 @@ fn instantiate_step(program: &Spmd, index: usize, step: &Step, rank: usize) -> R
         return Err(format!("operand {arg} does not come earlier"));
     }
     let own = held(program, step, rank)?;
-    let mut args = &step.args;
     let op = match &step.kind {
-        StepKind::Convert(conversion) => match stretched(program, step, conversion) {
-            Some(shown) => {
-                args = shown;
-                Op::Broadcast { shape: own.iter().map(|run| run.length.clone()).collect() }
-            }
-            None => Op::Convert(conversion.clone()),
-        },
+        StepKind::Convert(conversion) => Op::Convert(conversion.clone()),
         StepKind::Compute => localise(program, node, step, &own, rank)?,
     };
     let ty = Type::new(node.ty.dtype, own.into_iter().map(|r| r.length).collect());
-    let args = args.iter().map(|a| ValueId(a.0)).collect();
+    let args = step.args.iter().map(|a| ValueId(a.0)).collect();
     Ok(Node { op, args, ty, origin: node.origin.clone() })
-}
-
-/// A part of what is stretched along the dim that is cut is the same, stretched less: what a slice of a broadcast is a
-/// broadcast of. As such it is known when a session opens if what is stretched is.
-fn stretched<'a>(program: &'a Spmd, step: &Step, conversion: &Conversion) -> Option<&'a Vec<StepId>> {
-    let Conversion::ShardSlice { dim, .. } = conversion else { return None };
-    let source = program.steps.get(step.args.first()?.index())?;
-    let node = program.logical.nodes().get(source.value.index())?;
-    let shown = &program.logical.nodes().get(node.args.first()?.index())?.ty;
-    let is_broadcast = source.kind == StepKind::Compute && matches!(node.op, Op::Broadcast { .. });
-    // Shapes are aligned right.
-    let place = dim.checked_sub(node.ty.rank().checked_sub(shown.rank())?);
-    let stretches = place.is_none_or(|place| shown.shape.get(place).is_some_and(Dim::is_one));
-    (is_broadcast && stretches).then_some(&source.args)
 }
 
 /// What `rank` holds of the value that a step makes.

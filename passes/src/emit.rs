@@ -8,7 +8,7 @@ use crate::layout_graph::{Classes, GroupKind, LayoutGraph};
 use crate::sharding::conversions;
 use std::collections::{BTreeMap, BTreeSet};
 use tpshard_ir::graph::Output;
-use tpshard_ir::{Graph, Layout, Op, SpmdOutput, Step, StepId, StepKind, ValueId};
+use tpshard_ir::{AxisLayout, Dim, Graph, Layout, Op, SpmdOutput, Step, StepId, StepKind, ValueId};
 
 /// The choices do not make a program: a fault of the planner.
 #[derive(Debug, Clone, thiserror::Error, PartialEq, Eq)]
@@ -91,17 +91,24 @@ impl Emitter<'_> {
 
     /// The whole value of a group outside the plan.
     fn whole(&mut self, group: u32) -> Result<(), EmitError> {
-        let Source { graph, layouts, classes, .. } = *self.source;
-        let value = layouts.groups[group as usize].value;
+        let layouts = self.source.layouts;
         let layout = Layout::replicated(&layouts.mesh);
-        let mut args = Vec::new();
-        for arg in &graph.node(value).args {
-            let operand = classes.of[arg.index()].ok_or_else(|| self.lacks(group, &layout))?;
-            args.push(self.free_family(operand, &layout)?);
-        }
+        let args = self.whole_operands(group)?;
+        let value = layouts.groups[group as usize].value;
         let step = self.push(value, layout.clone(), StepKind::Compute, args);
         self.free.insert((group, layout), step);
         Ok(())
+    }
+
+    fn whole_operands(&mut self, group: u32) -> Result<Vec<StepId>, EmitError> {
+        let Source { graph, layouts, classes, .. } = *self.source;
+        let layout = Layout::replicated(&layouts.mesh);
+        let mut args = Vec::new();
+        for arg in &graph.node(layouts.groups[group as usize].value).args {
+            let operand = classes.of[arg.index()].ok_or_else(|| self.lacks(group, &layout))?;
+            args.push(self.free_family(operand, &layout)?);
+        }
+        Ok(args)
     }
 
     fn free_family(&mut self, group: u32, layout: &Layout) -> Result<StepId, EmitError> {
@@ -114,6 +121,11 @@ impl Emitter<'_> {
         let constant = matches!(node.op, Op::Weight(_) | Op::Literal(_) | Op::Iota { .. });
         let step = if constant && !layout.has_partial() {
             self.push(value, layout.clone(), StepKind::Compute, Vec::new())
+        } else if is_stretched(graph, value, layout) {
+            // A part of what is stretched is the same, stretched less; as such it is known before anything runs, if what is
+            // stretched is.
+            let args = self.whole_operands(group)?;
+            self.push(value, layout.clone(), StepKind::Compute, args)
         } else {
             self.cut(group, layout)?
         };
@@ -198,6 +210,21 @@ impl Emitter<'_> {
         }
         Ok(found)
     }
+}
+
+/// True for a broadcast whose sharded dims are all stretched.
+fn is_stretched(graph: &Graph, value: ValueId, layout: &Layout) -> bool {
+    let node = graph.node(value);
+    let (Op::Broadcast { .. }, Some(&shown)) = (&node.op, node.args.first()) else { return false };
+    let shown = graph.ty(shown);
+    // Shapes are aligned right.
+    let lead = node.ty.rank().saturating_sub(shown.rank());
+    let stretches = |dim: usize| match dim.checked_sub(lead) {
+        None => true,
+        Some(place) => shown.shape.get(place).is_some_and(Dim::is_one) && !node.ty.shape[dim].is_one(),
+    };
+    let sharded = layout.0.iter().filter_map(AxisLayout::sharded_dim);
+    !layout.has_partial() && !layout.is_replicated() && sharded.into_iter().all(stretches)
 }
 
 fn without_dead_steps(steps: Vec<Step>, mut outputs: Vec<SpmdOutput>) -> (Vec<Step>, Vec<SpmdOutput>) {
