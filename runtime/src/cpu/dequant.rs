@@ -100,7 +100,10 @@ impl Quantised for Operands<'_> {
 
     fn zero(&self, block: usize, column: usize) -> i16 {
         match &self.zeros {
-            Some(zeros) => zeros.get(self.of_block(block, column)).into(),
+            // The two may be of different types, and then have had different numbers taken off.
+            Some(zeros) => {
+                i16::from(zeros.get(self.of_block(block, column))) + zeros.centre - self.codes.centre
+            }
             None => -self.codes.centre,
         }
     }
@@ -171,7 +174,13 @@ mod tests {
         for dtype in [DType::I4, DType::U4, DType::I8, DType::U8] {
             let q = raw(dtype, &[rows, depth]);
             let zero = raw(dtype, &[rows, 2]);
-            for operands in [vec![q.clone(), scale.clone()], vec![q, scale.clone(), zero]] {
+            let other = raw(DType::U8, &[rows, 2]);
+            let all = [
+                vec![q.clone(), scale.clone()],
+                vec![q.clone(), scale.clone(), zero],
+                vec![q, scale.clone(), other],
+            ];
+            for operands in all {
                 let wide = dequant(1, block, &operands).unwrap();
                 let packed = pack(1, block, &operands).unwrap().unwrap();
                 let found: Vec<f32> =
