@@ -269,3 +269,36 @@ fn small_models_are_not_worth_sharding() {
     assert_eq!(report.verdict, Verdict::OneRank, "{report}");
     assert!(report.collectives().count() == 0);
 }
+
+/// What a weight is dequantised with is there before anything runs on every rank, also where one number is the zero point of
+/// all blocks: else it would be dequantised in every step.
+#[test]
+fn zero_points_of_split_weights_are_constants() {
+    let (depth, width, block) = (256usize, 512usize, 32usize);
+    let mut graph = tpshard_ir::Graph::new("quantised");
+    let shape = |dims: &[usize]| dims.iter().map(|&d| d.into()).collect::<Vec<tpshard_ir::Dim>>();
+    let weight = |graph: &mut tpshard_ir::Graph, name: &str, dtype: DType, dims: &[usize]| {
+        let expr = tpshard_ir::weight::WeightExpr::initializer(name, dtype, dims.to_vec()).unwrap();
+        graph.add(Op::Weight(expr), &[]).unwrap()
+    };
+    let x = graph.input("x", tpshard_ir::Type::new(DType::F32, shape(&[1, depth])));
+    let q = weight(&mut graph, "q", DType::U4, &[width, depth]);
+    let scale = weight(&mut graph, "scale", DType::F32, &[width, depth / block]);
+    let one = tpshard_ir::op::Literal(tpshard_ir::Tensor::scalar(8u8).into());
+    let one = graph.add(Op::Literal(one), &[]).unwrap();
+    let zero = graph.add(Op::Broadcast { shape: shape(&[width, depth / block]) }, &[one]).unwrap();
+    let w = graph.add(Op::Dequant { axis: 1, block }, &[q, scale, zero]).unwrap();
+    let spec = tpshard_ir::op::EinsumSpec::parse("ik,nk->in").unwrap();
+    let y = graph.add(Op::Einsum(spec), &[x, w]).unwrap();
+    graph.outputs.push(tpshard_ir::Output { name: "y".into(), value: y });
+    let plan = plan(Extended::new(graph.clone()), &options(2, "h100-sxm")).unwrap();
+    let program = &plan.programs[0].1;
+    tpshard_checker::check(program, &graph).unwrap();
+    for rank in 0..2 {
+        let local = tpshard_ir::spmd::instantiate(program, rank).unwrap();
+        let constant = tpshard_ir::program::lower(&local).constant_values(&local);
+        let widened = local.values().find(|(_, node)| matches!(node.op, Op::Dequant { .. })).unwrap();
+        assert_eq!(widened.1.ty.elements().as_size(), Some(width * depth / 2), "it is split");
+        assert!(constant[widened.0.index()], "rank {rank}: {}", tpshard_ir::text::print_graph(&local));
+    }
+}

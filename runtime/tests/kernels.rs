@@ -7,6 +7,7 @@ use executor::*;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use tpshard_ir::op::{EinsumSpec, Literal, NormKind, Op, PadMode, PoolKind, Real, TableWindow, Window};
+use tpshard_ir::program::lower;
 use tpshard_ir::{DType, Dim, Graph, Monoid, Scalar, Tensor};
 
 #[test]
@@ -282,6 +283,60 @@ fn quantised_weights() {
             output(&mut g, "w", w);
             let inputs: BTreeMap<_, _> = [("x".to_string(), random.tensor(F32, &[3, 8]))].into();
             check(g, &inputs, &format!("{q}, zero points: {zero}"));
+        }
+    }
+}
+
+/// Blocks that are packed as they are, with zero points of the codes' type, of another, and none.
+#[test]
+fn quantised_weights_that_stay_quantised() {
+    let mut random = Random::new(11);
+    let (depth, columns, block) = (96, 50, 32);
+    let blocks = depth / block;
+    for (q, centre) in [(I8, 0u8), (U8, 128), (DType::I4, 0), (DType::U4, 8)] {
+        for (depth_first, rows) in [(false, 1), (true, 1), (false, 3), (true, 20)] {
+            for zero in ["none", "own", "stretched"] {
+                if zero == "stretched" && !matches!(q, U8 | DType::U4) {
+                    continue;
+                }
+                let shape = |depth: usize| if depth_first { [depth, columns] } else { [columns, depth] };
+                let mut g = Graph::new("quantised");
+                let x = g.input("x", ty(F32, &[rows, depth]));
+                let scale = weight(&mut g, "scale", F32, &shape(blocks));
+                let mut args = vec![weight(&mut g, "q", q, &shape(depth)), scale];
+                match zero {
+                    "own" => args.push(weight(&mut g, "zero", q, &shape(blocks))),
+                    "stretched" => {
+                        let one = Tensor::scalar(centre);
+                        let one = g.add(Op::Literal(Literal(one.into())), &[]).unwrap();
+                        let shape = shape(blocks).map(Dim::from).to_vec();
+                        args.push(g.add(Op::Broadcast { shape }, &[one]).unwrap());
+                    }
+                    _ => {}
+                }
+                let axis = usize::from(!depth_first);
+                let w = g.add(Op::Dequant { axis, block }, &args).unwrap();
+                let spec = if depth_first { "ik,kn->in" } else { "ik,nk->in" };
+                let y = g.add(Op::Einsum(EinsumSpec::parse(spec).unwrap()), &[x, w]).unwrap();
+                output(&mut g, "y", y);
+                let constant = lower(&g).constant_values(&g);
+                assert!(constant[w.index()], "{q}, {zero}: widened in every step");
+                let inputs: BTreeMap<_, _> = [("x".to_string(), random.tensor(F32, &[rows, depth]))].into();
+                let weights = random_weights(&g, &mut random);
+                let expected = reference(&g, &weights, &inputs).remove(0).1;
+                let found = run(&replicated(g, 1), &weights, &inputs).unwrap().outputs.remove("y").unwrap();
+                // Terms of either sign are summed in another order: what counts is their size, not that of the sum.
+                let (found, expected) =
+                    (found.tensor.as_slice::<f32>().unwrap(), expected.as_slice::<f32>().unwrap());
+                let largest = expected.iter().fold(0f32, |most, x| most.max(x.abs()));
+                for (i, (a, b)) in found.iter().zip(expected).enumerate() {
+                    let close = (a - b).abs() <= 1e-6 * largest;
+                    assert!(
+                        close,
+                        "{q}, {spec}, {rows} rows, zero points {zero}, element {i}: {a}, expected {b}"
+                    );
+                }
+            }
         }
     }
 }
