@@ -113,16 +113,16 @@ pub(crate) fn norm(
                 NormKind::Layer => vector::sum(x) / n,
                 NormKind::Rms => 0.0,
             };
-            let factor = 1.0 / (vector::sum_squares(x, mean) / n + epsilon as f32).sqrt();
+            let deviation = (vector::sum_squares(x, mean) / n + epsilon as f32).sqrt();
             match &bias {
                 Some(bias) => {
                     for (((o, &x), &s), &b) in out.iter_mut().zip(x).zip(scale.iter()).zip(bias.iter()) {
-                        *o = (x - mean) * factor * s + b;
+                        *o = (x - mean) / deviation * s + b;
                     }
                 }
                 None => {
                     for ((o, &x), &s) in out.iter_mut().zip(x).zip(scale.iter()) {
-                        *o = (x - mean) * factor * s;
+                        *o = (x - mean) / deviation * s;
                     }
                 }
             }

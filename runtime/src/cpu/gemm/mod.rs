@@ -9,18 +9,24 @@
 //! Weights are packed once; other operands are read in place if their columns lie next to each other, and packed panel by
 //! panel if not. A tile of up to eight rows and one panel is kept in registers.
 
-mod narrow;
+mod blocks;
+mod bytes;
+mod dot;
+mod halves;
 mod pack;
 mod pages;
 mod plane;
 mod tile;
 
-pub(crate) use narrow::{Half, Quantised, QuantisedShape};
+pub(crate) use blocks::{Quantised, QuantisedShape};
+pub(crate) use halves::Half;
 pub(crate) use pack::Packed;
 pub(crate) use plane::{Rectangle, rectangles};
 
 use super::vector::{Isa, LANES, Lanes, vectorised};
-use narrow::{Blocks, InHalves, Scaling};
+use blocks::{Blocks, Scaling};
+use bytes::Factors;
+use halves::InHalves;
 use pack::{Form, PANEL, VECTORS, pack_panel, vectors_of};
 use rayon::prelude::*;
 use std::ops::Range;
@@ -131,15 +137,40 @@ pub(crate) fn multiply(out: &mut [f32], left: Matrix<'_>, right: Right<'_>) -> R
         copy = left.row_major();
         Matrix::new(&copy, [rows, depth], [depth, 1])?
     };
-    let sums = match right {
-        Right::Packed(Packed { form: Form::Blocks(blocks), .. }) => blocks.sums(&left),
-        _ => Vec::new(),
-    };
-    let task = Task { left, right, sums: &sums };
+    match right {
+        Right::Packed(Packed { form: Form::Blocks(blocks), .. }) => {
+            multiply_blocks(out, [rows, depth, columns], &Factors::new(left, blocks), blocks);
+        }
+        _ => in_rectangles(out, [rows, depth, columns], |out| Task { left, right }.fill(out)),
+    }
+    Ok(())
+}
+
+/// A product with quantised weights.
+fn multiply_blocks(out: &mut [f32], shape: [usize; 3], factors: &Factors<'_>, blocks: &Blocks) {
+    in_rectangles(out, shape, |mut out| {
+        let first = out.rows.start;
+        for_panels(
+            &mut out,
+            |_| PANEL,
+            |out, column, columns, scratch| {
+                blocks.fill_panel(out, (column, columns.start / PANEL), (factors, first), scratch);
+            },
+        );
+    });
+}
+
+/// Cuts a product into rectangles that start at panels and, but for the first, at a multiple of eight rows, and has
+/// threads compute them.
+fn in_rectangles(
+    out: &mut [f32],
+    [rows, depth, columns]: [usize; 3],
+    fill: impl Fn(Rectangle<'_>) + Send + Sync,
+) {
     let threads = if rows * columns * depth < SHARED_FROM { 1 } else { rayon::current_num_threads() };
     if threads == 1 {
-        rectangles(out, columns, rows, columns).into_iter().for_each(|r| task.fill(r));
-        return Ok(());
+        rectangles(out, columns, rows, columns).into_iter().for_each(fill);
+        return;
     }
     // Several rectangles per thread, so that a slow one does not hold up the others for long; rows are cut only where
     // there are few columns, as each cut reads the columns again.
@@ -147,52 +178,55 @@ pub(crate) fn multiply(out: &mut [f32], left: Matrix<'_>, right: Right<'_>) -> R
     let width = panels.div_ceil(4 * threads).max(1) * PANEL;
     let across = columns.div_ceil(width);
     let height = if across >= 2 * threads { rows } else { rows.div_ceil(threads).next_multiple_of(8) };
-    rectangles(out, columns, height, width).into_par_iter().for_each(|r| task.fill(r));
-    Ok(())
+    rectangles(out, columns, height, width).into_par_iter().for_each(fill);
 }
 
-/// A product.
+/// Computes a rectangle panel by panel, or what `width` of the rest says, with some scratch memory.
+fn for_panels(
+    out: &mut Rectangle<'_>,
+    width: impl Fn(usize) -> usize,
+    mut fill: impl FnMut(&mut Rectangle<'_>, usize, Range<usize>, &mut Vec<Lanes>),
+) {
+    let mut scratch: Vec<Lanes> = Vec::new();
+    let rows = out.rows.len();
+    let mut next = out.columns.start;
+    while next < out.columns.end {
+        let (column, end) = (next, (next + width(out.columns.end - next)).min(out.columns.end));
+        next = end;
+        if (end - column).is_multiple_of(LANES) {
+            fill(out, column, column..end, &mut scratch);
+            continue;
+        }
+        // Tiles write whole vectors.
+        let width = (end - column).next_multiple_of(LANES);
+        let mut edge = vec![0.0; rows * width];
+        for mut edge in rectangles(&mut edge, width, rows, width) {
+            fill(&mut edge, 0, column..end, &mut scratch);
+        }
+        for (row, edge) in edge.chunks(width).enumerate() {
+            out.row(row, column..end).copy_from_slice(&edge[..end - column]);
+        }
+    }
+}
+
+/// A product but of quantised weights.
 #[derive(Clone, Copy)]
 struct Task<'a> {
     left: Matrix<'a>,
     right: Right<'a>,
-    /// See [`Blocks::sums`].
-    sums: &'a [f32],
 }
 
-impl<'a> Task<'a> {
-    /// The part of it that some rows are.
-    fn rows_within(&self, rows: Range<usize>) -> Task<'a> {
-        let per_row = self.sums.len() / self.left.rows.max(1);
-        let sums = &self.sums[rows.start * per_row..rows.end * per_row];
-        Task { left: self.left.rows_within(rows), sums, ..*self }
-    }
-
+impl Task<'_> {
     /// Computes a rectangle of the product, which starts at a panel.
     fn fill(&self, mut out: Rectangle<'_>) {
-        let part = self.rows_within(out.rows.clone());
-        let mut scratch: Vec<Lanes> = Vec::new();
+        let part = Task { left: self.left.rows_within(out.rows.clone()), ..*self };
         let in_place = matches!(self.right, Right::Matrix(matrix) if matrix.column_stride == 1);
-        let mut next = out.columns.start;
-        while next < out.columns.end {
-            // A single row reads its columns once, so what matters is that they lie next to each other.
-            let long = in_place && part.left.rows == 1 && out.columns.end - next >= LONG;
-            let (column, end) = (next, (next + if long { LONG } else { PANEL }).min(out.columns.end));
-            next = end;
-            if (end - column).is_multiple_of(LANES) {
-                part.fill_panel(&mut out, column, column..end, &mut scratch);
-                continue;
-            }
-            // Tiles write whole vectors.
-            let width = (end - column).next_multiple_of(LANES);
-            let mut edge = vec![0.0; part.left.rows * width];
-            for mut edge in rectangles(&mut edge, width, part.left.rows, width) {
-                part.fill_panel(&mut edge, 0, column..end, &mut scratch);
-            }
-            for (row, edge) in edge.chunks(width).enumerate() {
-                out.row(row, column..end).copy_from_slice(&edge[..end - column]);
-            }
-        }
+        // A single row reads its columns once, so what matters is that they lie next to each other.
+        let long = |rest: usize| in_place && part.left.rows == 1 && rest >= LONG;
+        let width = |rest: usize| if long(rest) { LONG } else { PANEL };
+        for_panels(&mut out, width, |out, column, columns, scratch| {
+            part.fill_panel(out, column, columns, scratch);
+        });
     }
 
     /// Computes the columns of a panel, and puts them at `column` of `out`.
@@ -203,12 +237,7 @@ impl<'a> Task<'a> {
         columns: Range<usize>,
         scratch: &mut Vec<Lanes>,
     ) {
-        let Task { left, right, sums } = *self;
-        if let Right::Packed(Packed { form: Form::Blocks(blocks), .. }) = right
-            && left.rows <= FEW
-        {
-            return multiply_few_rows(out, column, left, blocks, columns.start / PANEL, sums);
-        }
+        let Task { left, right } = *self;
         let vectors = columns.len().div_ceil(LANES);
         for start in (0..left.columns).step_by(DEPTH) {
             let steps = (start, DEPTH.min(left.columns - start));
@@ -232,16 +261,7 @@ impl<'a> Task<'a> {
                             let panel = InPanel { panel: scratch, vectors };
                             add_panel(out, column, left, steps, panel, vectors, whole);
                         }
-                        Form::Blocks(blocks) => {
-                            vectorised(
-                                #[inline(always)]
-                                |_| blocks.widen(number, steps, scratch),
-                            );
-                            let scaling = Some(blocks.scaling(number, start, sums));
-                            let chains = Chains { length: blocks.chain, scaling };
-                            let panel = InPanel { panel: scratch, vectors };
-                            add_panel(out, column, left, steps, panel, vectors, chains);
-                        }
+                        Form::Blocks(_) => unreachable!("quantised weights have products of their own"),
                     }
                 }
                 Right::Matrix(matrix) if matrix.column_stride == 1 && columns.len() == vectors * LANES => {
@@ -288,28 +308,6 @@ fn add_panel<P: tile::Panel>(
         #[inline(always)]
         |isa| multiply_rows(isa == Isa::Avx512, out, left, steps, column, (vectors, panel), chains),
     );
-}
-
-/// The rows one by one with a whole panel of quantised weights.
-fn multiply_few_rows(
-    out: &mut Rectangle<'_>,
-    column: usize,
-    left: Matrix<'_>,
-    blocks: &Blocks,
-    panel: usize,
-    sums: &[f32],
-) {
-    for row in 0..left.rows {
-        let factors = &left.row_and_rest(row)[..left.columns];
-        vectorised(
-            #[inline(always)]
-            |_| match vectors_of(blocks.columns(), panel) {
-                1 => blocks.multiply_row::<1>(out, (row, column), factors, panel, sums),
-                2 => blocks.multiply_row::<2>(out, (row, column), factors, panel, sums),
-                _ => blocks.multiply_row::<3>(out, (row, column), factors, panel, sums),
-            },
-        );
-    }
 }
 
 /// A panel of halves as floats.
@@ -483,6 +481,65 @@ mod tests {
                     assert_eq!(alone, out[(rows - 1) * columns..], "{shape:?}");
                     let column: Vec<f32> = (0..depth).map(|k| weight(k, columns - 1)).collect();
                     assert!(packed.column(columns - 1).eq(column));
+                }
+            }
+        }
+    }
+
+    /// Rounds every block of a row to bytes times a scale, as models do.
+    fn round_to_bytes(row: &mut [f32], block: usize) {
+        for block in row.chunks_mut(block) {
+            let largest = block.iter().fold(0f32, |most, x| most.max(x.abs()));
+            let scale = largest / 127.0;
+            block.iter_mut().for_each(|x| *x = (*x * (127.0 / largest)).round_ties_even() * scale);
+        }
+    }
+
+    #[test]
+    fn rows_that_are_bytes_have_the_same_bits_in_integers_as_in_floats_and_next_to_others() {
+        for zero in [|_| 0i16, |at| (at % 9) as i16 - 4] {
+            for (nibbles, block) in [(true, 16), (true, 32), (true, 256), (false, 32), (false, 256)] {
+                let from = Numbers { seed: 5, nibbles, zero };
+                for [rows, depth, columns] in [[1, 64, 16], [3, 96, 50], [15, 2208, 97], [40, 320, 200]] {
+                    let shape = QuantisedShape { depth, columns, block, nibbles };
+                    let packed = Packed::quantised(shape, &from).unwrap();
+                    let Form::Blocks(blocks) = &packed.form else { unreachable!("it was packed as blocks") };
+                    let mut a = numbers(rows * depth, 1);
+                    a.chunks_mut(depth).for_each(|row| round_to_bytes(row, block));
+                    let left = Matrix::new(&a, [rows, depth], [depth, 1]).unwrap();
+                    let product = |integers: bool| {
+                        let mut out = vec![f32::NAN; rows * columns];
+                        let factors = Factors::with(left, blocks, integers);
+                        assert!(factors.bytes().is_some() == integers && !factors.scales().is_empty());
+                        multiply_blocks(&mut out, [rows, depth, columns], &factors, blocks);
+                        out
+                    };
+                    let in_floats = product(false);
+                    for (i, &found) in in_floats.iter().enumerate() {
+                        let (row, c) = (i / columns, i % columns);
+                        let term = |k: usize| {
+                            let code = i16::from(from.code(k, c)) - from.zero(k / block, c);
+                            f64::from(a[row * depth + k])
+                                * f64::from(code)
+                                * f64::from(from.scale(k / block, c))
+                        };
+                        let (sum, size) =
+                            (0..depth).fold((0.0, 0.0), |(s, n), k| (s + term(k), n + term(k).abs()));
+                        assert!(
+                            (f64::from(found) - sum).abs() <= 1e-6 * size,
+                            "{shape:?} {i}: {found} {sum}"
+                        );
+                    }
+                    if dot::is_there() {
+                        assert!(product(true) == in_floats, "{shape:?}");
+                    }
+                    // Rows that are no bytes leave the others as they are.
+                    let mut mixed = a.clone();
+                    mixed[..depth].copy_from_slice(&numbers(depth, 9));
+                    let left = Matrix::new(&mixed, [rows, depth], [depth, 1]).unwrap();
+                    let mut out = vec![f32::NAN; rows * columns];
+                    multiply(&mut out, left, Right::Packed(&packed)).unwrap();
+                    assert!(out[columns..] == in_floats[columns..] && out[..columns] != in_floats[..columns]);
                 }
             }
         }

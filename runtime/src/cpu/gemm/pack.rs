@@ -1,6 +1,7 @@
 //! Second operands laid out for [`multiply`](super::multiply).
 
-use super::narrow::{Blocks, Half, Halves, Quantised, QuantisedShape, in_panels};
+use super::blocks::{Blocks, Quantised, QuantisedShape, in_panels};
+use super::halves::{Half, Halves};
 use super::pages::filled;
 use super::{LANES, Lanes, Matrix};
 use rayon::prelude::*;

@@ -179,12 +179,12 @@ impl<P: Panel> Work<'_, P> {
             Some(scaling) => {
                 let scale = scaling.of_chain::<C>(chain, first);
                 for (r, sums) in sums.iter().enumerate() {
-                    let factors = scaling.sum(row + r, chain);
+                    let of_row = scaling.of_row(row + r, chain);
                     let to = out.row(row + r, columns.clone());
                     let load = |c: usize| {
                         if is_first { Lanes::ZERO } else { Lanes::load(&to[c * LANES..][..LANES]) }
                     };
-                    let after = scale.added(std::array::from_fn::<_, C, _>(load), *sums, factors);
+                    let after = scale.added(std::array::from_fn::<_, C, _>(load), *sums, of_row);
                     for c in 0..C {
                         after[c].store(&mut to[c * LANES..][..LANES]);
                     }

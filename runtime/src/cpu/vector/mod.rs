@@ -61,6 +61,12 @@ impl Lanes {
         }
     }
 
+    #[inline(always)]
+    pub(crate) fn scaled(mut self, factor: f32) -> Lanes {
+        self.0.iter_mut().for_each(|lane| *lane *= factor);
+        self
+    }
+
     /// The lanes as a balanced tree: halves are combined until one is left.
     #[inline(always)]
     pub(crate) fn combined(self, with: impl Fn(f32, f32) -> f32) -> f32 {
