@@ -44,6 +44,20 @@ pub fn annotations(model: &Model) -> Vec<Annotation> {
     found
 }
 
+/// The pipeline stages that nodes are put into, in any configuration.
+pub fn pipeline_stages(model: &Model) -> BTreeSet<i32> {
+    let mut stages = BTreeSet::new();
+    read_stages(&model.graph, &mut stages);
+    stages
+}
+
+fn read_stages(graph: &Graph, stages: &mut BTreeSet<i32>) {
+    for node in &graph.nodes {
+        stages.extend(node.device_configurations.iter().filter_map(|c| c.pipeline_stage));
+        node.subgraphs().for_each(|subgraph| read_stages(subgraph, stages));
+    }
+}
+
 /// Recurses over the nesting of graphs only, which loading bounds.
 fn read_graph(graph: &Graph, devices: &BTreeMap<String, i64>, found: &mut Vec<Annotation>) {
     for node in &graph.nodes {

@@ -31,7 +31,7 @@ pub mod proto;
 pub mod tensor_data;
 
 pub use attributes::{AttributeError, AttributeReader};
-pub use devices::{Annotation, Sharding, annotations};
+pub use devices::{Annotation, Sharding, annotations, pipeline_stages};
 pub use error::{ErrorKind, Fault, LoadError, NodeSite, Site};
 pub use external::Storage;
 pub use limits::Limits;

@@ -309,6 +309,25 @@ fn annotations_of_the_model_are_pins() {
 }
 
 #[test]
+fn pipeline_stages_are_not_left_out_in_silence() {
+    let mut model = network();
+    for (stage, node) in model.graph.as_mut().unwrap().node.iter_mut().enumerate() {
+        node.device_configurations.push(NodeDeviceConfigurationProto {
+            configuration_id: "two".into(),
+            sharding_spec: vec![],
+            pipeline_stage: Some(stage as i32 / 2),
+        });
+    }
+    let scratch = scratch();
+    let path = scratch.path().join("network.onnx");
+    fs::write(&path, model.encode_to_vec()).unwrap();
+    let said = end(&mut tpshard(words!["plan", path, "--ranks", "2"])).ok();
+    assert!(said.stderr.contains("pipeline stages, which are not made"), "{}", said.stderr);
+    let quiet = end(&mut tpshard(words!["plan", path, "--ranks", "2", "--ignore-annotations"])).ok();
+    assert!(!quiet.stderr.contains("pipeline"), "{}", quiet.stderr);
+}
+
+#[test]
 fn annotations_that_cannot_be_plans_are_refused() {
     let mut group = spec("w.up", &[0], &[]);
     group.index_to_device_group_map = vec![];

@@ -31,9 +31,9 @@ fn integers_and_floats_give_the_same_bits_for_every_number_of_ranks() {
         let words = words![model, "--tp", ranks.to_string(), "-o", folder, "--quiet", "--determinism", "tp"];
         end(&mut tpshard(words)).ok();
         for instructions in [None, Some("portable")] {
-            let got = scratch.path().join("got.npz");
+            let got = scratch.path().join(format!("{ranks}-{}.npz", instructions.unwrap_or("best")));
             let inputs = packed().join("inputs.npz");
-            let mut run = tpshard(words!["run", folder, "--inputs", inputs, "--outputs", got, "--overwrite"]);
+            let mut run = tpshard(words!["run", folder, "--inputs", inputs, "--outputs", got]);
             instructions.map(|name| run.env("TPSHARD_ISA", name));
             end(&mut run).ok();
             let outputs = read(&got);

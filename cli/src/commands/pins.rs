@@ -8,7 +8,7 @@ use crate::output;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::path::Path;
-use tpshard_frontend::{Annotation, Imported, Named, Sharding, annotations};
+use tpshard_frontend::{Annotation, Imported, Named, Sharding, annotations, pipeline_stages};
 use tpshard_ir::ValueId;
 use tpshard_passes::Pin;
 use tpshard_passes::extended::Extended;
@@ -110,6 +110,13 @@ impl Wishes {
             lines.extend(parse(&path.display().to_string(), &text(path)?)?);
         }
         let ignored = arguments.ignore_annotations;
+        let stages = pipeline_stages(&imported.model).len();
+        if stages > 1 && !ignored {
+            output::say(format_args!(
+                "warning: the model asks for {stages} pipeline stages, which are not made: all ranks run all nodes\n\
+                 help: --ignore-annotations says so without a warning"
+            ));
+        }
         let annotations = if ignored { Vec::new() } else { annotations(&imported.model) };
         Ok(Wishes { lines, annotations })
     }
