@@ -242,6 +242,9 @@ pub(crate) struct RankArguments {
     /// Threads per rank, 1 to 1024. Default: the cores shared out among the ranks.
     #[arg(long, value_name = "N", value_parser = RangedU64ValueParser::<usize>::new().range(1..=MOST_THREADS))]
     pub(crate) threads: Option<usize>,
+    /// Give every thread a processor of its own. Faster where nothing else runs on the machine, slower where it does.
+    #[arg(long)]
+    pub(crate) own_processors: bool,
 }
 
 // What a rank's executable takes as well.

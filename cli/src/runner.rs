@@ -138,6 +138,7 @@ pub(crate) fn run_rank(
     let mut weights = open_weights(folder, place.rank)?;
     let session_options = SessionOptions {
         threads: arguments.ranks.threads,
+        own_processors: arguments.ranks.own_processors,
         local_ranks: place.local_world_size,
         device: arguments.ranks.on.device.choice(),
         local_rank: place.local_rank,

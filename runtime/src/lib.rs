@@ -10,5 +10,6 @@ pub mod cuda;
 pub mod elf;
 pub mod io;
 pub mod launch;
+mod placement;
 pub mod session;
 pub mod state;

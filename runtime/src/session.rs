@@ -21,6 +21,7 @@ pub use timeline::{StepTime, now};
 
 use crate::comm::Communicator;
 use crate::cpu::WeightSource;
+use crate::placement;
 use crate::state::{SlotId, StateOptions, StateStore, StepPart};
 use bind::Signature;
 use request::{InputHeader, Request, RunPart, request_of, run_part};
@@ -59,6 +60,8 @@ impl DeviceChoice {
 pub struct SessionOptions {
     /// Threads that compute; default: the cores, shared between the ranks on this machine.
     pub threads: Option<usize>,
+    /// Give every thread a processor of its own, which no other rank of this machine uses.
+    pub own_processors: bool,
     /// Ranks on this machine; default: all.
     pub local_ranks: Option<usize>,
     pub device: DeviceChoice,
@@ -140,8 +143,18 @@ impl Session {
         let local = options.local_ranks.unwrap_or(world).max(1);
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let threads = options.threads.unwrap_or(cores / local).max(1);
+        let processors = if options.own_processors {
+            let local_rank = options.local_rank.unwrap_or(communicator.rank());
+            let refuse = |what| SessionError::Resources { what };
+            placement::processors(local_rank, local, threads).map_err(refuse)?
+        } else {
+            Vec::new()
+        };
         let pool = rayon::ThreadPoolBuilder::new()
             .num_threads(threads)
+            .start_handler(move |thread| {
+                processors.get(thread).copied().into_iter().for_each(placement::stay_on)
+            })
             .build()
             .map_err(|e| SessionError::Resources { what: format!("cannot start {threads} threads: {e}") })?;
         let signatures: Vec<Signature> = program.entries.iter().map(Signature::new).collect();

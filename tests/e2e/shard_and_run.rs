@@ -40,6 +40,20 @@ fn one_rank_of_the_interpreter_agrees_with_the_folder() {
 }
 
 #[test]
+fn threads_can_have_processors_of_their_own() {
+    let scratch = scratch();
+    let got = scratch.path().join("got.npz");
+    let run = |more: &[&str]| {
+        let mut run = tpshard(words!["run", sharded(1), "--inputs", prompt(), "--outputs", got]);
+        run.args(["--own-processors"]).args(more);
+        end(&mut run)
+    };
+    run(&["--threads", "1"]).ok();
+    assert_golden(&got, "outputs.npz");
+    run(&["--threads", "1024"]).fails(5, &["1024 processors of their own", "help: fewer --threads"]);
+}
+
+#[test]
 fn outputs_appear_complete_or_not_at_all() {
     let scratch = scratch();
     let got = scratch.path().join("got.npz");

@@ -86,6 +86,9 @@ pub(crate) fn add_flags(command: &mut Command, tensors: &TensorArguments, json: 
     if let Some(threads) = tensors.ranks.threads {
         command.args(["--threads", &threads.to_string()]);
     }
+    if tensors.ranks.own_processors {
+        command.arg("--own-processors");
+    }
     command.args(["--device", tensors.ranks.on.device.name()]);
     if json {
         command.arg("--json");
