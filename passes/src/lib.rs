@@ -16,6 +16,7 @@ pub mod layout_graph;
 pub mod logical;
 pub mod memory;
 pub mod places;
+pub mod precision;
 mod plan;
 pub mod report;
 pub mod segment;

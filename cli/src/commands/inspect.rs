@@ -35,7 +35,7 @@ pub(crate) fn inspect(arguments: &InspectArguments, json: bool) -> Outcome<()> {
     if is_elf(path) {
         return executable(path, arguments.tir, json);
     }
-    model(path, arguments.tir, json)
+    model(arguments, json)
 }
 
 fn is_elf(path: &Path) -> bool {
@@ -217,11 +217,16 @@ fn device_line(program: &RankProgram) -> Option<String> {
     Some(format!("cuda    {} kernels, {cubins}{rest}", code.kernels.len()))
 }
 
-fn model(path: &Path, tir: bool, json: bool) -> Outcome<()> {
-    let none =
-        ModelArguments { bind: vec![], output: vec![], role: vec![], max_nodes: Limits::default().nodes };
-    let graphs = import_graphs(path, &none, false)?;
-    if tir {
+fn model(arguments: &InspectArguments, json: bool) -> Outcome<()> {
+    let as_it_is = ModelArguments {
+        bind: vec![],
+        output: vec![],
+        role: vec![],
+        dtype: arguments.dtype,
+        max_nodes: Limits::default().nodes,
+    };
+    let graphs = import_graphs(&arguments.path, &as_it_is, false)?;
+    if arguments.tir {
         let texts: Vec<String> =
             graphs.iter().map(|imported| tpshard_ir::text::print_graph(&imported.graph)).collect();
         return tir_text(&texts.join("\n"), json);
@@ -272,6 +277,9 @@ fn description(imported: &Imported) -> String {
             Border::Stretch { axis, .. } => format!("may have one entry along axis {axis}"),
             Border::Buffer { axis, total, .. } => {
                 format!("may be a buffer along axis {axis}, of which {total} entries are used")
+            }
+            Border::Rounded { output, given, .. } => {
+                format!("may be given as {given}; {output} is handed out as {given} where it leaves")
             }
         };
         let _ = writeln!(text, "border {} {may}", border.input());

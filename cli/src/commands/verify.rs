@@ -7,7 +7,7 @@ mod selection;
 use super::cases;
 use super::planning::import_graphs;
 use super::{check_tolerances, comparison_json, tolerances};
-use crate::arguments::{MOST_NODES, ModelArguments, VerifyArguments};
+use crate::arguments::{MOST_NODES, ModelArguments, Precision, VerifyArguments};
 use crate::failure::{Classify, Failure, Kind, Outcome};
 use crate::folder::Folder;
 use crate::in_process::{observe, program_for};
@@ -224,7 +224,14 @@ pub(crate) fn as_built(folder: &Folder) -> ModelArguments {
         let found = folder.config.pointer(&format!("/build/{key}")).and_then(serde_json::Value::as_array);
         found.into_iter().flatten().filter_map(|v| v.as_str().map(str::to_owned)).collect()
     };
-    ModelArguments { bind: list("bind"), output: list("outputs"), role: list("roles"), max_nodes: MOST_NODES }
+    let dtype = folder.config.pointer("/build/dtype").and_then(serde_json::Value::as_str);
+    ModelArguments {
+        bind: list("bind"),
+        output: list("outputs"),
+        role: list("roles"),
+        dtype: Precision::ALL.into_iter().find(|precision| Some(precision.dtype().name()) == dtype),
+        max_nodes: MOST_NODES,
+    }
 }
 
 /// Values of ONNX nodes decoded from the ranks, for `run --tap`.
