@@ -95,29 +95,59 @@ fn embeds(graph: &Graph, node: &Node, source: &[Source]) -> bool {
     constant(table) && !constant(indices) && graph.ty(table).rank() >= 2
 }
 
-/// Gathers from tables of angles: what is read from them is rotated with, multiplied with activations, or the angle of a
-/// sine.
+/// Most tables of which it is asked what depends on them.
+const TABLES: usize = 256;
+
+/// Gathers from tables of angles: what is read from them is rotated with, multiplied with activations that do not depend on
+/// it, or the angle of a sine.
 fn angles(graph: &Graph, users: &[Vec<ValueId>], source: &[Source]) -> BTreeSet<ValueId> {
     let gathers = graph.values().filter(|(value, node)| {
         matches!(node.op, Op::Gather { .. })
             && source.get(value.index()) == Some(&Source::Activation)
             && embeds(graph, node, source)
     });
-    gathers.map(|(value, _)| value).filter(|&value| is_angle(graph, users, source, value)).collect()
+    let mut asked = 0;
+    gathers.map(|(value, _)| value).filter(|&value| is_angle(graph, users, source, value, &mut asked)).collect()
 }
 
-fn is_angle(graph: &Graph, users: &[Vec<ValueId>], source: &[Source], table: ValueId) -> bool {
+/// What depends on a value.
+fn dependent(graph: &Graph, on: ValueId) -> Vec<bool> {
+    let mut found = vec![false; graph.len()];
+    for (value, node) in graph.values() {
+        found[value.index()] = value == on || node.args.iter().any(|arg| found[arg.index()]);
+    }
+    found
+}
+
+fn is_angle(
+    graph: &Graph,
+    users: &[Vec<ValueId>],
+    source: &[Source],
+    table: ValueId,
+    asked: &mut usize,
+) -> bool {
     let (mut open, mut seen) = (vec![table], BTreeSet::from([table]));
+    let mut of_table: Option<Vec<bool>> = None;
     while let Some(value) = open.pop() {
         for &user in users.get(value.index()).map_or(&[][..], Vec::as_slice) {
             let node = graph.node(user);
             let others = || node.args.iter().filter(|arg| **arg != value);
-            let activation = |arg: &ValueId| source.get(arg.index()) == Some(&Source::Activation);
+            let activation = |arg: &&ValueId| source.get(arg.index()) == Some(&Source::Activation);
             match &node.op {
                 Op::Rotary { .. } if node.args.first() != Some(&value) => return true,
                 Op::Map(Scalar::Cos | Scalar::Sin) => return true,
-                // Tables times each other are tables still.
-                Op::Map(Scalar::Mul) if others().any(|arg| activation(arg) && !seen.contains(arg)) => return true,
+                Op::Map(Scalar::Mul) if of_table.is_some() || *asked < TABLES => {
+                    if others().any(|arg| activation(&arg)) {
+                        let dependent = of_table.get_or_insert_with(|| {
+                            *asked += 1;
+                            dependent(graph, table)
+                        });
+                        if others().filter(activation).any(|arg| !dependent[arg.index()]) {
+                            return true;
+                        }
+                    }
+                    continue;
+                }
                 Op::Map(Scalar::Neg) | Op::Concat { .. } => {}
                 op if moves(op) => {}
                 _ => continue,
