@@ -48,7 +48,9 @@ impl Border {
     /// The name of the input.
     pub fn input(&self) -> &Arc<str> {
         match self {
-            Border::Stretch { input, .. } | Border::Buffer { input, .. } | Border::Rounded { input, .. } => input,
+            Border::Stretch { input, .. } | Border::Buffer { input, .. } | Border::Rounded { input, .. } => {
+                input
+            }
         }
     }
 
@@ -145,7 +147,9 @@ pub fn rounded<K: Ord + Clone + Borrow<str>>(
     for border in &graph.borders {
         let Border::Rounded { input, given, .. } = border else { continue };
         let Some((_, _, ty)) = graph.inputs().find(|(_, name, _)| *name == input) else { continue };
-        let Some(tensor) = inputs.get::<str>(input).filter(|tensor| tensor.dtype() == *given) else { continue };
+        let Some(tensor) = inputs.get::<str>(input).filter(|tensor| tensor.dtype() == *given) else {
+            continue;
+        };
         let Some(rounded) = as_float(tensor, ty.dtype) else { continue };
         if let Some(slot) = changed.get_or_insert_with(|| inputs.clone()).get_mut::<str>(input) {
             *slot = rounded;
@@ -373,7 +377,6 @@ mod tests {
         );
         assert_eq!(change(1, 1 << 40, Filling::Repeat).applied(&x), None);
         assert_eq!(change(3, 2, Filling::Repeat).applied(&x), None);
-
     }
 
     #[test]

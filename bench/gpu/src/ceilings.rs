@@ -62,8 +62,7 @@ fn copy_rate(device: &Device, bytes: u64) -> Result<f64> {
 /// Square matrices. Numbers differ from element to element, as zeros cost less power and run faster.
 fn product_rate(device: &Device, library: &CublasLt, extent: i64) -> Result<Option<f64>> {
     let bytes = 2 * (extent * extent) as u64;
-    let [left, right, result] =
-        [device.allocate(bytes)?, device.allocate(bytes)?, device.allocate(bytes)?];
+    let [left, right, result] = [device.allocate(bytes)?, device.allocate(bytes)?, device.allocate(bytes)?];
     let noise: Vec<u8> = (0..bytes / 2).flat_map(|i| noise(i).to_le_bytes()).collect();
     left.upload(0, &noise)?;
     right.upload(0, &noise)?;

@@ -5,7 +5,8 @@ use crate::shape::Shape;
 use prost::Message;
 use tpshard_frontend::proto::{
     AttributeProto, DimensionProto, DimensionValue, GraphProto, ModelProto, NodeProto, OperatorSetIdProto,
-    StringStringEntryProto, TensorProto, TensorShapeProto, TensorTypeProto, TypeProto, TypeValue, ValueInfoProto,
+    StringStringEntryProto, TensorProto, TensorShapeProto, TensorTypeProto, TypeProto, TypeValue,
+    ValueInfoProto,
 };
 
 /// The file that holds all weights.
@@ -19,7 +20,8 @@ const OPSET: i64 = 23;
 
 /// The bytes of the model.
 pub(crate) fn model(shape: &Shape) -> Vec<u8> {
-    let mut builder = Builder { shape: *shape, graph: GraphProto { name: "decoder".into(), ..GraphProto::default() } };
+    let mut builder =
+        Builder { shape: *shape, graph: GraphProto { name: "decoder".into(), ..GraphProto::default() } };
     builder.build();
     ModelProto {
         ir_version: Some(10),
@@ -161,7 +163,8 @@ impl Builder {
         let (q, k, v) = (projected("q", heads), projected("k", kv_heads), projected("v", kv_heads));
         let (q, k) = (self.rotated(&q, cos, sin), self.rotated(&k, cos, sin));
         let mut appended = |part: &str, new: &str| {
-            let (past, present) = (format!("past_key_values.{layer}.{part}"), format!("present.{layer}.{part}"));
+            let (past, present) =
+                (format!("past_key_values.{layer}.{part}"), format!("present.{layer}.{part}"));
             self.named("Concat", &[&past, new], &present, vec![integer("axis", 2)]);
             present
         };
@@ -223,7 +226,13 @@ impl Builder {
     fn constant(&mut self, data_type: i32, dims: Vec<i64>, raw: Vec<u8>) -> String {
         let name = format!("c{}", self.graph.initializer.len());
         let raw_data = Some(bytes::Bytes::from(raw));
-        self.graph.initializer.push(TensorProto { name: name.clone(), data_type, dims, raw_data, ..TensorProto::default() });
+        self.graph.initializer.push(TensorProto {
+            name: name.clone(),
+            data_type,
+            dims,
+            raw_data,
+            ..TensorProto::default()
+        });
         name
     }
 

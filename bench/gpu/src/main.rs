@@ -98,8 +98,7 @@ fn write_prompt(folder: &Path, whole: &Shape) -> Result<()> {
     let folder = folder.join("inputs");
     std::fs::create_dir_all(&folder)?;
     let words = RANKS.map(|ranks| whole.share(ranks).vocabulary).into_iter().min().unwrap_or(1);
-    let mut header =
-        format!("{{'descr': '<i8', 'fortran_order': False, 'shape': (1, {}), }}", whole.prompt);
+    let mut header = format!("{{'descr': '<i8', 'fortran_order': False, 'shape': (1, {}), }}", whole.prompt);
     let length = (10 + header.len() + 1).next_multiple_of(64) - 10;
     header.push_str(&" ".repeat(length - header.len() - 1));
     header.push('\n');

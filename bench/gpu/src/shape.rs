@@ -31,7 +31,16 @@ impl Shape {
     }
 
     pub(crate) fn small() -> Shape {
-        Shape { layers: 2, hidden: 64, heads: 8, kv_heads: 8, depth: 16, ffn: 128, vocabulary: 256, prompt: 16 }
+        Shape {
+            layers: 2,
+            hidden: 64,
+            heads: 8,
+            kv_heads: 8,
+            depth: 16,
+            ffn: 128,
+            vocabulary: 256,
+            prompt: 16,
+        }
     }
 
     /// What rank 0 of `ranks` has of it.

@@ -198,7 +198,8 @@ mod tests {
 
     #[test]
     fn halves_of_singles_are_what_every_conversion_makes_of_them() {
-        let singles: Vec<f32> = (0..1 << 16).map(|i: u32| f32::from_bits(i.wrapping_mul(0x9e37_79b9))).collect();
+        let singles: Vec<f32> =
+            (0..1 << 16).map(|i: u32| f32::from_bits(i.wrapping_mul(0x9e37_79b9))).collect();
         let bytes = Data::F32(singles.clone()).to_le_bytes();
         for to in [DType::F16, DType::BF16] {
             let (mut fast, mut plain) = (vec![0; 2 << 16], vec![0; 2 << 16]);

@@ -24,9 +24,11 @@ pub(super) struct Facts {
     pub(super) quantised: Vec<bool>,
     /// Constants whose finite elements stay finite in the narrow type, as far as the graph shows them.
     pub(super) fits: Vec<bool>,
+    /// Products that are to be narrow.
+    pub(super) product: Vec<bool>,
     /// What only sums, softmax or one elementwise function read: it is not stored.
     pub(super) passing: Vec<bool>,
-    /// What products read, perhaps moved before.
+    /// What such products read, perhaps moved before.
     pub(super) multiplied: Vec<bool>,
 }
 
@@ -45,8 +47,21 @@ impl Facts {
             Op::Literal(literal) => stays_finite(&literal.0, to),
             _ => node.args.iter().all(|&arg| of(arg)),
         });
-        let (passing, multiplied) = backward(graph, &users);
-        Facts { source, quantised, fits, passing, multiplied }
+        let is = |facts: &[bool], value: ValueId| facts.get(value.index()) == Some(&true);
+        let product = |(value, node): (ValueId, &Node)| match &node.op {
+            _ if node.ty.dtype != DType::F32 || source.get(value.index()) != Some(&Source::Activation) => {
+                false
+            }
+            Op::Attention { .. } => true,
+            Op::Einsum(_) | Op::Conv { .. } => {
+                let exact = |arg: &ValueId| source.get(arg.index()) == Some(&Source::Exact);
+                !node.args.iter().any(|arg| exact(arg) || is(&quantised, *arg))
+            }
+            _ => false,
+        };
+        let product: Vec<bool> = graph.values().map(product).collect();
+        let (passing, multiplied) = backward(graph, &users, &product);
+        Facts { source, quantised, fits, product, passing, multiplied }
     }
 
     pub(super) fn is(&self, value: ValueId, source: Source) -> bool {
@@ -55,10 +70,7 @@ impl Facts {
 }
 
 /// A fact that follows from the same fact of operands.
-fn forward(
-    graph: &Graph,
-    fact: impl Fn(&Node, &dyn Fn(ValueId) -> bool) -> bool,
-) -> Vec<bool> {
+fn forward(graph: &Graph, fact: impl Fn(&Node, &dyn Fn(ValueId) -> bool) -> bool) -> Vec<bool> {
     let mut found: Vec<bool> = Vec::with_capacity(graph.len());
     for node in graph.nodes() {
         let of = |value: ValueId| found.get(value.index()).copied().unwrap_or(false);
@@ -80,7 +92,9 @@ fn sources(graph: &Graph, tables: &BTreeSet<ValueId>) -> Vec<Source> {
             Op::Input { .. } | Op::Size(_) | Op::Iota { .. } => Source::Exact,
             Op::Weight(_) | Op::Literal(_) => Source::Constant,
             _ if !float => operands.map_or(Source::Exact, |source| source.min(Source::Exact)),
-            Op::Gather { .. } if embeds(graph, node, &found) && !tables.contains(&value) => Source::Activation,
+            Op::Gather { .. } if embeds(graph, node, &found) && !tables.contains(&value) => {
+                Source::Activation
+            }
             _ => operands.unwrap_or(Source::Exact),
         };
         found.push(own);
@@ -98,8 +112,8 @@ fn embeds(graph: &Graph, node: &Node, source: &[Source]) -> bool {
 /// Most tables of which it is asked what depends on them.
 const TABLES: usize = 256;
 
-/// Gathers from tables of angles: what is read from them is rotated with, multiplied with activations that do not depend on
-/// it, or the angle of a sine.
+/// Gathers from tables that hold no embeddings: what is read from them is rotated with, multiplied with activations that do
+/// not depend on it, the angle of a sine, or the scale of quantised numbers.
 fn angles(graph: &Graph, users: &[Vec<ValueId>], source: &[Source]) -> BTreeSet<ValueId> {
     let gathers = graph.values().filter(|(value, node)| {
         matches!(node.op, Op::Gather { .. })
@@ -107,7 +121,10 @@ fn angles(graph: &Graph, users: &[Vec<ValueId>], source: &[Source]) -> BTreeSet<
             && embeds(graph, node, source)
     });
     let mut asked = 0;
-    gathers.map(|(value, _)| value).filter(|&value| is_angle(graph, users, source, value, &mut asked)).collect()
+    gathers
+        .map(|(value, _)| value)
+        .filter(|&value| is_angle(graph, users, source, value, &mut asked))
+        .collect()
 }
 
 /// What depends on a value.
@@ -135,7 +152,7 @@ fn is_angle(
             let activation = |arg: &&ValueId| source.get(arg.index()) == Some(&Source::Activation);
             match &node.op {
                 Op::Rotary { .. } if node.args.first() != Some(&value) => return true,
-                Op::Map(Scalar::Cos | Scalar::Sin) => return true,
+                Op::Map(Scalar::Cos | Scalar::Sin) | Op::Dequant { .. } => return true,
                 Op::Map(Scalar::Mul) if of_table.is_some() || *asked < TABLES => {
                     if others().any(|arg| activation(&arg)) {
                         let dependent = of_table.get_or_insert_with(|| {
@@ -194,7 +211,7 @@ pub(super) fn adds(scalar: Scalar) -> bool {
 }
 
 /// What is passing, and what is multiplied.
-fn backward(graph: &Graph, users: &[Vec<ValueId>]) -> (Vec<bool>, Vec<bool>) {
+fn backward(graph: &Graph, users: &[Vec<ValueId>], product: &[bool]) -> (Vec<bool>, Vec<bool>) {
     let outputs: BTreeSet<ValueId> = graph.outputs.iter().map(|output| output.value).collect();
     let (mut summed, mut multiplied) = (vec![false; graph.len()], vec![false; graph.len()]);
     let mut passing = vec![false; graph.len()];
@@ -219,8 +236,10 @@ fn backward(graph: &Graph, users: &[Vec<ValueId>]) -> (Vec<bool>, Vec<bool>) {
             let node = graph.node(*user);
             match &node.op {
                 // A mask is no operand of a product.
-                Op::Attention { .. } => node.args.iter().take(3).any(|arg| *arg == value),
-                Op::Einsum(_) | Op::Conv { .. } => true,
+                Op::Attention { .. } => {
+                    product[user.index()] && node.args.iter().take(3).any(|arg| *arg == value)
+                }
+                Op::Einsum(_) | Op::Conv { .. } => product[user.index()],
                 op => (moves(op) || matches!(op, Op::Concat { .. })) && multiplied[user.index()],
             }
         });

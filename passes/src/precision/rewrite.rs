@@ -129,11 +129,7 @@ impl Rewriting<'_> {
         let narrow = match &node.op {
             Op::Input { name } => self.old.states.iter().any(|state| state.input == *name),
             _ if !activation => false,
-            Op::Attention { .. } => true,
-            Op::Einsum(_) | Op::Conv { .. } => node.args.iter().all(|&arg| {
-                let quantised = self.facts.quantised.get(arg.index()) == Some(&true);
-                !quantised && !self.facts.is(arg, Source::Exact)
-            }),
+            op if is_product(op) => at(&self.facts.product),
             Op::Gather { .. } => match node.args.first() {
                 Some(&table) if self.facts.is(table, Source::Constant) => {
                     self.yields(table) && self.facts.quantised.get(table.index()) != Some(&true)
@@ -175,8 +171,7 @@ impl Rewriting<'_> {
     /// Nothing but narrow values and constants to choose from.
     fn chooses_narrow(&self, node: &Node) -> bool {
         let floats = || node.args.iter().copied().filter(|&arg| self.is_single(arg));
-        floats().any(|arg| self.is_narrow(arg))
-            && floats().all(|arg| self.is_narrow(arg) || self.yields(arg))
+        floats().any(|arg| self.is_narrow(arg)) && floats().all(|arg| self.is_narrow(arg) || self.yields(arg))
     }
 
     fn joins_narrow(&self, node: &Node) -> bool {
@@ -235,7 +230,11 @@ impl Rewriting<'_> {
             (None, op) if constant && (moves(op) || matches!(op, Op::Concat { .. })) => {
                 let mut args = Vec::with_capacity(node.args.len());
                 for &arg in &node.args {
-                    args.push(if self.is_single(arg) { self.narrow(arg, depth + 1)? } else { self.wide(arg)? });
+                    args.push(if self.is_single(arg) {
+                        self.narrow(arg, depth + 1)?
+                    } else {
+                        self.wide(arg)?
+                    });
                 }
                 self.add(op.clone(), args, node)?
             }
@@ -281,8 +280,7 @@ impl Rewriting<'_> {
         self.new.cases.clone_from(&old.cases);
         self.new.borders.clone_from(&old.borders);
         self.new.symbols.clone_from(&old.symbols);
-        let declared: BTreeMap<&str, DType> =
-            old.inputs().map(|(_, name, ty)| (&**name, ty.dtype)).collect();
+        let declared: BTreeMap<&str, DType> = old.inputs().map(|(_, name, ty)| (&**name, ty.dtype)).collect();
         for state in &old.states {
             if declared.get(&*state.input) == Some(&DType::F32) {
                 let (input, output) = (state.input.clone(), state.output.clone());
