@@ -134,6 +134,15 @@ impl Precision {
             Precision::F16 => DType::F16,
         }
     }
+
+    /// By how much of its range an output may differ from that of `f32` where nothing else is asked for: what rounding
+    /// adds up to in the models seen, with some room.
+    pub(crate) fn tolerance(self) -> f64 {
+        match self {
+            Precision::Bf16 => 5e-2,
+            Precision::F16 => 1e-2,
+        }
+    }
 }
 
 #[derive(Debug, Args)]
@@ -196,7 +205,8 @@ pub(crate) struct ShardArguments {
 
 #[derive(Debug, Args)]
 pub(crate) struct ToleranceArguments {
-    /// Absolute tolerance: `1e-4`, or `OUTPUT:1e-3` for one output.
+    /// Absolute tolerance: `1e-4`, or `OUTPUT:1e-3` for one output. Default: 1e-4; in folders built with `--dtype bf16`
+    /// and `f16`, 0.05 and 0.01 times the largest element of the output.
     #[arg(long, value_name = "[OUTPUT:]X")]
     pub(crate) atol: Vec<String>,
     /// Relative tolerance, likewise.

@@ -91,7 +91,8 @@ fn noise(name: &str, shape: &[usize]) -> Tensor {
 }
 
 fn outputs(graph: &Graph) -> BTreeMap<Arc<str>, Vec<f32>> {
-    let numbers = |shape: &[usize], values: &[i64]| Tensor::from_vec(shape.to_vec(), values.to_vec()).unwrap();
+    let numbers =
+        |shape: &[usize], values: &[i64]| Tensor::from_vec(shape.to_vec(), values.to_vec()).unwrap();
     let inputs = BTreeMap::from([
         (Arc::from("ids"), numbers(&[2, 3], &[1, 7, 3, 9, 0, 31])),
         (Arc::from("positions"), numbers(&[2, 3], &[2, 3, 4, 2, 3, 4])),
@@ -121,7 +122,8 @@ fn results_are_near_and_of_the_types_that_the_model_declares() {
     for (to, tolerance) in [(DType::BF16, 2e-2), (DType::F16, 2e-3)] {
         for (name, rounded) in outputs(&narrow(&whole, to)) {
             let range = exact[&name].iter().fold(0f32, |range, x| range.max(x.abs()));
-            let error = exact[&name].iter().zip(&rounded).fold(0f32, |error, (a, b)| error.max((a - b).abs()));
+            let error =
+                exact[&name].iter().zip(&rounded).fold(0f32, |error, (a, b)| error.max((a - b).abs()));
             assert!(error > 0.0 && error <= tolerance * range, "{name} as {to}: {error} of {range}");
         }
     }

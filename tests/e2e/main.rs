@@ -23,6 +23,7 @@ mod hostile;
 mod launch;
 mod memory;
 mod quantised;
+mod precision;
 mod report_page;
 mod requests;
 mod shard_and_run;

@@ -22,6 +22,15 @@ use tpshard_passes::report::Bytes;
 
 pub(crate) fn inspect(arguments: &InspectArguments, json: bool) -> Outcome<()> {
     let path = &arguments.path;
+    if let (Some(precision), true) = (arguments.dtype, path.is_dir() || is_elf(path)) {
+        let message = format!(
+            "--dtype {}: {} is no model but was made of one\nhelp: --dtype is for models; a folder has the types it was \
+             built with",
+            precision.dtype(),
+            path.display()
+        );
+        return Err(Failure::new(Kind::Usage, message));
+    }
     if path.is_dir() {
         return folder(arguments, json);
     }
