@@ -16,6 +16,7 @@ import sys
 import time
 
 import torch
+import torch._dynamo
 import torch.nn.functional as F
 
 
@@ -49,6 +50,12 @@ class Decoder(torch.nn.Module):
         angles = torch.outer(torch.arange(room, device=device).float(), frequencies)
         self.cos, self.sin = (torch.cat([f(angles)] * 2, -1).bfloat16() for f in (torch.cos, torch.sin))
         self.places = torch.arange(room, device=device)
+        # CUDA graphs take what lies at one place as it is, and let the caches be written to.
+        for layer in self.layers:
+            for tensor in layer.values():
+                torch._dynamo.mark_static_address(tensor)
+        for tensor in [self.embedding, self.head, self.cos, self.sin, self.places, *self.norms]:
+            torch._dynamo.mark_static_address(tensor)
 
     def norm(self, x, index):
         wide = x.float()
@@ -102,7 +109,7 @@ def median(call, device, samples):
     return statistics.median(times)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def measure(size, compiled, device):
     prompt = size["prompt"]
     model = Decoder(size, prompt + 64, device)

@@ -14,6 +14,7 @@ use std::time::Duration;
 
 /// Seconds after which PyTorch starts nothing more, and after which it is ended.
 const TORCH: [u64; 2] = [150, 210];
+const TORCH_SMALL: [u64; 2] = [10, 90];
 /// Tokens decoded after each prompt, and prompts.
 const DECODED: &str = "32";
 const SAMPLES: &str = "4";
@@ -85,7 +86,7 @@ fn torch(root: &Path, shapes: &Path, small: bool) -> Vec<Row> {
         println!("SKIPPED: {} has no torch (TPSHARD_PYTHON names another Python)", python.display());
         return Vec::new();
     }
-    let [start, end] = TORCH;
+    let [start, end] = if small { TORCH_SMALL } else { TORCH };
     let mut command = Command::new(python);
     command.arg(root.join("bench/gpu_torch.py")).arg(shapes).args(["--seconds", &start.to_string()]);
     // Small shapes are for machines without GPUs.
