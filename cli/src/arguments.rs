@@ -9,6 +9,7 @@ use std::ffi::OsString;
 use std::io::IsTerminal;
 use std::path::PathBuf;
 use tpshard_frontend::Limits;
+use tpshard_ir::DType;
 use tpshard_ir::program::Determinism;
 use tpshard_runtime::session::DeviceChoice;
 
@@ -106,10 +107,42 @@ pub(crate) struct ModelArguments {
     /// What a dim means: `SYMBOL=batch|seq|past|total`.
     #[arg(long, value_name = "SYMBOL=ROLE")]
     pub(crate) role: Vec<String>,
+    /// Multiply and store in 16 bits what the model does in `f32`: weights of products, embedding tables, state and what
+    /// flows between products. Sums, norms, softmax and rotary tables stay in `f32`, and so do inputs and outputs. See
+    /// docs/precision.md. Default: as the model says.
+    #[arg(long, value_name = "bf16|f16", value_enum)]
+    pub(crate) dtype: Option<Precision>,
     /// Most nodes of a model, functions written out; more are taken for an attack.
     #[arg(long, value_name = "N", default_value_t = Limits::default().nodes)]
     #[arg(value_parser = clap::value_parser!(u64).range(1..=MOST_NODES))]
     pub(crate) max_nodes: u64,
+}
+
+/// What `--dtype` converts to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Precision {
+    Bf16,
+    F16,
+}
+
+impl Precision {
+    pub(crate) const ALL: [Precision; 2] = [Precision::Bf16, Precision::F16];
+
+    pub(crate) fn dtype(self) -> DType {
+        match self {
+            Precision::Bf16 => DType::BF16,
+            Precision::F16 => DType::F16,
+        }
+    }
+
+    /// By how much of its range an output may differ from that of `f32` where nothing else is asked for: what rounding
+    /// adds up to in the models seen, with some room.
+    pub(crate) fn tolerance(self) -> f64 {
+        match self {
+            Precision::Bf16 => 5e-2,
+            Precision::F16 => 1e-2,
+        }
+    }
 }
 
 #[derive(Debug, Args)]
@@ -172,7 +205,8 @@ pub(crate) struct ShardArguments {
 
 #[derive(Debug, Args)]
 pub(crate) struct ToleranceArguments {
-    /// Absolute tolerance: `1e-4`, or `OUTPUT:1e-3` for one output.
+    /// Absolute tolerance: `1e-4`, or `OUTPUT:1e-3` for one output. Default: 1e-4; in folders built with `--dtype bf16`
+    /// and `f16`, 0.05 and 0.01 times the largest element of the output.
     #[arg(long, value_name = "[OUTPUT:]X")]
     pub(crate) atol: Vec<String>,
     /// Relative tolerance, likewise.
@@ -339,6 +373,9 @@ pub(crate) struct InspectArguments {
     /// Print the model's graph, the program of a folder, or the graph of a rank, as text.
     #[arg(long)]
     pub(crate) tir: bool,
+    /// Of a model: what `tpshard MODEL --dtype` makes of it.
+    #[arg(long, value_name = "bf16|f16", value_enum)]
+    pub(crate) dtype: Option<Precision>,
     /// Of a folder: show this rank's executable.
     #[arg(long, value_name = "RANK")]
     pub(crate) rank: Option<usize>,

@@ -6,8 +6,11 @@
 //! - *Buffer*: a past may be a buffer with room behind what it holds. Other inputs say how many entries there are with
 //!   the new ones; the rest is cut off, and the present has zeros there. That is what ONNX Runtime does if past and
 //!   present are not one buffer.
+//! - *Rounded*: state is kept in a narrower type than the model declares. Past that is given in the declared type is
+//!   rounded, and present is handed out in it.
 
 use crate::dim::Dim;
+use crate::dtype::DType;
 use crate::graph::{Graph, Type};
 use crate::interp::solve;
 use crate::tensor::{Data, Tensor, element_count};
@@ -26,6 +29,8 @@ pub enum Border {
     Stretch { input: Arc<str>, axis: usize, filling: Filling },
     /// A past of any length from `total` on, which counts what it holds and what is new. The output is as long as it.
     Buffer { input: Arc<str>, output: Arc<str>, axis: usize, total: Dim },
+    /// A past that is given, and an output that is handed out, in another type of floats than the graph's.
+    Rounded { input: Arc<str>, output: Arc<str>, given: DType },
 }
 
 /// What takes the place of one entry.
@@ -43,14 +48,17 @@ impl Border {
     /// The name of the input.
     pub fn input(&self) -> &Arc<str> {
         match self {
-            Border::Stretch { input, .. } | Border::Buffer { input, .. } => input,
+            Border::Stretch { input, .. } | Border::Buffer { input, .. } | Border::Rounded { input, .. } => {
+                input
+            }
         }
     }
 
-    /// The axis of the input.
-    pub fn axis(&self) -> usize {
+    /// The axis of the input, if it is about one.
+    pub fn axis(&self) -> Option<usize> {
         match self {
-            Border::Stretch { axis, .. } | Border::Buffer { axis, .. } => *axis,
+            Border::Stretch { axis, .. } | Border::Buffer { axis, .. } => Some(*axis),
+            Border::Rounded { .. } => None,
         }
     }
 }
@@ -96,7 +104,7 @@ fn changes_if(
     for (_, name, ty) in graph.inputs() {
         let found = input_type(name).filter(|found| found.rank() == ty.rank())?;
         for (axis, (dim, extent)) in ty.shape.iter().zip(&found.shape).enumerate() {
-            let border = graph.borders.iter().find(|b| **b.input() == **name && b.axis() == axis);
+            let border = graph.borders.iter().find(|b| **b.input() == **name && b.axis() == Some(axis));
             let extent = extent.as_const()?;
             match (border, usize::try_from(extent)) {
                 (Some(border @ Border::Stretch { filling: Filling::Any, .. }), Ok(given)) => {
@@ -115,7 +123,7 @@ fn changes_if(
     let mut found = Vec::new();
     for (border, dim, given) in open {
         let extent = size(dim)?;
-        let (input, axis) = (border.input().clone(), border.axis());
+        let (input, Some(axis)) = (border.input().clone(), border.axis()) else { continue };
         match border {
             Border::Stretch { filling, .. } if extent != given => {
                 found.push(Change { input, axis, extent, filling: *filling, present: None });
@@ -124,10 +132,57 @@ fn changes_if(
                 let present = Some(Present { output: output.clone(), axis, extent: given });
                 found.push(Change { input, axis, extent, filling: Filling::Repeat, present });
             }
-            Border::Stretch { .. } | Border::Buffer { .. } => {}
+            Border::Stretch { .. } | Border::Buffer { .. } | Border::Rounded { .. } => {}
         }
     }
     Some(found)
+}
+
+/// The inputs with those rounded that may be given in another type than the graph's; `None` if nothing changes.
+pub fn rounded<K: Ord + Clone + Borrow<str>>(
+    graph: &Graph,
+    inputs: &BTreeMap<K, Tensor>,
+) -> Option<BTreeMap<K, Tensor>> {
+    let mut changed: Option<BTreeMap<K, Tensor>> = None;
+    for border in &graph.borders {
+        let Border::Rounded { input, given, .. } = border else { continue };
+        let Some((_, _, ty)) = graph.inputs().find(|(_, name, _)| *name == input) else { continue };
+        let Some(tensor) = inputs.get::<str>(input).filter(|tensor| tensor.dtype() == *given) else {
+            continue;
+        };
+        let Some(rounded) = as_float(tensor, ty.dtype) else { continue };
+        if let Some(slot) = changed.get_or_insert_with(|| inputs.clone()).get_mut::<str>(input) {
+            *slot = rounded;
+        }
+    }
+    changed
+}
+
+/// An output of the graph as it is handed out, if that is in another type than the graph's.
+pub fn handed_out(graph: &Graph, output: &str, tensor: &Tensor) -> Option<Tensor> {
+    graph.borders.iter().find_map(|border| match border {
+        Border::Rounded { output: own, given, .. } if **own == *output && tensor.dtype() != *given => {
+            as_float(tensor, *given)
+        }
+        _ => None,
+    })
+}
+
+/// Floats of up to 32 bits as another such type.
+fn as_float(tensor: &Tensor, to: DType) -> Option<Tensor> {
+    let singles: Vec<f32> = match tensor.data() {
+        Data::F32(values) => values.clone(),
+        Data::F16(values) => values.iter().map(|x| x.to_f32()).collect(),
+        Data::BF16(values) => values.iter().map(|x| x.to_f32()).collect(),
+        _ => return None,
+    };
+    let data = match to {
+        DType::F32 => Data::F32(singles),
+        DType::F16 => Data::F16(singles.into_iter().map(f16::from_f32).collect()),
+        DType::BF16 => Data::BF16(singles.into_iter().map(bf16::from_f32).collect()),
+        _ => return None,
+    };
+    Tensor::new(tensor.shape().to_vec(), data).ok()
 }
 
 /// The inputs as the graph takes them and the outputs that are filled up afterwards; `None` if nothing changes.
@@ -230,7 +285,6 @@ fn rows<T: Copy + Default>(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::dtype::DType;
 
     fn s(name: &str) -> Dim {
         Dim::symbol(name)
@@ -323,7 +377,33 @@ mod tests {
         );
         assert_eq!(change(1, 1 << 40, Filling::Repeat).applied(&x), None);
         assert_eq!(change(3, 2, Filling::Repeat).applied(&x), None);
+    }
 
+    #[test]
+    fn state_is_rounded_on_its_way_in_and_handed_out_as_declared() {
+        let mut graph = Graph::new("");
+        graph.input("past", Type::new(DType::BF16, vec![s("n")]));
+        graph.borders =
+            vec![Border::Rounded { input: "past".into(), output: "present".into(), given: DType::F32 }];
+        let exact = Tensor::from_vec(vec![2], vec![1.0f32, 1.0 + 1.0 / 512.0]).unwrap();
+        let held = Tensor::from_vec(vec![2], vec![bf16::ONE, bf16::ONE]).unwrap();
+        let given: BTreeMap<String, Tensor> = [("past".to_owned(), exact)].into();
+        assert_eq!(rounded(&graph, &given).unwrap()["past"], held);
+        // What has the graph's type is taken as it is, and what has a third one is not touched.
+        assert_eq!(rounded(&graph, &BTreeMap::from([("past".to_owned(), held.clone())])), None);
+        let double = Tensor::from_vec(vec![1], vec![1.0f64]).unwrap();
+        assert_eq!(rounded(&graph, &BTreeMap::from([("past".to_owned(), double)])), None);
+        let out = handed_out(&graph, "present", &held).unwrap();
+        assert_eq!(out, Tensor::from_vec(vec![2], vec![1.0f32, 1.0]).unwrap());
+        assert_eq!(handed_out(&graph, "present", &out), None);
+        assert_eq!(handed_out(&graph, "logits", &held), None);
+    }
+
+    #[test]
+    fn presents_are_filled_up_with_zeros() {
+        let ints =
+            |shape: &[usize], values: &[i32]| Tensor::from_vec(shape.to_vec(), values.to_vec()).unwrap();
+        let x = ints(&[2, 1, 2], &[1, 2, 3, 4]);
         let present = Present { output: "y".into(), axis: 1, extent: 2 };
         assert_eq!(present.filled(&x).unwrap(), ints(&[2, 2, 2], &[1, 2, 0, 0, 3, 4, 0, 0]));
         assert_eq!(present.filled(&ints(&[1, 0, 1], &[])).unwrap(), ints(&[1, 2, 1], &[0, 0]));

@@ -178,6 +178,12 @@ fn same_dtype(a: &Type, b: &Type) -> Result<(), String> {
     if a.dtype == b.dtype { Ok(()) } else { Err(format!("operands are {a} and {b}")) }
 }
 
+/// Composites compute with `f32` where `x` has 16 bits, so what goes with it may have that type, too.
+fn same_or_single(x: &Type, other: &Type) -> Result<(), String> {
+    let widened = matches!(x.dtype, DType::F16 | DType::BF16) && other.dtype == DType::F32;
+    if widened { Ok(()) } else { same_dtype(x, other) }
+}
+
 fn integer(ty: &Type, what: &str) -> Result<(), String> {
     if ty.dtype.is_integer() { Ok(()) } else { Err(format!("{what} are {ty}, not integers")) }
 }
@@ -463,7 +469,7 @@ fn norm(axis: usize, args: &[&Type]) -> Inferred {
     check_axis(x, axis)?;
     for parameter in &args[1..] {
         same(&x.shape[axis..], &parameter.shape, "normalised dims and parameters")?;
-        same_dtype(x, parameter)?;
+        same_or_single(x, parameter)?;
     }
     Ok(x.clone())
 }
@@ -489,7 +495,7 @@ fn attention(kv_of_head: &[u32], args: &[&Type]) -> Inferred {
         return Err(format!("a query head uses a KV head beyond {kv_heads}"));
     }
     if let Some(bias) = args.get(3) {
-        same_dtype(q, bias)?;
+        same_or_single(q, bias)?;
         let scores = [&q.shape[0], &q.shape[1], &q.shape[2], &k.shape[2]].map(Dim::clone);
         broadcast_to(&bias.shape, &scores)?;
     }
@@ -506,7 +512,7 @@ fn rotary(args: &[&Type]) -> Inferred {
     let mut halves = x.shape.clone();
     halves[x.rank() - 1] = half;
     broadcast_to(&cos.shape, &halves)?;
-    same_dtype(x, cos)?;
-    same_dtype(x, sin)?;
+    same_or_single(x, cos)?;
+    same_or_single(x, sin)?;
     Ok(x.clone())
 }

@@ -372,14 +372,16 @@ pub enum Op {
         axis: usize,
     },
     /// Of `(x, scale[, bias])` over dims `axis..`: `(x - mean) / sqrt(variance + epsilon) * scale + bias`, for RMS
-    /// `x / sqrt(mean(x²) + epsilon) * scale + bias`. `scale` and `bias` have the dims `axis..`.
+    /// `x / sqrt(mean(x²) + epsilon) * scale + bias`. `scale` and `bias` have the dims `axis..`, and the type of `x`
+    /// or, where that has 16 bits, `f32`.
     Norm {
         kind: NormKind,
         axis: usize,
         epsilon: Real,
     },
     /// Of `(q[b,h,s,d], k[b,g,t,d], v[b,g,t,e][, bias])`: `softmax(cap(scale · q kᵀ) + bias) v`, where query head `i`
-    /// uses KV head `kv_of_head[i]`, `cap(x) = c·tanh(x/c)`, and `bias` broadcasts to `[b,h,s,t]`.
+    /// uses KV head `kv_of_head[i]`, `cap(x) = c·tanh(x/c)`, and `bias` broadcasts to `[b,h,s,t]`. It has the type of
+    /// `q` or, where that has 16 bits, `f32`.
     /// With `empty_rows_zero` a row whose scores are all -inf gives zeros instead of NaN.
     Attention {
         scale: Real,
@@ -388,7 +390,8 @@ pub enum Op {
         empty_rows_zero: bool,
     },
     /// Of `(x[…, 2m], cos[…, m], sin[…, m])`: rotates pairs `(x1, x2)` to `(x1·cos - x2·sin, x1·sin + x2·cos)`;
-    /// pairs are the two halves, or neighbours if `interleaved`.
+    /// pairs are the two halves, or neighbours if `interleaved`. `cos` and `sin` have the type of `x` or, where that has
+    /// 16 bits, `f32`.
     Rotary {
         interleaved: bool,
     },

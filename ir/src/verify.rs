@@ -315,19 +315,29 @@ fn check_case(graph: &Graph, index: usize, case: &Case, errors: &mut Errors) {
     }
 }
 
-/// A border names an axis of an input that no other does, and the present of a buffer is an output of its type.
+/// A border names an axis of an input that no other does, and the present of a buffer is an output of its type. What is
+/// rounded is a float, and its output is one, too.
 fn check_border(graph: &Graph, index: usize, border: &Border, errors: &mut Errors) {
     let (input, axis) = (border.input(), border.axis());
     let place = format!("border of input `{input}`");
     if graph.borders.iter().take(index).any(|other| other.input() == input && other.axis() == axis) {
-        errors.add(&place, format!("axis {axis} is named twice"));
+        let what = axis.map_or("its type".into(), |axis| format!("axis {axis}"));
+        errors.add(&place, format!("{what} is named twice"));
     }
     let Some((_, _, ty)) = graph.inputs().find(|(_, name, _)| *name == input) else {
         errors.add(&place, "does not name an input");
         return;
     };
-    if axis >= ty.rank() {
+    if let Some(axis) = axis.filter(|axis| *axis >= ty.rank()) {
         errors.add(&place, format!("{ty} has no axis {axis}"));
+    }
+    if let Border::Rounded { output, given, .. } = border {
+        let single = |dtype: DType| matches!(dtype, DType::F32 | DType::F16 | DType::BF16);
+        let made = graph.outputs.iter().find(|made| made.name == *output);
+        let made = made.and_then(|made| graph.nodes().get(made.value.index())).map(|node| node.ty.dtype);
+        if !single(*given) || !single(ty.dtype) || made != Some(ty.dtype) {
+            errors.add(&place, format!("{ty} and `{output}` are not given as {given}"));
+        }
     }
     if let Border::Buffer { output, total, .. } = border {
         check_symbols(graph, total, &place, errors);

@@ -151,6 +151,7 @@ fn graph() -> Graph {
         Border::Stretch { input: "mask".into(), axis: 1, filling: Filling::Repeat },
         Border::Stretch { input: "a \"mask\"".into(), axis: 0, filling: Filling::Ones },
         Border::Stretch { input: "x".into(), axis: 2, filling: Filling::Any },
+        Border::Rounded { input: "past.0".into(), output: "present.0".into(), given: DType::F16 },
         Border::Buffer {
             input: "past.0".into(),
             output: "present.0".into(),

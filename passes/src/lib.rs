@@ -17,6 +17,7 @@ pub mod logical;
 pub mod memory;
 pub mod places;
 mod plan;
+pub mod precision;
 pub mod report;
 pub mod segment;
 pub mod sharding;

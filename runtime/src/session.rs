@@ -27,7 +27,7 @@ use bind::Signature;
 use request::{InputHeader, Request, RunPart, request_of, run_part};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
-use tpshard_ir::border::Present;
+use tpshard_ir::border::{Present, handed_out};
 use tpshard_ir::deferred::SharedEvaluator;
 use tpshard_ir::program::RankProgram;
 use tpshard_ir::{Layout, StepId, Tensor, Type};
@@ -206,11 +206,18 @@ impl Session {
         if self.rank() != 0 {
             return self.follow_one();
         }
-        let (asked, presents) = match self.prepare(inputs, taps) {
-            Ok((asked, presents)) => (Ok(asked), presents),
-            Err(error) => (Err(error), Vec::new()),
+        let (asked, presents, entry) = match self.prepare(inputs, taps) {
+            Ok((asked, presents, entry)) => (Ok(asked), presents, Some(entry)),
+            Err(error) => (Err(error), Vec::new(), None),
         };
         let mut results = self.lead(asked)?;
+        if let Some(entry) = entry.and_then(|entry| self.program().entries.get(entry)) {
+            for (name, output) in results.outputs.iter_mut().filter(|(_, output)| output.sharded.is_none()) {
+                if let Some(out) = handed_out(&entry.graph, name, &output.tensor) {
+                    output.tensor = out;
+                }
+            }
+        }
         for present in &presents {
             if let Some(output) = results.outputs.get_mut(&*present.output) {
                 let filled = present.filled(&output.tensor);
@@ -352,12 +359,12 @@ impl Session {
         self.lead(checked).map(|_| ())
     }
 
-    /// Checks a run on rank 0; also the outputs that are filled up afterwards.
+    /// Checks a run on rank 0; also the outputs that are filled up afterwards, and the entry.
     fn prepare(
         &self,
         inputs: &BTreeMap<String, Tensor>,
         taps: &[StepId],
-    ) -> Result<(Asked, Vec<Present>), SessionError> {
+    ) -> Result<(Asked, Vec<Present>, usize), SessionError> {
         let (entry, bindings, adapted) = bind::choose(&self.signatures, inputs, None)?;
         let (inputs, presents) = adapted.unwrap_or_else(|| (inputs.clone(), Vec::new()));
         self.presents_are_whole(entry, &presents)?;
@@ -369,7 +376,7 @@ impl Session {
         }
         let part = run_part(entry, &bindings, &inputs, &self.takes(entry), None);
         let taps = taps.iter().map(|t| t.0).collect();
-        Ok(((Request::Run { parts: vec![part], taps }, vec![inputs]), presents))
+        Ok(((Request::Run { parts: vec![part], taps }, vec![inputs]), presents, entry))
     }
 
     /// Refuses to fill up outputs of which every rank hands out its part.

@@ -26,7 +26,7 @@ const COMPILER: &str = "libnvrtc.so.12";
 const PRODUCTS: &str = "libcublasLt.so.12";
 
 /// Whether kernels can be compiled; says so if not.
-fn has_compiler() -> bool {
+pub(crate) fn has_compiler() -> bool {
     let found = command("g++").arg("--version").output().is_ok_and(|output| output.status.success());
     if !found {
         eprintln!("SKIPPED: `g++` is not installed");
@@ -51,14 +51,14 @@ fn libraries(folder: &Path, names: &[&str]) -> PathBuf {
 }
 
 /// The driver and the compiler.
-fn standin() -> PathBuf {
+pub(crate) fn standin() -> PathBuf {
     static MADE: OnceLock<PathBuf> = OnceLock::new();
     let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("standin");
     MADE.get_or_init(|| libraries(&folder, &[DRIVER, COMPILER])).clone()
 }
 
 /// The same command, which finds the libraries of `folder`; what it compiles is forgotten.
-fn with_libraries<'a>(command: &'a mut Command, folder: &Path) -> &'a mut Command {
+pub(crate) fn with_libraries<'a>(command: &'a mut Command, folder: &Path) -> &'a mut Command {
     command.env("TPSHARD_CUDA_PATH", folder).env("XDG_CACHE_HOME", "/proc/none").env_remove("TPSHARD_STANDIN")
 }
 

@@ -14,11 +14,12 @@ use anyhow::{Context, Result, bail};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 
-const USAGE: &str = "usage: cargo xtask test-all | conformance [--write] [--only TEXT] | gpu-test [DIR…] | trusted-base\n\
+const USAGE: &str = "usage: cargo xtask test-all | conformance [--write] [--only TEXT] | gpu-test [FLAG…] [DIR…] | trusted-base\n\
                      \n\
                      test-all      formatting, lints, all tests, and comparisons with tools nobody here wrote\n\
                      conformance   ONNX's own backend tests; --write writes docs/onnx-support.md\n\
-                     gpu-test      models on the GPU of this machine; DIR holds more of them\n\
+                     gpu-test      models on the GPU of this machine, collectives by NCCL, and speed; DIR holds more models;\n\
+                     \x20             --only models,nccl,speed; --layers N of the decoder measured; --small for toy shapes\n\
                      trusted-base  writes the table of what must be right into docs/architecture.md";
 
 fn main() -> ExitCode {
@@ -26,7 +27,7 @@ fn main() -> ExitCode {
     let result = match arguments.iter().map(String::as_str).collect::<Vec<_>>().as_slice() {
         ["test-all"] => test_all(),
         ["conformance", words @ ..] => conform(words),
-        ["gpu-test", folders @ ..] => root().and_then(|root| gpu::run(&root, folders)),
+        ["gpu-test", words @ ..] => root().and_then(|root| gpu::run(&root, words)),
         ["trusted-base"] => root().and_then(|root| trusted::write(&root)),
         _ => {
             eprintln!("{USAGE}");

@@ -9,11 +9,12 @@ const DOCUMENT: &str = "docs/architecture.md";
 const FIRST: &str = "| part | lines |\n|---|---|\n";
 
 /// Parts and the files and folders they consist of.
-const PARTS: [(&str, &[&str]); 4] = [
+const PARTS: [(&str, &[&str]); 5] = [
     (
         "the importer: `frontend/src/lower`, `frontend/src/ops`, `frontend/src/deferred`",
         &["frontend/src/lower", "frontend/src/ops", "frontend/src/deferred"],
     ),
+    ("what `--dtype` makes of a model: `passes/src/precision`", &["passes/src/precision"]),
     (
         "what operations mean: `ir/src/interp`, `ir/src/border.rs`, `ir/src/spmd.rs`",
         &["ir/src/interp", "ir/src/border.rs", "ir/src/spmd.rs"],

@@ -22,6 +22,15 @@ use tpshard_passes::report::Bytes;
 
 pub(crate) fn inspect(arguments: &InspectArguments, json: bool) -> Outcome<()> {
     let path = &arguments.path;
+    if let (Some(precision), true) = (arguments.dtype, path.is_dir() || is_elf(path)) {
+        let message = format!(
+            "--dtype {}: {} is no model but was made of one\nhelp: --dtype is for models; a folder has the types it was \
+             built with",
+            precision.dtype(),
+            path.display()
+        );
+        return Err(Failure::new(Kind::Usage, message));
+    }
     if path.is_dir() {
         return folder(arguments, json);
     }
@@ -35,7 +44,7 @@ pub(crate) fn inspect(arguments: &InspectArguments, json: bool) -> Outcome<()> {
     if is_elf(path) {
         return executable(path, arguments.tir, json);
     }
-    model(path, arguments.tir, json)
+    model(arguments, json)
 }
 
 fn is_elf(path: &Path) -> bool {
@@ -217,11 +226,16 @@ fn device_line(program: &RankProgram) -> Option<String> {
     Some(format!("cuda    {} kernels, {cubins}{rest}", code.kernels.len()))
 }
 
-fn model(path: &Path, tir: bool, json: bool) -> Outcome<()> {
-    let none =
-        ModelArguments { bind: vec![], output: vec![], role: vec![], max_nodes: Limits::default().nodes };
-    let graphs = import_graphs(path, &none, false)?;
-    if tir {
+fn model(arguments: &InspectArguments, json: bool) -> Outcome<()> {
+    let as_it_is = ModelArguments {
+        bind: vec![],
+        output: vec![],
+        role: vec![],
+        dtype: arguments.dtype,
+        max_nodes: Limits::default().nodes,
+    };
+    let graphs = import_graphs(&arguments.path, &as_it_is, false)?;
+    if arguments.tir {
         let texts: Vec<String> =
             graphs.iter().map(|imported| tpshard_ir::text::print_graph(&imported.graph)).collect();
         return tir_text(&texts.join("\n"), json);
@@ -272,6 +286,9 @@ fn description(imported: &Imported) -> String {
             Border::Stretch { axis, .. } => format!("may have one entry along axis {axis}"),
             Border::Buffer { axis, total, .. } => {
                 format!("may be a buffer along axis {axis}, of which {total} entries are used")
+            }
+            Border::Rounded { output, given, .. } => {
+                format!("may be given as {given}; {output} is handed out as {given} where it leaves")
             }
         };
         let _ = writeln!(text, "border {} {may}", border.input());

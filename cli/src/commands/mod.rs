@@ -16,6 +16,7 @@ mod names;
 mod pins;
 pub(crate) mod plan;
 pub(crate) mod planning;
+mod precision;
 mod report_page;
 pub(crate) mod reporting;
 pub(crate) mod run;

@@ -2,6 +2,7 @@
 
 use super::entries::entries_of_graphs;
 use super::pins::{Wishes, annotation_help};
+use super::precision;
 use crate::arguments::{ModelArguments, PricingArguments};
 use crate::failure::{Classify, Failure, Kind, Outcome};
 use std::collections::BTreeMap;
@@ -44,14 +45,18 @@ pub(crate) fn import_graphs(
     for text in &arguments.output {
         options.outputs.push(text.parse::<OutputRequest>().or_fail(Kind::Usage)?);
     }
-    import_cases(path, &options).map_err(|error| {
+    let mut graphs = import_cases(path, &options).map_err(|error| {
         let kind = match error.kind() {
             ErrorKind::Invalid | ErrorKind::Unsupported | ErrorKind::DataDependent => Kind::Model,
             ErrorKind::Resource | ErrorKind::Io => Kind::Resource,
             ErrorKind::Request => Kind::Usage,
         };
         Failure::new(kind, error)
-    })
+    })?;
+    if let Some(precision) = arguments.dtype {
+        precision::convert(&mut graphs, precision)?;
+    }
+    Ok(graphs)
 }
 
 /// How to take one of several graphs.

@@ -300,6 +300,7 @@ fn build_inputs(
         "bind": arguments.from.bind,
         "outputs": arguments.from.output,
         "roles": arguments.from.role,
+        "dtype": arguments.from.dtype.map(|precision| precision.dtype().name()),
         "dim": pricing.dim,
         "memory": { "given": pricing.memory, "budget_bytes": plan.report.budget },
         "split_all": pricing.split_all,

@@ -7,7 +7,7 @@ mod selection;
 use super::cases;
 use super::planning::import_graphs;
 use super::{check_tolerances, comparison_json, tolerances};
-use crate::arguments::{MOST_NODES, ModelArguments, VerifyArguments};
+use crate::arguments::{MOST_NODES, ModelArguments, Precision, VerifyArguments};
 use crate::failure::{Classify, Failure, Kind, Outcome};
 use crate::folder::Folder;
 use crate::in_process::{observe, program_for};
@@ -19,13 +19,16 @@ use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use tpshard_frontend::Imported;
-use tpshard_ir::{StepId, StepKind};
-use tpshard_runtime::io::{Comparison, NamedTensors, Tolerances, compare};
+use tpshard_ir::{Data, StepId, StepKind, Tensor};
+use tpshard_runtime::io::{Comparison, NamedTensors, Tolerance, Tolerances, compare};
 
 pub(crate) fn verify(arguments: &VerifyArguments, json: bool) -> Outcome<()> {
     let folder = Folder::open(&arguments.folder)?.on(arguments.on.device);
-    let tolerances = tolerances(&arguments.tolerance)?;
-    check_tolerances(&tolerances, folder.names("outputs").iter())?;
+    let given = tolerances(&arguments.tolerance)?;
+    check_tolerances(&given, folder.names("outputs").iter())?;
+    let asked = !(arguments.tolerance.atol.is_empty() && arguments.tolerance.rtol.is_empty());
+    let of_range = as_built(&folder).dtype.filter(|_| !asked).map(Precision::tolerance);
+    let tolerances = Allowed { given, of_range };
     if arguments.bisect {
         return bisect::bisect(arguments, &folder, &tolerances, json);
     }
@@ -53,6 +56,36 @@ pub(crate) fn verify(arguments: &VerifyArguments, json: bool) -> Outcome<()> {
         }
     }
     report.finish(json)
+}
+
+/// By how much results may differ.
+struct Allowed {
+    given: Tolerances,
+    /// The part of an output's range by which its elements may differ, for folders in another precision than the model:
+    /// rounding is relative to the numbers that sums are made of, not to the sums.
+    of_range: Option<f64>,
+}
+
+impl Allowed {
+    fn compare(&self, got: &NamedTensors, expected: &NamedTensors) -> Comparison {
+        let mut tolerances = self.given.clone();
+        for (name, tensor) in expected.iter().filter(|_| self.of_range.is_some()) {
+            let value = self.of_range.unwrap_or_default() * range(tensor);
+            tolerances.set_atol(Tolerance { output: Some(name.clone()), value });
+        }
+        compare(got, expected, &tolerances)
+    }
+}
+
+/// The largest finite size of an element; 0 for what holds no floats.
+fn range(tensor: &Tensor) -> f64 {
+    let largest = |sizes: &mut dyn Iterator<Item = f64>| sizes.filter(|x| x.is_finite()).fold(0.0, f64::max);
+    match tensor.data() {
+        Data::F32(values) => largest(&mut values.iter().map(|x| f64::from(x.abs()))),
+        Data::F16(values) => largest(&mut values.iter().map(|x| x.to_f64().abs())),
+        Data::BF16(values) => largest(&mut values.iter().map(|x| x.to_f64().abs())),
+        _ => 0.0,
+    }
 }
 
 /// A comparison, and remarks on what was compared.
@@ -112,15 +145,15 @@ fn result(
     folder: &Folder,
     inputs: &NamedTensors,
     reference: &NamedTensors,
-    tolerances: &Tolerances,
+    tolerances: &Allowed,
 ) -> Outcome<Compared> {
     let got = run_processes(folder, inputs)?;
     let selections = Selections::parse(&as_built(folder).output)?;
     let comparable = selections.apply(got, reference, &folder.names("outputs"));
-    Ok((compare(&comparable.got, &comparable.expected, tolerances), comparable.notes))
+    Ok((tolerances.compare(&comparable.got, &comparable.expected), comparable.notes))
 }
 
-fn golden_result(folder: &Folder, pair: &GoldenPair, tolerances: &Tolerances) -> Outcome<Option<Compared>> {
+fn golden_result(folder: &Folder, pair: &GoldenPair, tolerances: &Allowed) -> Outcome<Option<Compared>> {
     let Some(outputs) = &pair.outputs else { return Ok(None) };
     let inputs = tensors::read(&pair.inputs, &folder.names("inputs"))?;
     let mut expected = tensors::read_expected(outputs, &model_outputs(folder))?;
@@ -224,7 +257,14 @@ pub(crate) fn as_built(folder: &Folder) -> ModelArguments {
         let found = folder.config.pointer(&format!("/build/{key}")).and_then(serde_json::Value::as_array);
         found.into_iter().flatten().filter_map(|v| v.as_str().map(str::to_owned)).collect()
     };
-    ModelArguments { bind: list("bind"), output: list("outputs"), role: list("roles"), max_nodes: MOST_NODES }
+    let dtype = folder.config.pointer("/build/dtype").and_then(serde_json::Value::as_str);
+    ModelArguments {
+        bind: list("bind"),
+        output: list("outputs"),
+        role: list("roles"),
+        dtype: Precision::ALL.into_iter().find(|precision| Some(precision.dtype().name()) == dtype),
+        max_nodes: MOST_NODES,
+    }
 }
 
 /// Values of ONNX nodes decoded from the ranks, for `run --tap`.

@@ -579,6 +579,8 @@ pub fn run_tensors_with(
     element_limit: usize,
     evaluator: Option<&dyn Evaluator>,
 ) -> Result<Vec<(Arc<str>, Tensor)>, InterpError> {
+    let rounded = border::rounded(graph, inputs);
+    let inputs = rounded.as_ref().unwrap_or(inputs);
     let changes = border::changes(graph, &|name| inputs.get(name).map(Tensor::ty));
     let (adapted, presents) = border::adapted(inputs, &changes).unzip();
     let inputs = adapted.as_ref().unwrap_or(inputs);
@@ -590,6 +592,11 @@ pub fn run_tensors_with(
                 name: name.to_string(),
                 error: OpError::Other(what),
             })?;
+        }
+    }
+    for (name, tensor) in &mut outputs {
+        if let Some(out) = border::handed_out(graph, name, tensor) {
+            *tensor = out;
         }
     }
     Ok(outputs)

@@ -116,6 +116,13 @@ impl Scanner<'_> {
             };
             return Ok(Some(Border::Stretch { input, axis, filling }));
         }
+        if self.eat_word("rounded") {
+            let input = self.string()?.into();
+            self.need("->")?;
+            let output = self.string()?.into();
+            self.need_word("from")?;
+            return Ok(Some(Border::Rounded { input, output, given: self.dtype()? }));
+        }
         if !self.eat_word("buffer") {
             return Ok(None);
         }

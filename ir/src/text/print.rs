@@ -42,6 +42,9 @@ pub fn print_graph(graph: &Graph) -> String {
             Border::Buffer { input, output, axis, total } => {
                 format!("buffer {} -> {} axis {axis} total {total}\n", quote(input), quote(output))
             }
+            Border::Rounded { input, output, given } => {
+                format!("rounded {} -> {} from {given}\n", quote(input), quote(output))
+            }
         };
         text.push_str(&line);
     }

@@ -1,5 +1,6 @@
 //! Attention written in contractions and softmax becomes the composite:
-//! `softmax(scale · q kᵀ + bias) v`, with repeated KV heads traced back to the heads they repeat.
+//! `softmax(scale · q kᵀ + bias) v`, with repeated KV heads traced back to the heads they repeat. Products of 16-bit
+//! floats may have scores that are widened before and narrowed after the softmax, which attention does by itself.
 
 use super::engine::{Rewriter, Rule};
 use super::simplify::scalar_literal;
@@ -145,6 +146,7 @@ fn transposed(r: &mut Rewriter<'_>, v: ValueId, perm: Vec<usize>) -> Option<Valu
 
 /// The softmax behind attention weights, and whether NaN rows are zeroed.
 fn probabilities(r: &Rewriter<'_>, v: ValueId) -> Option<(ValueId, bool)> {
+    let v = super::narrowed(r, v).unwrap_or(v);
     match r.op(v) {
         Op::Softmax { axis: 3 } if r.ty(v).rank() == 4 => Some((v, false)),
         Op::Map(Scalar::Select) => {
@@ -210,6 +212,7 @@ fn scaled_scores(r: &mut Rewriter<'_>, v: ValueId) -> Option<Scores> {
         (None, Some((product, divisor))) => (product, 1.0 / divisor, true),
         (None, None) => (v, 1.0, false),
     };
+    let product = super::widened(r, product).unwrap_or(product);
     let inner = contraction(r, product)?;
     let [b, h, s, t] = inner.spec.output.as_slice() else { return None };
     let d = *inner.spec.inputs[0].iter().find(|l| !inner.spec.output.contains(l))?;

@@ -13,7 +13,8 @@ mod simplify;
 mod slices;
 
 use crate::extended::Extended;
-use engine::{Rule, intern, rewrite};
+use engine::{Rewriter, Rule, intern, rewrite};
+use tpshard_ir::{DType, Op, Scalar, ValueId};
 
 /// Rewrites `extended` to the canonical form.
 pub fn canonicalise(extended: &mut Extended) {
@@ -25,4 +26,18 @@ pub fn canonicalise(extended: &mut Extended) {
     rewrite(extended, &mut interned, &norm::RULES);
     rewrite(extended, &mut interned, &attention::RULES);
     rewrite(extended, &mut interned, &tidy);
+}
+
+/// The float of 16 bits that `v` is in `f32`.
+fn widened(r: &Rewriter<'_>, v: ValueId) -> Option<ValueId> {
+    let Op::Map(Scalar::Cast(DType::F32)) = r.op(v) else { return None };
+    let x = r.arg(v, 0);
+    matches!(r.ty(x).dtype, DType::F16 | DType::BF16).then_some(x)
+}
+
+/// The value in `f32` that `v` is in a float of 16 bits.
+fn narrowed(r: &Rewriter<'_>, v: ValueId) -> Option<ValueId> {
+    let Op::Map(Scalar::Cast(DType::F16 | DType::BF16)) = r.op(v) else { return None };
+    let x = r.arg(v, 0);
+    (r.ty(x).dtype == DType::F32).then_some(x)
 }

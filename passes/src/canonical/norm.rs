@@ -7,8 +7,11 @@ use tpshard_ir::layout::Monoid;
 use tpshard_ir::op::{NormKind, Real};
 use tpshard_ir::{Op, Scalar, ValueId};
 
-pub(super) const RULES: [Rule; 2] =
-    [Rule { name: "real:norm-scale", apply: norm_scale }, Rule { name: "norm-bias", apply: norm_bias }];
+pub(super) const RULES: [Rule; 3] = [
+    Rule { name: "real:norm-scale", apply: norm_scale },
+    Rule { name: "norm-bias", apply: norm_bias },
+    Rule { name: "norm-narrow", apply: norm_narrow },
+];
 
 fn map_args(r: &Rewriter<'_>, v: ValueId, scalar: Scalar) -> Option<Vec<ValueId>> {
     matches!(r.op(v), Op::Map(s) if *s == scalar).then(|| r.args(v).to_vec())
@@ -39,6 +42,17 @@ fn norm_bias(r: &mut Rewriter<'_>, v: ValueId) -> Option<ValueId> {
         return r.make(Op::Norm { kind, axis, epsilon }, &[x, scale, bias]).ok();
     }
     None
+}
+
+/// narrow(norm(wide(x), w, b)) = norm(x, w, b), where `x` is of the narrow type: a norm computes wide in any case
+fn norm_narrow(r: &mut Rewriter<'_>, v: ValueId) -> Option<ValueId> {
+    let Op::Map(Scalar::Cast(to)) = *r.op(v) else { return None };
+    let norm = r.arg(v, 0);
+    let Op::Norm { kind, axis, epsilon } = *r.op(norm) else { return None };
+    let mut args = r.args(norm).to_vec();
+    let x = super::widened(r, *args.first()?).filter(|&x| r.ty(x).dtype == to)?;
+    *args.first_mut()? = x;
+    r.make(Op::Norm { kind, axis, epsilon }, &args).ok()
 }
 
 /// A vector over the last dim of `x`, reshaped if it has leading ones.

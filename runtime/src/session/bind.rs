@@ -3,7 +3,7 @@
 use super::SessionError;
 use crate::state::StateInputs;
 use std::collections::{BTreeMap, BTreeSet};
-use tpshard_ir::border::{Present, adapted, changes};
+use tpshard_ir::border::{Present, adapted, changes, rounded};
 use tpshard_ir::dim::Bindings;
 use tpshard_ir::interp::{InterpError, bind_symbols};
 use tpshard_ir::program::Entry;
@@ -70,6 +70,8 @@ impl Signature {
             let known: Vec<&str> = known.iter().copied().filter(|n| !is_state(n)).collect();
             return Err(SessionError::UnknownInput { name: unknown.clone(), known: known.join(", ") });
         }
+        let rounded = rounded(&self.graph, inputs);
+        let inputs = rounded.as_ref().unwrap_or(inputs);
         let held = |name: &str| state.and_then(|state| state.types.get(name)).cloned();
         let mut changes =
             changes(&self.graph, &|name| held(name).or_else(|| inputs.get(name).map(Tensor::ty)));
@@ -78,7 +80,8 @@ impl Signature {
         let adapted = adapted(inputs, &changes);
         let inputs = adapted.as_ref().map_or(inputs, |(inputs, _)| inputs);
         let given = |name: &str| -> Option<Type> { held(name).or_else(|| inputs.get(name).map(Tensor::ty)) };
-        Ok((bind_symbols(&self.graph, &given)?, adapted))
+        let bindings = bind_symbols(&self.graph, &given)?;
+        Ok((bindings, adapted.or(rounded.map(|inputs| (inputs, Vec::new())))))
     }
 }
 

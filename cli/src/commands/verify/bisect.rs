@@ -8,7 +8,7 @@
 
 use super::reference::evaluate;
 use super::selection::{at, at_axis};
-use super::{as_built, chosen_inputs, only_inputs};
+use super::{Allowed, as_built, chosen_inputs, only_inputs};
 use crate::arguments::VerifyArguments;
 use crate::commands::cases;
 use crate::commands::planning::import_graphs;
@@ -19,10 +19,10 @@ use crate::output;
 use std::collections::{BTreeMap, HashMap};
 use tpshard_codegen::build::model_text;
 use tpshard_frontend::Imported;
-use tpshard_ir::border::{Present, changes};
+use tpshard_ir::border::{Present, changes, handed_out};
 use tpshard_ir::graph::Output;
 use tpshard_ir::{Graph, Op, Spmd, StepId, StepKind, Tensor, ValueId};
-use tpshard_runtime::io::{NamedTensors, Tolerances, compare};
+use tpshard_runtime::io::NamedTensors;
 
 /// A step and the value of the logical graph it is compared with: an imported one, if the certificate says which.
 struct Point {
@@ -57,7 +57,7 @@ struct Difference {
 pub(super) fn bisect(
     arguments: &VerifyArguments,
     folder: &Folder,
-    tolerances: &Tolerances,
+    tolerances: &Allowed,
     json: bool,
 ) -> Outcome<()> {
     let model = match (&arguments.model, &arguments.golden) {
@@ -229,7 +229,7 @@ fn compare_all(
     program: &Spmd,
     points: &[Point],
     inputs: &NamedTensors,
-    tolerances: &Tolerances,
+    tolerances: &Allowed,
     tally: &mut Tally,
 ) -> Outcome<Option<Difference>> {
     let reference = Reference::of(imported, program, points, inputs)?;
@@ -279,7 +279,7 @@ fn outputs(
     imported: &Imported,
     observed: &Observed,
     reference: &Reference<'_>,
-    tolerances: &Tolerances,
+    tolerances: &Allowed,
     tally: &mut Tally,
 ) -> Outcome<Option<Difference>> {
     for output in &imported.graph.outputs {
@@ -354,7 +354,7 @@ impl Reference<'_> {
         name: &str,
         value: ValueId,
         got: &Tensor,
-        tolerances: &Tolerances,
+        tolerances: &Allowed,
     ) -> Outcome<Option<String>> {
         let expected = match self.presents.iter().find(|present| *present.output == *name) {
             Some(present) => {
@@ -362,6 +362,8 @@ impl Reference<'_> {
             }
             None => self.value(value)?,
         };
+        let given = handed_out(self.graph, name, expected);
+        let expected = given.as_ref().unwrap_or(expected);
         let (got, expected) = match ranking(self.graph, value) {
             Some((scores, axis)) if got.shape() == expected.shape() && got.dtype() == expected.dtype() => {
                 let scores = self.value(scores)?;
@@ -373,7 +375,7 @@ impl Reference<'_> {
             _ => (got.clone(), expected.clone()),
         };
         let named = |tensor: Tensor| NamedTensors::from_iter([(name.to_owned(), tensor)]);
-        let comparison = compare(&named(got), &named(expected), tolerances);
+        let comparison = tolerances.compare(&named(got), &named(expected));
         Ok((!comparison.passed()).then(|| comparison.to_string()))
     }
 }
