@@ -185,6 +185,9 @@ impl Lowering<'_> {
     }
 }
 
+/// Of each dim where its index starts, and which axis of the indices walks it.
+type Parts = Vec<(Dim, Option<usize>)>;
+
 /// How indices that walk dims meet the extents of those.
 #[derive(Clone, Copy, PartialEq)]
 enum Fit {
@@ -196,7 +199,7 @@ enum Fit {
 
 /// For each of `dims` where its index starts and which axis of `indices` walks it; `None` if that is not all that the
 /// indices do, or if some are outside.
-fn walked(dims: &[Dim], indices: &Affine) -> Option<(Vec<(Dim, Option<usize>)>, Fit)> {
+fn walked(dims: &[Dim], indices: &Affine) -> Option<(Parts, Fit)> {
     let mut parts = Vec::with_capacity(dims.len());
     let (mut used, mut fit) = (0, Fit::Whole);
     for (at, extent) in dims.iter().enumerate() {
