@@ -248,7 +248,7 @@ fn overlapping_slices_are_left_alone() {
 /// Rows of packed weights that end inside a byte stay as they are stored: what is cut is made when they are read.
 #[test]
 fn packed_weights_are_cut_at_whole_bytes_only() {
-    for (length, cut) in [(3, false), (2, true)] {
+    for (length, cut) in [(3i64, false), (2, true)] {
         let mut g = Graph::new("packed");
         let expr = WeightExpr::initializer("zeros", DType::U4, vec![6, 4]).expect("a weight");
         let packed = g.add(Op::Weight(expr), &[]).expect("a leaf");
