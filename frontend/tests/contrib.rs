@@ -30,6 +30,7 @@ fn read(path: &Path) -> BTreeMap<Arc<str>, Tensor> {
             "f4" => Tensor::from_vec(shape, array.into_vec::<f32>().unwrap()),
             "i8" => Tensor::from_vec(shape, array.into_vec::<i64>().unwrap()),
             "i4" => Tensor::from_vec(shape, array.into_vec::<i32>().unwrap()),
+            "u1" => Tensor::from_vec(shape, array.into_vec::<u8>().unwrap()),
             other => panic!("{name} is of type {other}"),
         };
         tensors.insert(name.as_str().into(), tensor.unwrap());
@@ -87,12 +88,13 @@ macro_rules! fixtures {
 }
 
 fixtures! {
-    attention_causal attention_mask attention_mask_of_one attention_packed_past cdist_euclidean dynamic_quantize_matmul
-    experts_4_bits experts_8_bits_gated experts_gated experts_gelu group_query_buffer group_query_buffer_prompt group_query_decode
+    attention_causal attention_mask attention_mask_of_one attention_packed_past causal_conv causal_conv_begin cdist_euclidean dynamic_quantize_matmul
+    experts_4_bits experts_8_bits_gated experts_gated experts_gelu fused_conv fused_conv_clip fused_conv_hard_sigmoid
+    fused_gemm fused_matmul_batch_first fused_matmul_batch_first_swapped group_query_buffer group_query_buffer_prompt group_query_decode
     group_query_prompt group_query_softcap group_query_window layer_norm mask_of_one
     matmul_2_bits_small_block_level_4 matmul_2_bits_zeros matmul_4_bits_float_zeros_level_4
     matmul_4_bits_padded matmul_4_bits_padded_level_4 matmul_4_bits_zeros_level_4
-    matmul_8_bits_level_4 matmul_8_bits_zeros matmul_integer_to_float quantised_add
+    matmul_8_bits_level_4 matmul_8_bits_zeros matmul_integer_to_float quantised_add quantised_attention quantised_attention_by_column
     quantised_average_pool quantised_concat quantised_gemm quantised_global_average_pool
     quantised_leaky_relu quantised_mul quantised_sigmoid quantised_softmax
     quantised_softmax_flattened quantised_softmax_middle quantised_where rotary_halves

@@ -280,6 +280,42 @@ impl Dim {
         })
     }
 
+    /// Every `x` of which this takes `max(0, x)`, outermost first.
+    pub fn clamped(&self) -> Vec<Dim> {
+        let mut found = Vec::new();
+        for atom in self.0.iter().flat_map(|term| &term.atoms) {
+            let (Atom::FloorDiv(a, b) | Atom::Min(a, b) | Atom::Max(a, b)) = atom else { continue };
+            if let (Atom::Max(..), Some(inner)) =
+                (atom, [(a, b), (b, a)].iter().find(|pair| pair.0.is_zero()))
+            {
+                found.push(inner.1.clone());
+            }
+            found.extend(a.clamped());
+            found.extend(b.clamped());
+        }
+        found
+    }
+
+    /// `x` in place of `max(0, x)`, where `x` is known to be at least zero.
+    pub fn unclamped(&self, x: &Dim) -> Dim {
+        if self.as_const().is_some() {
+            return self.clone();
+        }
+        self.0.iter().fold(Dim::constant(0), |sum, term| {
+            let product = term.atoms.iter().fold(Dim::constant(term.coefficient), |product, atom| {
+                product
+                    * match atom {
+                        Atom::Symbol(_) => Dim::atom(atom.clone()),
+                        Atom::FloorDiv(a, b) => a.unclamped(x).floor_div(&b.unclamped(x)),
+                        Atom::Min(a, b) => a.unclamped(x).minimum(&b.unclamped(x)),
+                        Atom::Max(a, b) if (a.is_zero() && b == x) || (b.is_zero() && a == x) => x.clone(),
+                        Atom::Max(a, b) => a.unclamped(x).maximum(&b.unclamped(x)),
+                    }
+            });
+            sum + product
+        })
+    }
+
     /// The symbols the value depends on.
     pub fn symbols(&self) -> BTreeSet<Arc<str>> {
         let mut found = BTreeSet::new();

@@ -221,7 +221,13 @@ impl Graph {
 
     /// Replaces symbols everywhere: types, attributes, guards, ranges stay for symbols that remain.
     pub fn substitute(&mut self, replace: &dyn Fn(&str) -> Option<Dim>) {
-        let sub = |d: &mut Dim| *d = d.substitute(replace);
+        self.rewrite_dims(&|dim| dim.substitute(replace));
+        self.symbols.retain(|name, _| replace(name).is_none());
+    }
+
+    /// Writes every dim anew: in types, attributes and guards.
+    pub fn rewrite_dims(&mut self, rewrite: &dyn Fn(&Dim) -> Dim) {
+        let sub = |d: &mut Dim| *d = rewrite(d);
         for node in &mut self.nodes {
             node.ty.shape.iter_mut().for_each(sub);
             node.op.for_each_dim_mut(&sub);
@@ -235,7 +241,6 @@ impl Graph {
                 sub(total);
             }
         }
-        self.symbols.retain(|name, _| replace(name).is_none());
     }
 
     /// The guards that do not hold under `bindings`.

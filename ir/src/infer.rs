@@ -361,16 +361,18 @@ fn windows(window: &Window, spatial: &[Dim]) -> Result<Vec<Dim>, String> {
             };
             let padded = &spatial[i] + Dim::from(window.pads_low[i]) + Dim::from(window.pads_high[i]);
             let room = padded - Dim::from(reach) - Dim::constant(1);
-            if room.as_const().is_some_and(|r| r < 0) {
+            let stride = Dim::from(window.strides[i]);
+            let last = if window.ceil {
+                // The last window must start inside the data or the low padding; it may reach beyond the end.
+                let starts = &spatial[i] + Dim::from(window.pads_low[i]) - Dim::constant(1);
+                room.ceil_div(&stride).minimum(&starts.floor_div(&stride))
+            } else {
+                room.floor_div(&stride)
+            };
+            if last.as_const().is_some_and(|last| last < 0) {
                 return Err(format!("a window of reach {} does not fit dim {}", reach + 1, spatial[i]));
             }
-            let stride = Dim::from(window.strides[i]);
-            if !window.ceil {
-                return Ok(room.floor_div(&stride) + Dim::constant(1));
-            }
-            // The last window must start inside the data or the low padding.
-            let starts = (&spatial[i] + Dim::from(window.pads_low[i]) - Dim::constant(1)).floor_div(&stride);
-            Ok(room.ceil_div(&stride).minimum(&starts) + Dim::constant(1))
+            Ok(last + Dim::constant(1))
         })
         .collect()
 }

@@ -244,3 +244,29 @@ fn overlapping_slices_are_left_alone() {
     let done = canonical(g, y, &pattern(&[2, 4], 2));
     assert_eq!((count(&done, "einsum"), count(&done, "slice")), (1, 2), "nothing is computed twice");
 }
+
+/// Rows of packed weights that end inside a byte stay as they are stored: what is cut is made when they are read.
+#[test]
+fn packed_weights_are_cut_at_whole_bytes_only() {
+    for (length, cut) in [(3i64, false), (2, true)] {
+        let mut g = Graph::new("packed");
+        let expr = WeightExpr::initializer("zeros", DType::U4, vec![6, 4]).expect("a weight");
+        let packed = g.add(Op::Weight(expr), &[]).expect("a leaf");
+        let wide = add(&mut g, Op::Map(Scalar::Cast(DType::U8)), &[packed]);
+        let slice = Op::Slice { axis: 1, start: Dim::from(0i64), length: Dim::from(length), step: 1 };
+        let output = add(&mut g, slice, &[wide]);
+        g.outputs.push(Output { name: "y".into(), value: output });
+        let mut extended = Extended::new(g);
+        canonicalise(&mut extended);
+        let shapes: Vec<Vec<usize>> = extended
+            .graph
+            .nodes()
+            .iter()
+            .filter_map(
+                |node| if let Op::Weight(expr) = &node.op { Some(expr.shape().to_vec()) } else { None },
+            )
+            .collect();
+        let part = vec![6, usize::try_from(length).expect("a size")];
+        assert_eq!(shapes.contains(&part), cut, "{shapes:?}");
+    }
+}

@@ -3,7 +3,8 @@
 //! Operators build through this: [`Lowering::add`] appends an operation whose type `tpshard_ir::infer` decides, and the
 //! helpers around it broadcast, fold and unify sizes first. Equal operations on equal operands are one node.
 
-use super::symbols::{Symbols, never_equal};
+use super::sizes::Finding;
+use super::symbols::Symbols;
 use super::value::{Affine, Element, Known, Value, read_weight};
 use crate::error::Fault;
 use crate::model::Model;
@@ -12,7 +13,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use tpshard_ir::op::Literal;
 use tpshard_ir::weight::WeightExpr;
-use tpshard_ir::{DType, Dim, Graph, Guard, Op, Relation, Scalar, Tensor, Type, ValueId};
+use tpshard_ir::{DType, Dim, Graph, Guard, Op, Scalar, Tensor, Type, ValueId};
 
 /// Most elements computed while folding constants, over the whole import.
 const FOLD_BUDGET: usize = 1 << 22;
@@ -48,22 +49,12 @@ pub(crate) fn undecided(message: impl Into<String>) -> Fault {
     Fault::data_dependent(message, "export the model without it, or with another exporter or opset")
 }
 
-/// Two sizes that an operator needs to agree, found equal by replacing a symbol.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Equality {
-    /// The symbol that was replaced.
-    pub symbol: Arc<str>,
-    pub equals: Dim,
-    /// The node that needs it.
-    pub reason: String,
-}
-
 /// Everything an operator's lowering may use.
 pub(crate) struct Lowering<'m> {
     pub(crate) model: &'m Model,
     pub(crate) graph: Graph,
     pub(crate) symbols: Symbols,
-    pub(crate) equalities: Vec<Equality>,
+    pub(super) findings: Vec<Finding>,
     pub(super) guards: Vec<Guard>,
     /// Innermost last.
     pub(super) scopes: Vec<HashMap<String, Value>>,
@@ -72,7 +63,7 @@ pub(crate) struct Lowering<'m> {
     /// Tensors that weight expressions name: initializers, and constants lifted out of nodes.
     pub(crate) tensors: BTreeMap<String, TensorRef>,
     /// Equal operations on equal operands.
-    seen: HashMap<(Op, Vec<ValueId>), ValueId>,
+    pub(super) seen: HashMap<(Op, Vec<ValueId>), ValueId>,
     fold_budget: usize,
     /// Whether what depends on data may wait until the model runs.
     pub(crate) may_defer: bool,
@@ -100,7 +91,7 @@ impl<'m> Lowering<'m> {
             model,
             graph: Graph::new(&model.graph.name),
             symbols: Symbols::default(),
-            equalities: Vec::new(),
+            findings: Vec::new(),
             guards: Vec::new(),
             scopes: vec![HashMap::new()],
             inner: Vec::new(),
@@ -233,120 +224,6 @@ impl<'m> Lowering<'m> {
         single.ok_or_else(|| undecided(format!("{what} is not one constant number")))
     }
 
-    // Sizes.
-
-    /// Makes two sizes equal: they are, or a symbol is replaced everywhere.
-    pub(crate) fn unify(&mut self, a: &Dim, b: &Dim) -> Lowered<()> {
-        if a == b {
-            return Ok(());
-        }
-        let site = self.site.clone();
-        if never_equal(a, b) {
-            return Err(invalid(format!("the sizes {a} and {b} differ and must be equal")));
-        }
-        let Some((symbol, equals)) = self.symbols.solve(a, b) else {
-            return Err(undecided(format!("cannot show that the sizes {a} and {b} are equal")));
-        };
-        if equals.as_const().is_some_and(|value| value < 0) {
-            return Err(invalid(format!("the sizes {a} and {b} cannot be equal")));
-        }
-        self.equalities.push(Equality { symbol: symbol.clone(), equals: equals.clone(), reason: site });
-        self.substitute(&|name| (*name == *symbol).then(|| equals.clone()));
-        Ok(())
-    }
-
-    fn substitute(&mut self, replace: &dyn Fn(&str) -> Option<Dim>) {
-        self.graph.substitute(replace);
-        for guard in &mut self.guards {
-            guard.left = guard.left.substitute(replace);
-            guard.right = guard.right.substitute(replace);
-        }
-        for value in self.scopes.iter_mut().flat_map(HashMap::values_mut) {
-            match value {
-                Value::Known(known) => Arc::make_mut(known).substitute(replace),
-                Value::Affine(affine) => Arc::make_mut(affine).substitute(replace),
-                Value::Grid(grid) => {
-                    let grid = Arc::make_mut(grid);
-                    grid.shape.iter_mut().for_each(|dim| *dim = dim.substitute(replace));
-                    grid.parts.iter_mut().for_each(|part| part.substitute(replace));
-                }
-                Value::Data(_) | Value::Weight(_) | Value::Poison => {}
-            }
-        }
-        self.seen.clear();
-    }
-
-    /// `dim` with every replacement made so far: for dims an operator computed before it unified some.
-    pub(crate) fn current(&self, dim: &Dim) -> Dim {
-        let mut dim = dim.clone();
-        for equality in &self.equalities {
-            if dim.symbols().contains(&equality.symbol) {
-                dim = dim.substitute(&|name| (*name == *equality.symbol).then(|| equality.equals.clone()));
-            }
-        }
-        dim
-    }
-
-    pub(crate) fn current_all(&self, dims: &[Dim]) -> Vec<Dim> {
-        dims.iter().map(|dim| self.current(dim)).collect()
-    }
-
-    /// Relies on `low <= high` from now on.
-    pub(crate) fn assume_at_most(&mut self, low: &Dim, high: &Dim) -> Lowered<()> {
-        let room = high - low;
-        if room.is_nonnegative() {
-            return Ok(());
-        }
-        if room.as_const().is_some_and(|room| room < 0) {
-            return Err(invalid(format!("{low} exceeds {high}")));
-        }
-        let guard = Guard {
-            left: low.clone(),
-            relation: Relation::LessEqual,
-            right: high.clone(),
-            reason: self.site.as_str().into(),
-        };
-        if !self.guards.iter().any(|other| other.left == guard.left && other.right == guard.right) {
-            self.guards.push(guard);
-        }
-        Ok(())
-    }
-
-    /// The guards that say something.
-    pub(crate) fn take_guards(&mut self) -> Vec<Guard> {
-        let mut guards = std::mem::take(&mut self.guards);
-        guards.retain(|guard| match guard.relation {
-            Relation::Equal => guard.left != guard.right,
-            Relation::LessEqual => !(&guard.right - &guard.left).is_nonnegative(),
-        });
-        guards
-    }
-
-    /// Broadcasts shapes as NumPy does, unifying sizes that differ.
-    pub(crate) fn broadcast_shapes(&mut self, shapes: &[Vec<Dim>]) -> Lowered<Vec<Dim>> {
-        let rank = shapes.iter().map(Vec::len).max().unwrap_or(0);
-        let mut result = vec![Dim::constant(1); rank];
-        for shape in shapes {
-            for (own, dim) in shape.iter().enumerate() {
-                let axis = rank - shape.len() + own;
-                let (have, dim) = (self.current(&result[axis]), self.current(dim));
-                result[axis] = if have.is_one() {
-                    dim
-                } else if dim.is_one() {
-                    have
-                } else if self.symbols.count_meets_input(&have, &dim) {
-                    return Err(undecided(format!(
-                        "whether the sizes {have} and {dim} are equal or one stretches"
-                    )));
-                } else {
-                    self.unify(&have, &dim)?;
-                    self.current(&have)
-                };
-            }
-        }
-        Ok(self.current_all(&result))
-    }
-
     // Folding.
 
     /// Takes `count` elements from the budget for folding; false if it is spent.
@@ -364,14 +241,8 @@ impl<'m> Lowering<'m> {
 
     /// Appends an operation, or finds the equal one.
     pub(crate) fn add(&mut self, mut op: Op, args: &[ValueId]) -> Lowered<ValueId> {
-        if !self.equalities.is_empty() {
-            let equalities = &self.equalities;
-            op.for_each_dim_mut(&|dim| {
-                for equality in equalities {
-                    *dim =
-                        dim.substitute(&|name| (*name == *equality.symbol).then(|| equality.equals.clone()));
-                }
-            });
+        if !self.findings.is_empty() {
+            op.for_each_dim_mut(&|dim| *dim = self.current(dim));
         }
         let key = (op, args.to_vec());
         if let Some(&id) = self.seen.get(&key) {
@@ -517,8 +388,13 @@ impl<'m> Lowering<'m> {
     /// An elementwise function of data; sizes are unified, nothing is folded.
     pub(crate) fn map(&mut self, scalar: Scalar, args: &[ValueId]) -> Lowered<ValueId> {
         let shapes: Vec<Vec<Dim>> = args.iter().map(|&arg| self.graph.ty(arg).shape.clone()).collect();
-        self.broadcast_shapes(&shapes)?;
-        self.add(Op::Map(scalar), args)
+        match self.broadcast_shapes(&shapes) {
+            Ok(_) => self.add(Op::Map(scalar), args),
+            Err(fault) => {
+                let held = self.held_operands(args, fault)?;
+                self.add(Op::Map(scalar), &held)
+            }
+        }
     }
 
     /// `f(x, constant)` in the type of `x`.

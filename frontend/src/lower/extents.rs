@@ -165,7 +165,29 @@ impl Lowering<'_> {
             }
             "Slice" => self.along(&ty(0)?, value(3)),
             "Pad" => self.along(&ty(0)?, value(3)),
-            "Trilu" | "CumSum" | "Clip" | "ReverseSequence" | "Dropout" => same(&ty(0)?),
+            "Trilu" | "CumSum" | "Clip" | "ReverseSequence" | "Dropout" | "ScatterND" | "ScatterElements" => {
+                same(&ty(0)?)
+            }
+            "MatMul" => product_extents(&ty(0)?, &ty(1)?)?,
+            "Gemm" => open(ty(0)?.dtype, 2),
+            "Einsum" => {
+                let equation = node.attributes().required_string("equation").ok()?;
+                // What an ellipsis stands for, or what is left out, the model may declare.
+                let (_, result) = equation.split_once("->").filter(|_| !equation.contains('.'))?;
+                open(ty(0)?.dtype, result.chars().filter(char::is_ascii_alphabetic).count())
+            }
+            "Concat" => {
+                let types = (0..inputs.len()).map(&ty).collect::<Option<Vec<Type>>>()?;
+                let first = types.first()?;
+                let axis = at(int("axis", 0)?, first.rank())?;
+                let mut ranked = opened(first, [axis]);
+                for (dim, extent) in ranked.extents.iter_mut().enumerate() {
+                    if types.iter().any(|ty| ty.shape.get(dim) != first.shape.get(dim)) {
+                        *extent = OPEN;
+                    }
+                }
+                ranked
+            }
             "Range" => open(ty(0)?.dtype, 1),
             "Squeeze" => open(ty(0)?.dtype, ty(0)?.rank().checked_sub(count(1)?)?),
             "Unsqueeze" => open(ty(0)?.dtype, ty(0)?.rank() + count(1)?),
@@ -436,6 +458,20 @@ impl Lowering<'_> {
 
 /// How the names of extents begin that change from round to round.
 const CHANGING: &str = "changing.";
+
+/// NumPy's `matmul`: what leads is stretched.
+fn product_extents(a: &Type, b: &Type) -> Option<Ranked> {
+    let (rows, columns) = (a.rank() > 1, b.rank() > 1);
+    let lead = a.rank().saturating_sub(2).max(b.rank().saturating_sub(2));
+    let mut extents = vec![OPEN; lead];
+    if rows {
+        extents.push(Extent::Is(a.shape.get(a.rank() - 2)?.clone()));
+    }
+    if columns {
+        extents.push(Extent::Is(b.shape.last()?.clone()));
+    }
+    Some(Ranked { dtype: a.dtype, extents })
+}
 
 fn constant_type(node: &Node) -> DType {
     node.attributes

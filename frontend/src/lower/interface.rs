@@ -150,7 +150,7 @@ impl Lowering<'_> {
             }
         }
         self.declare_data_symbols(&mut graph, report);
-        report.equalities = std::mem::take(&mut self.equalities);
+        report.equalities = self.take_equalities();
         report.roles = state::roles(&graph, &options.roles);
         graph
     }

@@ -12,9 +12,11 @@ mod context;
 mod defer;
 mod elementwise;
 mod extents;
+mod gather;
 mod interface;
 mod movement;
 mod outputs;
+mod sizes;
 mod state;
 mod stretch;
 mod symbols;
@@ -31,8 +33,8 @@ pub(crate) fn can_be_known(tensor: &Tensor) -> bool {
 }
 
 pub use cases::{MOST_CHOOSING, import_cases, lower_cases};
-pub use context::Equality;
 pub use outputs::{OutputRequest, OutputRequestError, Part, Selection};
+pub use sizes::Equality;
 pub use state::Role;
 
 use crate::attributes::AttributeReader;

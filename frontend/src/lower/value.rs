@@ -224,10 +224,10 @@ impl Known {
         Some(Known::new(self.dtype, shape, elements))
     }
 
-    pub(crate) fn substitute(&mut self, replace: &dyn Fn(&str) -> Option<Dim>) {
+    pub(crate) fn rewrite_dims(&mut self, rewrite: &dyn Fn(&Dim) -> Dim) {
         for element in &mut self.elements {
             if let Element::Int(dim) = element {
-                *dim = dim.substitute(replace);
+                *dim = rewrite(dim);
             }
         }
     }
@@ -239,10 +239,10 @@ impl Affine {
         Affine { dtype, shape: vec![length], offset: start, strides: vec![step] }
     }
 
-    pub(crate) fn substitute(&mut self, replace: &dyn Fn(&str) -> Option<Dim>) {
-        self.offset = self.offset.substitute(replace);
+    pub(crate) fn rewrite_dims(&mut self, rewrite: &dyn Fn(&Dim) -> Dim) {
+        self.offset = rewrite(&self.offset);
         for dim in self.shape.iter_mut().chain(&mut self.strides) {
-            *dim = dim.substitute(replace);
+            *dim = rewrite(dim);
         }
     }
 

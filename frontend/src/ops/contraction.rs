@@ -1,6 +1,7 @@
 //! Products: MatMul, Gemm, Einsum, <https://onnx.ai/onnx/operators/>, and ONNX Runtime's FusedMatMul,
 //! <https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md>. All become einsums of two operands.
 
+use super::activation::named_activation;
 use crate::error::quote;
 use crate::lower::{Call, Lowered, Lowering, Value, invalid, unsupported};
 use tpshard_ir::op::EinsumSpec;
@@ -122,18 +123,47 @@ pub(super) fn gemm(l: &mut Lowering<'_>, call: &Call<'_>) -> Lowered<Vec<Value>>
     Ok(vec![Value::Data(result)])
 }
 
+/// FusedGemm of ONNX Runtime: a Gemm and what is applied to each element of its result.
+pub(super) fn fused_gemm(l: &mut Lowering<'_>, call: &Call<'_>) -> Lowered<Vec<Value>> {
+    let name = call.attributes.string("activation", "")?;
+    let alpha = call.attributes.optional_float("activation_alpha")?.map(f64::from);
+    let beta = call.attributes.optional_float("activation_beta")?.map(f64::from);
+    call.attributes.ignore("activation_gamma");
+    let mut values = gemm(l, call)?;
+    if !name.is_empty() {
+        for value in &mut values {
+            let x = l.data(value)?;
+            *value = Value::Data(named_activation(l, name, x, alpha, beta)?);
+        }
+    }
+    Ok(values)
+}
+
+/// FusedMatMul, and TransposeMatMul as it was called before: `alpha A' B'`.
 pub(super) fn fused_matmul(l: &mut Lowering<'_>, call: &Call<'_>) -> Lowered<Vec<Value>> {
     let alpha = f64::from(call.attributes.float("alpha", 1.0)?);
     let (swap_a, swap_b) = (call.attributes.bool("transA", false)?, call.attributes.bool("transB", false)?);
-    if call.attributes.bool("transBatchA", false)? || call.attributes.bool("transBatchB", false)? {
-        return Err(unsupported("transposed batch dims"));
-    }
+    let (last_a, last_b) =
+        (call.attributes.bool("transBatchA", false)?, call.attributes.bool("transBatchB", false)?);
     let (a, b) = (l.data(call.input(0)?)?, l.data(call.input(1)?)?);
+    let a = if last_a { batch_first(l, a)? } else { a };
+    let b = if last_b { batch_first(l, b)? } else { b };
     let mut result = product(l, a, b, swap_a, swap_b)?;
     if alpha != 1.0 {
         result = l.map_number(Scalar::Mul, result, alpha)?;
     }
     Ok(vec![Value::Data(result)])
+}
+
+/// `[m, batch…, k]` as `[batch…, m, k]`.
+fn batch_first(l: &mut Lowering<'_>, x: ValueId) -> Lowered<ValueId> {
+    let rank = l.graph.ty(x).rank();
+    if rank < 3 {
+        return Ok(x);
+    }
+    let mut perm: Vec<usize> = (1..rank - 1).collect();
+    perm.extend([0, rank - 1]);
+    l.transpose(x, &perm)
 }
 
 /// Any number of operands, contracted from left to right; an ellipsis stands for broadcast dims.

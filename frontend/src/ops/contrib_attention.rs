@@ -1,11 +1,13 @@
 //! The attention operators of ONNX Runtime, version 1 of
-//! [com.microsoft](https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md): MultiHeadAttention
-//! and Attention. GroupQueryAttention is in `grouped_query`.
+//! [com.microsoft](https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md): MultiHeadAttention,
+//! Attention and QAttention. GroupQueryAttention is in `grouped_query`.
 //!
 //! Both add biases to the projections, take masks in several integer forms, and may append to a past. A masked key gets
 //! `mask_filter_value` (-10000) on its scores, not minus infinity, so a row that is masked as a whole stays finite.
 
 use super::heads::{Scores, dims_of, head_count};
+use super::quantized::centred;
+use super::quantized_contrib::{scalar_of, scaled_product};
 use crate::lower::{Call, Lowered, Lowering, Value, invalid, unsupported};
 use tpshard_ir::op::EinsumSpec;
 use tpshard_ir::{DType, Dim, Op, Scalar, ValueId};
@@ -221,14 +223,62 @@ pub(crate) fn packed_attention(lowering: &mut Lowering<'_>, call: &Call<'_>) -> 
         return Err(unsupported("past_present_share_buffer"));
     }
     let parts = project(lowering, call, sizes)?;
+    attend_projected(lowering, call, parts, [3, 4, 5].map(|at| call.optional(at)), &attributes)
+}
+
+/// QAttention: `(input, weight, bias, input_scale, weight_scale, mask_index, input_zero_point, weight_zero_point, past)`,
+/// an Attention on quantised input and weights.
+pub(crate) fn quantized_attention(lowering: &mut Lowering<'_>, call: &Call<'_>) -> Lowered<Vec<Value>> {
+    let attributes = read_attributes(call)?;
+    let read = &call.attributes;
+    if read.bool("do_rotary", false)? || read.bool("past_present_share_buffer", false)? {
+        return Err(unsupported("do_rotary or past_present_share_buffer"));
+    }
+    let x = centred(lowering, call.input(0)?, call.optional(6), true)?;
+    let x_scale = scalar_of(lowering, call.input(3)?)?;
+    let weights = call.input(1)?.clone();
+    let [_, columns] = dims_of(&lowering.ty(&weights), "the weights")?;
+    let third = columns.exact_div(&Dim::constant(3));
+    let third = third.ok_or_else(|| invalid(format!("{columns} columns are not three times as many")))?;
+    let sizes = vec![third; 3];
+    let weights = lowering.split_value(&weights, 1, &sizes)?;
+    let biases = lowering.split_value(call.input(2)?, 0, &sizes)?;
+    // One for all columns, or one per column.
+    let by_part = |lowering: &mut Lowering<'_>, value: &Value| match lowering.shape(value).as_slice() {
+        [entries] if !entries.is_one() => lowering.split_value(value, 0, &sizes),
+        _ => Ok(vec![value.clone(); 3]),
+    };
+    let scales = by_part(lowering, call.input(4)?)?;
+    let zeros = match call.optional(7) {
+        Some(zero) => by_part(lowering, zero)?.into_iter().map(Some).collect(),
+        None => vec![None; 3],
+    };
+    let mut parts = Vec::with_capacity(3);
+    for (((weight, bias), scale), zero) in weights.iter().zip(&biases).zip(&scales).zip(&zeros) {
+        let weight = centred(lowering, weight, zero.as_ref(), false)?;
+        let scale = scalar_of(lowering, scale)?;
+        for value in scaled_product(lowering, [x, weight], [x_scale, scale], Some(bias))? {
+            parts.push(lowering.data(&value)?);
+        }
+    }
+    attend_projected(lowering, call, parts, [call.optional(5), call.optional(8), None], &attributes)
+}
+
+/// Attention of three projections `[b, s, …]`, and the state if it is asked for.
+fn attend_projected(
+    lowering: &mut Lowering<'_>,
+    call: &Call<'_>,
+    parts: Vec<ValueId>,
+    [mask, past, added]: [Option<&Value>; 3],
+    attributes: &Attributes,
+) -> Lowered<Vec<Value>> {
     let mut split = Vec::with_capacity(3);
     for (part, what) in parts.into_iter().zip(["query", "key", "value"]) {
         split.push(lowering.split_heads(&Value::Data(part), attributes.heads, what)?);
     }
     let [q, k, v] = <[ValueId; 3]>::try_from(split).map_err(|_| invalid("not a query, a key and a value"))?;
-    let (k, v, past, present) = pair_state(lowering, call, k, v)?;
-    let result =
-        masked_attention(lowering, [q, k, v], past, call.optional(3), call.optional(5), &attributes)?;
+    let (k, v, length, present) = pair_state(lowering, past, call.wants(1), k, v)?;
+    let result = masked_attention(lowering, [q, k, v], length, mask, added, attributes)?;
     let mut outputs = vec![Value::Data(result)];
     outputs.extend(present.map(Value::Data));
     Ok(outputs)
@@ -276,12 +326,12 @@ fn project(lowering: &mut Lowering<'_>, call: &Call<'_>, sizes: Option<&[i64]>) 
 /// Keys and values of all positions, the length of the past, and the state `[2, b, h, t, d]` if it is asked for.
 fn pair_state(
     lowering: &mut Lowering<'_>,
-    call: &Call<'_>,
+    past: Option<&Value>,
+    wanted: bool,
     k: ValueId,
     v: ValueId,
 ) -> Lowered<(ValueId, ValueId, Dim, Option<ValueId>)> {
-    let past = call.optional(4);
-    if past.is_none() && !call.wants(1) {
+    if past.is_none() && !wanted {
         return Ok((k, v, Dim::constant(0), None));
     }
     let length = past_length(lowering, past, 3)?;

@@ -2,8 +2,10 @@
 //!
 //! `auto_pad` is resolved here: SAME needs constant spatial dims, or a stride of 1.
 
+use super::activation::{named_activation, swish_of};
+use super::heads::dims_of;
 use super::pooling::max_pool_indices;
-use crate::lower::{Call, Lowered, Lowering, Value, invalid, undecided};
+use crate::lower::{Call, Lowered, Lowering, Value, invalid, undecided, unsupported};
 use tpshard_ir::op::{PoolKind, Window};
 use tpshard_ir::{Dim, Monoid, Op, Scalar, ValueId};
 
@@ -73,6 +75,31 @@ pub(super) fn conv(l: &mut Lowering<'_>, call: &Call<'_>) -> Lowered<Vec<Value>>
     Ok(vec![Value::Data(per_channel(l, Scalar::Add, result, bias)?)])
 }
 
+/// FusedConv of ONNX Runtime: a Conv, an optional summand of its result, and what is applied to each element of that.
+pub(super) fn fused_conv(l: &mut Lowering<'_>, call: &Call<'_>) -> Lowered<Vec<Value>> {
+    let name = call.attributes.string("activation", "")?;
+    let parameters = call.attributes.optional_floats("activation_params")?.unwrap_or(&[]);
+    let mut values = conv(l, call)?;
+    for value in &mut values {
+        let mut y = l.data(value)?;
+        if let Some(summand) = call.optional(3) {
+            let summand = l.data(summand)?;
+            y = l.map(Scalar::Add, &[y, summand])?;
+        }
+        let parameter = |index: usize| parameters.get(index).copied().map(f64::from);
+        y = match name {
+            "" => y,
+            "Clip" => {
+                let y = l.map_number(Scalar::Max, y, parameter(0).unwrap_or(f64::from(f32::MIN)))?;
+                l.map_number(Scalar::Min, y, parameter(1).unwrap_or(f64::from(f32::MAX)))?
+            }
+            name => named_activation(l, name, y, parameter(0), parameter(1))?,
+        };
+        *value = Value::Data(y);
+    }
+    Ok(values)
+}
+
 /// `f(x, parameter)` with one entry of the parameter per channel.
 pub(super) fn per_channel(
     l: &mut Lowering<'_>,
@@ -105,6 +132,70 @@ pub(super) fn convolve(l: &mut Lowering<'_>, call: &Call<'_>, x: ValueId, w: Val
     let wanted = &weight.shape[1] * &Dim::from(groups);
     l.unify(&channels, &wanted)?;
     l.add(Op::Conv { window, groups }, &[x, w])
+}
+
+/// CausalConvWithState of ONNX Runtime, over one dim: `(input, weight, bias, past_state)`. Every channel has a window of
+/// its own that ends where its result stands; what it sees before the input is the state, which is kept for the next step.
+pub(super) fn causal_conv_with_state(l: &mut Lowering<'_>, call: &Call<'_>) -> Lowered<Vec<Value>> {
+    let read = &call.attributes;
+    if read.int("ndim", 1)? != 1 || read.bool("channels_last", false)? || read.int("state_window", 0)? != 0 {
+        return Err(unsupported(
+            "a causal convolution over several dims, channels last, or with a window of states",
+        ));
+    }
+    let dilation = usize::try_from(read.int("dilation", 1)?).ok().filter(|&dilation| dilation > 0);
+    let dilation = dilation.ok_or_else(|| invalid("the dilation"))?;
+    let (x, w) = (l.data(call.input(0)?)?, l.data(call.input(1)?)?);
+    let ([batch, channels, steps], [groups, _, kernel]) =
+        (dims_of(&l.graph.ty(x).clone(), "the input")?, dims_of(&l.graph.ty(w).clone(), "the weight")?);
+    l.unify(&channels, &groups)?;
+    let (Some(groups), Some(kernel)) = (groups.as_size(), kernel.as_size().filter(|&kernel| kernel > 0))
+    else {
+        return Err(undecided("a kernel of dynamic size"));
+    };
+    let reach = (kernel - 1).saturating_mul(dilation);
+    let state = vec![batch, channels, Dim::from(reach)];
+    let past = match call.optional(3) {
+        Some(past) => {
+            let (ty, wanted) = (l.ty(past), state.len());
+            if ty.rank() != wanted {
+                return Err(invalid(format!("a state of type {ty}")));
+            }
+            for (have, wanted) in ty.shape.iter().zip(&state) {
+                let (have, wanted) = (l.current(have), l.current(wanted));
+                l.unify(&have, &wanted)?;
+            }
+            past.clone()
+        }
+        None => {
+            let zero = l.scalar(l.graph.ty(x).dtype, 0.0)?;
+            let state = l.current_all(&state);
+            Value::Data(l.broadcast(zero, &state)?)
+        }
+    };
+    let all = l.concat_values(&[past, Value::Data(x)], 2)?;
+    let all = l.data(&all)?;
+    let window = Window {
+        kernel: vec![kernel],
+        strides: vec![1],
+        dilations: vec![dilation],
+        pads_low: vec![0],
+        pads_high: vec![0],
+        ceil: false,
+    };
+    let mut y = l.add(Op::Conv { window, groups }, &[all, w])?;
+    if let Some(bias) = call.optional(2) {
+        let bias = l.data(bias)?;
+        y = per_channel(l, Scalar::Add, y, bias)?;
+    }
+    match read.string("activation", "none")? {
+        "none" => {}
+        "silu" | "swish" => y = swish_of(l, y, 1.0)?,
+        other => return Err(invalid(format!("the activation {}", crate::error::quote(other)))),
+    }
+    let steps = l.current(&steps);
+    let present = l.slice(all, 2, steps, Dim::from(reach), 1)?;
+    Ok(vec![Value::Data(y), Value::Data(present)])
 }
 
 /// The operand, what is pooled from it, and by which window.

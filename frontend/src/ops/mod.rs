@@ -255,10 +255,13 @@ table! {
     MICROSOFT "Attention" 1..NOW 7 contrib_attention::packed_attention;
     MICROSOFT "BiasGelu" 1..NOW 2 activation::bias_gelu;
     MICROSOFT "CDist" 1..NOW 2 reduction::pairwise_distance;
+    MICROSOFT "CausalConvWithState" 1..NOW 4 convolution::causal_conv_with_state;
     MICROSOFT "DequantizeLinear" 1..NOW 3 quantized::dequantize_linear;
     MICROSOFT "DynamicQuantizeMatMul" 1..NOW 5 quantized_contrib::dynamic_quantize_matmul;
     MICROSOFT "EmbedLayerNormalization" 1..NOW 9 normalization::embed_layer_normalization;
     MICROSOFT "FastGelu" 1..NOW 2 activation::fast_gelu;
+    MICROSOFT "FusedConv" 1..NOW 4 convolution::fused_conv;
+    MICROSOFT "FusedGemm" 1..NOW 3 contraction::fused_gemm;
     MICROSOFT "FusedMatMul" 1..NOW 2 contraction::fused_matmul;
     MICROSOFT "GatherBlockQuantized" 1..NOW 4 packed_weights::gather_block_quantized;
     MICROSOFT "Gelu" 1..NOW 1 activation::erf_gelu;
@@ -267,6 +270,7 @@ table! {
     MICROSOFT "MatMulNBits" 1..NOW 6 packed_weights::matmul_n_bits;
     MICROSOFT "MoE" 1..NOW 8 experts::moe;
     MICROSOFT "MultiHeadAttention" 1..NOW 10 contrib_attention::multi_head_attention;
+    MICROSOFT "QAttention" 1..NOW 9 contrib_attention::quantized_attention;
     MICROSOFT "QGemm" 1..NOW 9 quantized_contrib::q_gemm;
     MICROSOFT "QLinearAdd" 1..NOW 8 quantized_contrib::qlinear_binary;
     MICROSOFT "QLinearAveragePool" 1..NOW 5 quantized_contrib::qlinear_unary;
@@ -284,6 +288,8 @@ table! {
     MICROSOFT "SimplifiedLayerNormalization" 1..NOW 2 normalization::simplified_layer_normalization;
     MICROSOFT "SkipLayerNormalization" 1..NOW 5 normalization::skip_layer_normalization;
     MICROSOFT "SkipSimplifiedLayerNormalization" 1..NOW 4 normalization::skip_simplified_layer_normalization;
+    MICROSOFT "TransposeMatMul" 1..NOW 2 contraction::fused_matmul;
+    MICROSOFT "Trilu" 1..NOW 2 index::trilu;
 }
 
 /// The rows of every operator, by domain and name.

@@ -13,7 +13,7 @@ use crate::lower::{Call, Lowered, Lowering, Value, axis_of, invalid, unsupported
 use tpshard_ir::{DType, Dim, Op, Scalar, ValueId};
 
 /// One entry as a scalar; rows of entries stay.
-fn scalar_of(l: &mut Lowering<'_>, parameter: &Value) -> Lowered<ValueId> {
+pub(super) fn scalar_of(l: &mut Lowering<'_>, parameter: &Value) -> Lowered<ValueId> {
     let value = l.data(parameter)?;
     let value = l.cast(value, DType::F32)?;
     if l.graph.ty(value).shape.iter().all(Dim::is_one) { l.reshape(value, &[]) } else { Ok(value) }
@@ -185,7 +185,7 @@ pub(super) fn q_gemm(l: &mut Lowering<'_>, call: &Call<'_>) -> Lowered<Vec<Value
 }
 
 /// The product of integers times the scales, plus the bias.
-fn scaled_product(
+pub(super) fn scaled_product(
     l: &mut Lowering<'_>,
     [a, b]: [ValueId; 2],
     [of_a, of_b]: [ValueId; 2],

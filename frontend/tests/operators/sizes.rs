@@ -261,3 +261,71 @@ fn expressions_over_names_that_no_input_has_are_names() {
         close(&y[0], &[1, 4], &[0.0, 2.0, 2.0, 4.0]);
     }
 }
+
+#[test]
+fn what_is_clamped_to_zero_counts_as_its_size_where_that_is_needed() {
+    let imported = builder(17)
+        .input("x", DType::F32, "s")
+        .weight("w", &f32s(&[1], &[100.0]))
+        .weight("one", &i64s(&[1]))
+        .weight("all", &i64s(&[i64::MAX]))
+        .node("Slice", "x one all", "tail", &[])
+        .node("Concat", "tail w", "moved", &[("axis", int(0))])
+        .node("Add", "x moved", "y", &[])
+        .output("y", DType::F32)
+        .import()
+        .unwrap();
+    assert_eq!(imported.graph.ty(imported.graph.outputs[0].value).to_string(), "f32[s]");
+    assert_eq!(with_size(&imported, &[1]).unwrap(), [100.0]);
+    assert_eq!(with_size(&imported, &[3]).unwrap(), [1.0, 3.0, 102.0]);
+    assert!(with_size(&imported, &[0]).is_err());
+}
+
+#[test]
+fn sizes_that_agree_for_some_inputs_only_are_checked_before_the_run() {
+    for (joins, wanted) in [("Add", [1.0, 4.0, 3.0, 6.0]), ("Concat", [0.0, 1.0, 2.0, 3.0])] {
+        let attributes: &[(&str, AttributeValue)] = if joins == "Add" { &[] } else { &[("axis", int(0))] };
+        let imported = builder(17)
+            .input("x", DType::F32, "1 1 s")
+            .node("MaxPool", "x", "half", &[("kernel_shape", ints(&[2])), ("strides", ints(&[2]))])
+            .node("Concat", "half half", "whole", &[("axis", int(2))])
+            .node(joins, "x whole", "y", attributes)
+            .output("y", DType::F32)
+            .import()
+            .unwrap();
+        assert!(imported.graph.nodes().iter().all(|node| !matches!(node.op, Op::Deferred { .. })));
+        assert_eq!(with_size(&imported, &[1, 1, 4]).unwrap()[..4], wanted);
+        let error = with_size(&imported, &[1, 1, 5]).unwrap_err();
+        assert!(error.contains("node_2"), "{error}");
+    }
+}
+
+#[test]
+fn products_and_joins_over_sizes_that_data_decides_wait() {
+    let start = || {
+        builder(17)
+            .input("x", DType::F32, "n")
+            .input("shape", DType::I64, "2")
+            .weight("w", &counting(&[6, 2]))
+            .weight("v", &counting(&[6, 1]))
+            .weight("flat", &i64s(&[-1]))
+            .node("Reshape", "x shape", "r", &[])
+            .node("Reshape", "r flat", "f", &[])
+    };
+    let einsum = ("equation", AttributeValue::String("k,kn->n".to_owned().into()));
+    let column = ("axes", i64s(&[1]));
+    for model in [
+        start().node("MatMul", "f w", "y", &[]),
+        start().node("Einsum", "f w", "y", &[einsum]),
+        start().weight(column.0, &column.1).node("Unsqueeze", "f axes", "c", &[]).node(
+            "Concat",
+            "c v",
+            "y",
+            &[("axis", int(1))],
+        ),
+    ] {
+        let imported = model.output("y", DType::F32).import().unwrap();
+        let y = imported.graph.outputs[0].value;
+        assert!(matches!(imported.graph.node(y).op, Op::Deferred { .. }));
+    }
+}

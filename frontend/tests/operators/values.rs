@@ -402,3 +402,51 @@ fn sequences_without_steps_leave_zeros() {
         ]);
     close(&outputs[0], &[1, 2, 1], &[0.0, 1f32.tanh()]);
 }
+
+#[test]
+fn grids_over_flattened_dims_may_walk_several_of_them_at_once() {
+    let imported = builder(17)
+        .input("x", DType::F32, "b 2 2")
+        .weight("zero", &Tensor::scalar(0i64))
+        .weight("one", &Tensor::scalar(1i64))
+        .weight("four", &Tensor::scalar(4i64))
+        .weight("last", &i64s(&[-1]))
+        .weight("flat", &i64s(&[-1]))
+        .node("Shape", "x", "shape", &[])
+        .node("Gather", "shape zero", "b", &[])
+        .node("Range", "zero b one", "rows", &[])
+        .node("Mul", "rows four", "starts", &[])
+        .node("Unsqueeze", "starts last", "column", &[])
+        .node("Range", "zero four one", "row", &[])
+        .node("Add", "column row", "grid", &[])
+        .node("Reshape", "x flat", "line", &[])
+        .node("Gather", "line grid", "y", &[])
+        .output("y", DType::F32)
+        .import()
+        .unwrap();
+    assert!(imported.graph.nodes().iter().all(|node| !matches!(node.op, Op::Gather { .. })));
+    let wanted: Vec<f32> = (0..12).map(|i| i as f32).collect();
+    close(&run(&imported, &[("x", counting(&[3, 2, 2]))])[0], &[3, 4], &wanted);
+}
+
+/// As poolers of image models have them, whose kernel is meant to cover whatever there is.
+#[test]
+fn windows_that_are_rounded_up_may_be_larger_than_the_image() {
+    let pool = |kernel: i64, rounded: i64| {
+        builder(17)
+            .input("x", DType::F32, "1 1 2 3")
+            .node(
+                "AveragePool",
+                "x",
+                "y",
+                &[
+                    ("kernel_shape", ints(&[kernel, kernel])),
+                    ("strides", ints(&[kernel, kernel])),
+                    ("ceil_mode", int(rounded)),
+                ],
+            )
+            .output("y", DType::F32)
+    };
+    close(&pool(5, 1).run(&[("x", counting(&[1, 1, 2, 3]))])[0], &[1, 1, 1, 1], &[2.5]);
+    assert!(first_fault(&pool(5, 0).import().unwrap_err()).contains("does not fit"));
+}

@@ -2,8 +2,10 @@
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
-use tpshard_ir::graph::Guard;
 use tpshard_ir::{Bindings, Dim, Graph, Relation};
+
+/// No dim is raised by more than two to the power of this.
+const MOST_DOUBLINGS: u32 = 32;
 
 /// A well mixed function of its argument (the finaliser of SplitMix64).
 pub(crate) fn mix(seed: u64) -> u64 {
@@ -23,14 +25,14 @@ pub(crate) fn assignments(graph: &Graph, wanted: usize) -> Vec<Bindings> {
         symbols.extend(guard.left.symbols());
         symbols.extend(guard.right.symbols());
     }
+    let extents = graph.nodes().iter().flat_map(|node| &node.ty.shape);
+    let extents: BTreeSet<&Dim> = extents.filter(|dim| dim.as_const().is_none()).collect();
     let mut found: Vec<Bindings> = Vec::new();
     for attempt in 0..400 {
-        let drawn = draw(graph, &symbols, attempt);
-        let extents = graph.nodes().iter().flat_map(|n| &n.ty.shape);
-        let positive = |dim: &Dim| dim.as_const().is_some() || dim.eval(&drawn).is_ok_and(|v| v >= 0);
+        let drawn = draw(graph, &symbols, &extents, attempt);
         if graph.broken_guards(&drawn).is_empty()
             && in_range(graph, &drawn)
-            && extents.clone().all(positive)
+            && extents.iter().all(|dim| dim.eval(&drawn).is_ok_and(|extent| extent >= 0))
             && !found.contains(&drawn)
         {
             found.push(drawn);
@@ -42,7 +44,9 @@ pub(crate) fn assignments(graph: &Graph, wanted: usize) -> Vec<Bindings> {
     found
 }
 
-fn draw(graph: &Graph, symbols: &BTreeSet<Arc<str>>, attempt: u64) -> Bindings {
+fn draw(graph: &Graph, symbols: &BTreeSet<Arc<str>>, extents: &BTreeSet<&Dim>, attempt: u64) -> Bindings {
+    // A window over nothing has no result: what is left by windows is at least one entry, if that can be.
+    let least = Dim::constant(1);
     let mut drawn: Bindings = symbols
         .iter()
         .enumerate()
@@ -58,7 +62,11 @@ fn draw(graph: &Graph, symbols: &BTreeSet<Arc<str>>, attempt: u64) -> Bindings {
         let unequal = graph.guards.iter().filter(|g| g.relation == Relation::LessEqual);
         for (i, guard) in unequal.enumerate() {
             let spread = (mix(attempt * 1013 + i as u64 + round) % 3) as i64;
-            raise(graph, guard, spread, &mut drawn);
+            raise(graph, &guard.left, &guard.right, spread, &mut drawn);
+        }
+        for (i, extent) in extents.iter().filter(|extent| !extent.is_nonnegative()).enumerate() {
+            let spread = (mix(attempt * 1019 + i as u64 + round) % 3) as i64;
+            raise(graph, &least, extent, spread, &mut drawn);
         }
         for guard in graph.guards.iter().filter(|g| g.relation == Relation::Equal) {
             let (symbol, value) = match (guard.left.as_symbol(), guard.right.as_symbol()) {
@@ -74,24 +82,32 @@ fn draw(graph: &Graph, symbols: &BTreeSet<Arc<str>>, attempt: u64) -> Bindings {
     drawn
 }
 
-/// Raises one symbol so that `left <= right` holds, with some room to spare. Nothing else can repair a guard that small
-/// values break: symbols on the left are as small as they may be, or will be in another attempt.
-fn raise(graph: &Graph, guard: &Guard, spare: i64, drawn: &mut Bindings) {
-    let room = |drawn: &Bindings| -> Option<i64> {
-        guard.right.eval(drawn).ok()?.checked_sub(guard.left.eval(drawn).ok()?)
-    };
-    let Some(lack) = room(drawn).filter(|&room| room < 0).and_then(i64::checked_neg) else { return };
-    for name in guard.right.symbols() {
+/// Raises one symbol so that `left <= right` holds, with some room to spare. Nothing else can repair a condition that
+/// small values break: symbols on the left are as small as they may be, or will be in another attempt.
+fn raise(graph: &Graph, left: &Dim, right: &Dim, spare: i64, drawn: &mut Bindings) {
+    let holds = |drawn: &Bindings| left.eval(drawn).is_ok_and(|l| right.eval(drawn).is_ok_and(|r| l <= r));
+    if holds(drawn) {
+        return;
+    }
+    for name in right.symbols() {
         let Some(&value) = drawn.get(&name) else { continue };
-        let mut raised = drawn.clone();
-        raised.insert(name.clone(), value.saturating_add(1));
-        let Some(gain) = room(&raised).and_then(|room| room.checked_add(lack)).filter(|&gain| gain > 0)
+        let high = graph.symbols.get(&name).map_or(i64::MAX, |range| range.high);
+        let reaches = |steps: i64| {
+            let mut raised = drawn.clone();
+            raised.insert(name.clone(), value.saturating_add(steps).min(high));
+            holds(&raised)
+        };
+        // Divisions round, so that single steps may show nothing.
+        let Some(mut enough) = (0..MOST_DOUBLINGS).map(|power| 1i64 << power).find(|&steps| reaches(steps))
         else {
             continue;
         };
-        let steps = lack.saturating_add(gain - 1) / gain;
-        let high = graph.symbols.get(&name).map_or(i64::MAX, |range| range.high);
-        let wanted = value.saturating_add(steps).saturating_add(spare).min(high);
+        let mut short = enough / 2;
+        while enough - short > 1 {
+            let middle = short + (enough - short) / 2;
+            if reaches(middle) { enough = middle } else { short = middle }
+        }
+        let wanted = value.saturating_add(enough).saturating_add(spare).min(high);
         drawn.insert(name, wanted);
         return;
     }
@@ -107,7 +123,7 @@ fn in_range(graph: &Graph, drawn: &Bindings) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use tpshard_ir::{DType, SymbolRange, Type};
+    use tpshard_ir::{DType, Guard, SymbolRange, Type};
 
     fn with_guard(left: Dim, right: Dim) -> Graph {
         let mut graph = Graph::new("guarded");
@@ -147,6 +163,23 @@ mod tests {
         let found = assignments(&graph, 8);
         let sizes: BTreeSet<i64> = found.iter().map(|point| point["seq"]).collect();
         assert_eq!(sizes, [1, 4].into());
+    }
+
+    /// What convolutions with strides leave of a signal.
+    #[test]
+    fn dims_that_windows_shorten_are_long_enough() {
+        let mut graph = with_guard(Dim::constant(0), Dim::symbol("seq"));
+        let mut left = Dim::symbol("seq");
+        for (reach, stride) in [(10, 5), (3, 2), (3, 2), (3, 2), (3, 2), (2, 2), (2, 2)] {
+            left = (left - Dim::constant(reach)).floor_div(&Dim::constant(stride)) + Dim::constant(1);
+            graph.input("x", Type::new(DType::F32, vec![left.clone()]));
+        }
+        let found = assignments(&graph, 2);
+        assert_eq!(found.len(), 2, "{found:?}");
+        for point in found {
+            assert!(left.eval(&point).unwrap() >= 1, "{point:?}");
+            assert!(point["seq"] < 2000, "{point:?}");
+        }
     }
 
     #[test]

@@ -7,6 +7,7 @@
 use super::contraction::dim_groups;
 use super::engine::{Rewriter, Rule};
 use tpshard_ir::dim::Dim;
+use tpshard_ir::weight::WeightExpr;
 use tpshard_ir::{Op, ValueId};
 
 pub(super) const RULES: [Rule; 1] = [Rule { name: "slice-into-weights", apply: slice_into_weights }];
@@ -28,13 +29,24 @@ fn slice_into_weights(r: &mut Rewriter<'_>, v: ValueId) -> Option<ValueId> {
     let cut = cut_of(r, v)?;
     let x = r.arg(v, 0);
     if let Op::Weight(expr) = r.op(x) {
-        let sliced = expr.slice(cut.axis, cut.start, cut.length).ok()?;
-        return r.make(Op::Weight(sliced), &[]).ok();
+        let part = part_of(expr, cut)?;
+        return r.make(Op::Weight(part), &[]).ok();
     }
     if !only_disjoint_slices(r, x, cut.axis) || !reaches_weights(r, x, cut.axis, 0) {
         return None;
     }
     push(r, x, cut)
+}
+
+/// Part of a weight, if it falls on whole bytes: several entries of a packed type share one.
+fn part_of(expr: &WeightExpr, cut: Cut) -> Option<WeightExpr> {
+    let per_byte = (8 / expr.dtype().bits().max(1)).max(1);
+    let inner: usize = expr.shape().get(cut.axis + 1..)?.iter().product();
+    let whole = |entries: usize| entries.saturating_mul(inner).is_multiple_of(per_byte);
+    if !whole(cut.start) || !whole(cut.length) {
+        return None;
+    }
+    expr.slice(cut.axis, cut.start, cut.length).ok()
 }
 
 /// True if every use of `x` is a slice along `axis`, and no two overlap.
@@ -120,7 +132,7 @@ fn reshape_axis(r: &Rewriter<'_>, x: ValueId, axis: usize) -> Option<usize> {
 fn push(r: &mut Rewriter<'_>, x: ValueId, cut: Cut) -> Option<ValueId> {
     let args = r.args(x).to_vec();
     match r.op(x).clone() {
-        Op::Weight(expr) => r.make(Op::Weight(expr.slice(cut.axis, cut.start, cut.length).ok()?), &[]).ok(),
+        Op::Weight(expr) => r.make(Op::Weight(part_of(&expr, cut)?), &[]).ok(),
         Op::Literal(_) => {
             let Cut { axis, start, length } = cut;
             r.make(Op::Slice { axis, start: start.into(), length: length.into(), step: 1 }, &[x]).ok()
