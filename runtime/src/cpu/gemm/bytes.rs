@@ -168,7 +168,7 @@ impl Found {
             scales: vec![1.0; left.rows * blocks],
             is_bytes: vec![false; left.rows],
         };
-        let fill = |(r, ((bytes, scales), is_bytes)): (usize, ((&mut [i8], &mut [f32]), &mut bool))| {
+        let fill = |r: usize, bytes: &mut [i8], scales: &mut [f32], is_bytes: &mut bool| {
             *is_bytes = bytes_of(row(r), block, bytes, scales);
             if !*is_bytes {
                 bytes.fill(0);
@@ -178,9 +178,9 @@ impl Found {
         let rows = found.bytes.par_chunks_exact_mut(columns).zip(found.scales.par_chunks_exact_mut(blocks));
         let rows = rows.zip(&mut found.is_bytes).enumerate();
         if left.rows * columns < SHARED_FROM {
-            rows.with_min_len(left.rows).for_each(fill);
+            rows.with_min_len(left.rows).for_each(|(r, ((bytes, scales), is))| fill(r, bytes, scales, is));
         } else {
-            rows.for_each(fill);
+            rows.for_each(|(r, ((bytes, scales), is))| fill(r, bytes, scales, is));
         }
         found.is_bytes.contains(&true).then_some(found)
     }
