@@ -3,6 +3,10 @@
 //! A [`Device`] is one GPU with one queue of work. Copies and launches are put into the queue; what the host reads is
 //! there when the reading call returns. Every call first makes the device that of its thread, so that values may move
 //! between threads.
+//!
+//! Work that needs other processes, such as a collective, may never be done. Whoever puts such work into the queue gives
+//! the device a [`Watch`]: waiting then ends when the watch says that nothing will come of it. From then on the queue is
+//! *abandoned*; every call fails, and nothing is waited for or freed any more, which would wait too.
 #![allow(unsafe_code)] // Calls into a C library.
 
 mod functions;
@@ -13,18 +17,35 @@ use crate::error::DriverError;
 use crate::library::Library;
 use crate::search::SearchPath;
 pub(crate) use functions::DevicePointer;
-use functions::Functions;
+use functions::{DEVICE_MEMORY, Functions, RowsCopy};
 use std::ffi::{CString, c_int, c_void};
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 const NAMES: [&str; 2] = ["libcuda.so.1", "libcuda.so"];
 
 /// Attributes of devices, by NVIDIA's numbers.
 const CAPABILITY_MAJOR: c_int = 75;
 const CAPABILITY_MINOR: c_int = 76;
+/// What the driver says of an argument that it does not take.
+const INVALID_VALUE: i32 = 1;
 /// Streams that do not wait for the default one.
 const NON_BLOCKING: u32 = 1;
+/// Events that only say whether they have passed.
+const NO_TIMES: u32 = 2;
+/// A wait that is watched gives up the core until this is over, and then sleeps in between.
+const LIVELY: Duration = Duration::from_millis(2);
+const NAP: Duration = Duration::from_micros(100);
+/// Uploads beyond this may wait for the queue in the driver.
+const SMALL_UPLOAD: usize = 64 << 10;
+
+/// Says whether waiting for a device still makes sense.
+pub trait Watch: Send + Sync + std::fmt::Debug {
+    /// Why it makes none any more. Asked often, from any thread.
+    fn broken(&self) -> Option<String>;
+}
 
 /// An open and initialised driver.
 #[derive(Clone, Debug)]
@@ -91,6 +112,9 @@ impl Driver {
             stream: 0,
             name: String::new(),
             arch: 0,
+            bus: String::new(),
+            watch: Mutex::default(),
+            abandoned: AtomicBool::new(false),
         };
         queue.enter()?;
         let mut stream = std::ptr::null_mut();
@@ -100,6 +124,8 @@ impl Driver {
         let capability = [queue.attribute(CAPABILITY_MAJOR)?, queue.attribute(CAPABILITY_MINOR)?];
         queue.arch = capability[0].saturating_mul(10).saturating_add(capability[1]);
         queue.name = queue.find_name()?;
+        // Only some decisions need it, and they can do without.
+        queue.bus = queue.find_bus().unwrap_or_default();
         Ok(Device(Arc::new(queue)))
     }
 }
@@ -113,6 +139,9 @@ struct Queue {
     stream: usize,
     name: String,
     arch: u32,
+    bus: String,
+    watch: Mutex<Option<Arc<dyn Watch>>>,
+    abandoned: AtomicBool,
 }
 
 impl Queue {
@@ -122,8 +151,37 @@ impl Queue {
 
     /// Makes the device that of this thread.
     fn enter(&self) -> Result<(), DriverError> {
+        if self.abandoned.load(Ordering::Acquire) {
+            return Err(DriverError::Abandoned { why: "the run was given up".into() });
+        }
         // SAFETY: the context is retained until this is dropped.
         self.functions.checked(unsafe { self.functions.set_current(self.context as *mut c_void) })
+    }
+
+    /// Waits for all work to be done, as long as that makes sense.
+    fn wait(&self) -> Result<(), DriverError> {
+        let f = &self.functions;
+        let watch = self.watch.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let Some(watch) = watch else {
+            // SAFETY: the stream lives as long as this.
+            return f.checked(unsafe { f.synchronize(self.stream()) });
+        };
+        let start = Instant::now();
+        loop {
+            // SAFETY: as above.
+            if f.is_done(unsafe { f.query_stream(self.stream()) })? {
+                return Ok(());
+            }
+            if let Some(why) = watch.broken() {
+                self.abandoned.store(true, Ordering::Release);
+                return Err(DriverError::Abandoned { why });
+            }
+            if start.elapsed() < LIVELY { std::thread::yield_now() } else { std::thread::sleep(NAP) }
+        }
+    }
+
+    fn is_watched(&self) -> bool {
+        self.watch.lock().unwrap_or_else(PoisonError::into_inner).is_some()
     }
 
     fn attribute(&self, attribute: c_int) -> Result<u32, DriverError> {
@@ -141,9 +199,23 @@ impl Queue {
             self.functions.device_name(name.as_mut_ptr().cast(), name.len() as c_int - 1, self.device)
         };
         self.functions.checked(called)?;
-        let length = name.iter().position(|&b| b == 0).unwrap_or(name.len());
-        Ok(String::from_utf8_lossy(name.get(..length).unwrap_or_default()).into_owned())
+        Ok(text(&name))
     }
+
+    fn find_bus(&self) -> Result<String, DriverError> {
+        let mut id = [0u8; 32];
+        let length = id.len() as c_int - 1;
+        // SAFETY: there is room for as many bytes as is said.
+        let called = unsafe { self.functions.bus_id(id.as_mut_ptr().cast(), length, self.device) };
+        self.functions.checked(called)?;
+        Ok(text(&id))
+    }
+}
+
+/// What was written into a buffer, up to the first zero.
+fn text(buffer: &[u8]) -> String {
+    let length = buffer.iter().position(|&b| b == 0).unwrap_or(buffer.len());
+    String::from_utf8_lossy(buffer.get(..length).unwrap_or_default()).into_owned()
 }
 
 impl Drop for Queue {
@@ -152,6 +224,9 @@ impl Drop for Queue {
         if self.enter().is_ok() && self.stream != 0 {
             // SAFETY: the stream was made by `create_stream`, and nothing that uses it is left.
             let _ = unsafe { self.functions.destroy_stream(self.stream()) };
+        }
+        if self.abandoned.load(Ordering::Acquire) {
+            return;
         }
         // SAFETY: retained once.
         let _ = unsafe { self.functions.release(self.device) };
@@ -170,6 +245,29 @@ impl Device {
     /// The compute capability: 90 for `sm_90`.
     pub fn arch(&self) -> u32 {
         self.0.arch
+    }
+
+    /// Where the device is on the machine's bus, which tells it from all others of the machine.
+    pub fn bus(&self) -> &str {
+        &self.0.bus
+    }
+
+    /// From now on, waits end when `watch` says so; `None`: they end when the work is done.
+    pub fn set_watch(&self, watch: Option<Arc<dyn Watch>>) {
+        *self.0.watch.lock().unwrap_or_else(PoisonError::into_inner) = watch;
+    }
+
+    /// A mark that can be put into the queue.
+    ///
+    /// # Errors
+    /// The driver fails.
+    pub fn event(&self) -> Result<Event, DriverError> {
+        self.0.enter()?;
+        let f = &self.0.functions;
+        let mut handle = std::ptr::null_mut();
+        // SAFETY: the pointer lives through the call.
+        f.checked(unsafe { f.create_event(&mut handle, NO_TIMES) })?;
+        Ok(Event { queue: self.0.clone(), handle: handle as usize })
     }
 
     /// Free and total bytes of memory.
@@ -230,9 +328,67 @@ impl Device {
     /// Some work failed.
     pub fn synchronize(&self) -> Result<(), DriverError> {
         self.0.enter()?;
-        let f = &self.0.functions;
-        // SAFETY: the stream lives as long as the queue.
-        f.checked(unsafe { f.synchronize(self.0.stream()) })
+        self.0.wait()
+    }
+}
+
+/// A mark in the queue, which has passed when all work before it is done.
+#[derive(Debug)]
+pub struct Event {
+    queue: Arc<Queue>,
+    handle: usize,
+}
+
+impl Event {
+    /// Puts the mark at the end of the queue.
+    ///
+    /// # Errors
+    /// The driver fails.
+    pub fn record(&self) -> Result<(), DriverError> {
+        self.queue.enter()?;
+        let f = &self.queue.functions;
+        // SAFETY: event and stream are alive.
+        f.checked(unsafe { f.record_event(self.handle as *mut c_void, self.queue.stream()) })
+    }
+
+    /// Whether the mark has passed; does not wait.
+    ///
+    /// # Errors
+    /// Some work failed.
+    pub fn has_passed(&self) -> Result<bool, DriverError> {
+        self.queue.enter()?;
+        let f = &self.queue.functions;
+        // SAFETY: the event is alive.
+        f.is_done(unsafe { f.query_event(self.handle as *mut c_void) })
+    }
+}
+
+impl Drop for Event {
+    fn drop(&mut self) {
+        if self.queue.enter().is_ok() {
+            let f = &self.queue.functions;
+            // SAFETY: made by `create_event`, destroyed once; the driver waits for nothing.
+            let _ = unsafe { f.destroy_event(self.handle as *mut c_void) };
+        }
+    }
+}
+
+/// Rows of bytes that lie apart.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Rows {
+    pub count: u64,
+    /// Bytes of a row.
+    pub bytes: u64,
+    /// Bytes from the beginning of one row to that of the next, where they are written.
+    pub to_stride: u64,
+    /// The same where they are read.
+    pub from_stride: u64,
+}
+
+impl Rows {
+    /// Bytes from the beginning of the first row to the end of the last.
+    fn extent(&self, stride: u64) -> Option<u64> {
+        self.count.checked_sub(1)?.checked_mul(stride)?.checked_add(self.bytes)
     }
 }
 
@@ -268,6 +424,9 @@ impl Memory {
             return Ok(());
         }
         self.queue.enter()?;
+        if from.len() > SMALL_UPLOAD && self.queue.is_watched() {
+            self.queue.wait()?;
+        }
         let f = &self.queue.functions;
         // SAFETY: source and target have this many bytes. From memory that is not pinned, the driver has taken the
         // bytes when the call returns.
@@ -284,6 +443,10 @@ impl Memory {
             return Ok(());
         }
         self.queue.enter()?;
+        if self.queue.is_watched() {
+            // To memory that is not pinned, the driver waits in the copy, where nobody watches.
+            self.queue.wait()?;
+        }
         let f = &self.queue.functions;
         let stream = self.queue.stream();
         // SAFETY: source and target have this many bytes; the target is borrowed until the copy is waited for.
@@ -311,6 +474,58 @@ impl Memory {
         f.checked(unsafe { f.copy_on_device(to, source, count, self.queue.stream()) })
     }
 
+    /// Copies rows from other memory of the device.
+    ///
+    /// # Errors
+    /// The bytes do not lie within, or the driver fails.
+    pub fn copy_rows(
+        &self,
+        offset: u64,
+        from: &Memory,
+        from_offset: u64,
+        rows: Rows,
+    ) -> Result<(), DriverError> {
+        if rows.count == 0 || rows.bytes == 0 {
+            return Ok(());
+        }
+        let whole = |stride: u64| rows.extent(stride).unwrap_or(u64::MAX);
+        let to = self.at(offset, whole(rows.to_stride))?;
+        let source = from.at(from_offset, whole(rows.from_stride))?;
+        if rows.count == 1 || (rows.bytes == rows.to_stride && rows.bytes == rows.from_stride) {
+            return self.copy(offset, from, from_offset, rows.count * rows.bytes);
+        }
+        let size = |bytes: u64| usize::try_from(bytes).unwrap_or(usize::MAX);
+        let copy = RowsCopy {
+            from_x: 0,
+            from_y: 0,
+            from_kind: DEVICE_MEMORY,
+            from_host: std::ptr::null(),
+            from_device: source,
+            from_array: std::ptr::null_mut(),
+            from_pitch: size(rows.from_stride),
+            to_x: 0,
+            to_y: 0,
+            to_kind: DEVICE_MEMORY,
+            to_host: std::ptr::null_mut(),
+            to_device: to,
+            to_array: std::ptr::null_mut(),
+            to_pitch: size(rows.to_stride),
+            bytes: size(rows.bytes),
+            rows: size(rows.count),
+        };
+        self.queue.enter()?;
+        let f = &self.queue.functions;
+        // SAFETY: all rows lie within memory that lives as in `copy`; the description lives through the call.
+        match f.checked(unsafe { f.copy_rows(&copy, self.queue.stream()) }) {
+            // Rows may lie further apart than the driver can say.
+            Err(DriverError::Call { code: INVALID_VALUE, .. }) => (0..rows.count).try_for_each(|row| {
+                let (to, source) = (offset + row * rows.to_stride, from_offset + row * rows.from_stride);
+                self.copy(to, from, source, rows.bytes)
+            }),
+            copied => copied,
+        }
+    }
+
     /// Sets bytes to zero.
     ///
     /// # Errors
@@ -334,8 +549,11 @@ impl Drop for Memory {
     fn drop(&mut self) {
         if self.queue.enter().is_ok() {
             let f = &self.queue.functions;
-            // SAFETY: work that uses the memory is waited for, then it is freed once; nothing can be done about failures.
-            let _ = unsafe { (f.synchronize(self.queue.stream()), f.free(self.address)) };
+            // Work that uses the memory is waited for. Memory of an abandoned queue is left to the end of the process.
+            if !matches!(self.queue.wait(), Err(DriverError::Abandoned { .. })) {
+                // SAFETY: freed once; nothing can be done about failures.
+                let _ = unsafe { f.free(self.address) };
+            }
         }
     }
 }
@@ -350,9 +568,11 @@ impl Drop for Loaded {
     fn drop(&mut self) {
         if self.queue.enter().is_ok() {
             let f = &self.queue.functions;
-            // SAFETY: work that uses the code is waited for, then it is unloaded once.
-            let _ =
-                unsafe { (f.synchronize(self.queue.stream()), f.unload_module(self.module as *mut c_void)) };
+            // Work that uses the code is waited for, as above.
+            if !matches!(self.queue.wait(), Err(DriverError::Abandoned { .. })) {
+                // SAFETY: unloaded once.
+                let _ = unsafe { f.unload_module(self.module as *mut c_void) };
+            }
         }
     }
 }

@@ -156,6 +156,18 @@ impl History {
         }
     }
 
+    /// Notes that a collective is done which was started some time ago.
+    pub(super) fn settle(&mut self, sequence: u64) {
+        if let Some(record) = self.records.iter_mut().rev().find(|r| r.tag.sequence == sequence) {
+            record.done = true;
+        }
+    }
+
+    /// The first collective that is not done.
+    pub fn unfinished(&self) -> Option<&Record> {
+        self.records.iter().find(|record| !record.done)
+    }
+
     /// One JSON object, for tools.
     pub fn to_json(&self) -> serde_json::Value {
         let records: Vec<_> = self

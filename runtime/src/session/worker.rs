@@ -27,8 +27,9 @@ use tpshard_ir::{AxisLayout, Conversion, DType, StepId, Tensor, ValueId};
 
 pub(super) struct Worker {
     program: RankProgram,
-    communicator: Box<dyn Communicator>,
+    /// Before the communicator, so that its collectives end while the other ranks can still be seen.
     engine: Engine,
+    communicator: Box<dyn Communicator>,
     state: Option<StateStore>,
     memory_limit: u64,
     /// The least memory limit of all ranks, where they have to decide alike.
@@ -64,7 +65,8 @@ impl Worker {
             Ok((engine, memory_limit, state))
         };
         let loaded = load();
-        let (engine, memory_limit, state) = agree(&*communicator, &mut sequence, loaded)?;
+        let (mut engine, memory_limit, state) = agree(&*communicator, &mut sequence, loaded)?;
+        engine.link(&program, options, &*communicator, &mut sequence)?;
         let common_limit = least_limit(&program, &*communicator, &mut sequence, memory_limit)?;
         let evaluator = options.evaluator.clone();
         let timeline = options.timeline.then(Timeline::default);
