@@ -19,7 +19,7 @@ mod worker;
 pub use error::SessionError;
 pub use timeline::{StepTime, now};
 
-use crate::comm::Communicator;
+use crate::comm::{Communicator, History};
 use crate::cpu::WeightSource;
 use crate::placement;
 use crate::state::{SlotId, StateOptions, StateStore, StepPart};
@@ -269,6 +269,16 @@ impl Session {
         }
         let asked = self.prepare_step(inputs, slots);
         self.lead(asked)
+    }
+
+    /// True after a failed collective: every later call fails too.
+    pub fn is_broken(&self) -> bool {
+        self.poisoned.is_some()
+    }
+
+    /// The last collectives of this rank, oldest first.
+    pub fn history(&self) -> History {
+        self.worker.history()
     }
 
     /// Forgets all but the first `length` entries of a slot.
@@ -527,10 +537,16 @@ impl Session {
     }
 
     fn settle<T>(&mut self, result: Result<T, SessionError>) -> Result<T, SessionError> {
-        if let Err(SessionError::Collective(error)) = &result {
-            self.poisoned = Some(error.to_string());
-        }
-        result
+        result.map_err(|error| match error {
+            SessionError::Collective(error) => {
+                self.poisoned = Some(error.to_string());
+                match self.worker.whereabouts() {
+                    Some(place) => SessionError::Broken { place, error },
+                    None => SessionError::Collective(error),
+                }
+            }
+            other => other,
+        })
     }
 }
 

@@ -144,7 +144,9 @@ impl History {
 
     pub(super) fn start(&mut self, record: Record) {
         if self.records.len() == Self::CAPACITY {
-            self.records.pop_front();
+            // The first that is not done is what the others wait for.
+            let first = usize::from(self.records.front().is_some_and(|first| !first.done));
+            self.records.remove(first);
         }
         self.records.push_back(record);
     }
