@@ -10,15 +10,19 @@
 #![allow(unsafe_code)] // Calls into a C library.
 
 mod functions;
+mod kernels;
+mod memory;
 
 pub use functions::OUT_OF_MEMORY;
+pub use kernels::{Argument, Function, Module};
+pub use memory::{Memory, Rows};
 
 use crate::error::DriverError;
 use crate::library::Library;
 use crate::search::SearchPath;
 pub(crate) use functions::DevicePointer;
-use functions::{DEVICE_MEMORY, Functions, RowsCopy};
-use std::ffi::{CString, c_int, c_void};
+use functions::Functions;
+use std::ffi::{c_int, c_void};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -29,8 +33,6 @@ const NAMES: [&str; 2] = ["libcuda.so.1", "libcuda.so"];
 /// Attributes of devices, by NVIDIA's numbers.
 const CAPABILITY_MAJOR: c_int = 75;
 const CAPABILITY_MINOR: c_int = 76;
-/// What the driver says of an argument that it does not take.
-const INVALID_VALUE: i32 = 1;
 /// Streams that do not wait for the default one.
 const NON_BLOCKING: u32 = 1;
 /// Events that only say whether they have passed.
@@ -38,8 +40,6 @@ const NO_TIMES: u32 = 2;
 /// A wait that is watched gives up the core until this is over, and then sleeps in between.
 const LIVELY: Duration = Duration::from_millis(2);
 const NAP: Duration = Duration::from_micros(100);
-/// Uploads beyond this may wait for the queue in the driver.
-const SMALL_UPLOAD: usize = 64 << 10;
 
 /// Says whether waiting for a device still makes sense.
 pub trait Watch: Send + Sync + std::fmt::Debug {
@@ -294,7 +294,7 @@ impl Device {
         let f = &self.0.functions;
         // SAFETY: the address lives through the call.
         f.checked(unsafe { f.allocate(&mut address, size) })?;
-        Ok(Memory { queue: self.0.clone(), address, bytes })
+        Ok(Memory::new(self.0.clone(), address, bytes))
     }
 
     /// The functions of a piece of machine code.
@@ -310,7 +310,7 @@ impl Device {
         let f = &self.0.functions;
         // SAFETY: the image is machine code that our compiler made, and lives through the call.
         f.checked(unsafe { f.load_module(&mut module, image.as_ptr().cast()) })?;
-        Ok(Module(Arc::new(Loaded { queue: self.0.clone(), module: module as usize })))
+        Ok(Module::new(self.0.clone(), module as usize))
     }
 
     /// Makes the device that of this thread.
@@ -370,296 +370,6 @@ impl Drop for Event {
             // SAFETY: made by `create_event`, destroyed once; the driver waits for nothing.
             let _ = unsafe { f.destroy_event(self.handle as *mut c_void) };
         }
-    }
-}
-
-/// Rows of bytes that lie apart.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Rows {
-    pub count: u64,
-    /// Bytes of a row.
-    pub bytes: u64,
-    /// Bytes from the beginning of one row to that of the next, where they are written.
-    pub to_stride: u64,
-    /// The same where they are read.
-    pub from_stride: u64,
-}
-
-impl Rows {
-    /// Bytes from the beginning of the first row to the end of the last.
-    fn extent(&self, stride: u64) -> Option<u64> {
-        self.count.checked_sub(1)?.checked_mul(stride)?.checked_add(self.bytes)
-    }
-}
-
-/// Device memory, freed when dropped.
-#[derive(Debug)]
-pub struct Memory {
-    queue: Arc<Queue>,
-    address: DevicePointer,
-    bytes: u64,
-}
-
-impl Memory {
-    #[allow(clippy::len_without_is_empty, reason = "a number of bytes")]
-    pub fn len(&self) -> u64 {
-        self.bytes
-    }
-
-    /// The address of byte `offset`, of which `bytes` lie within.
-    pub(crate) fn at(&self, offset: u64, bytes: u64) -> Result<DevicePointer, DriverError> {
-        match offset.checked_add(bytes) {
-            Some(end) if end <= self.bytes => Ok(self.address + offset),
-            _ => Err(DriverError::Bounds { offset, bytes, size: self.bytes }),
-        }
-    }
-
-    /// Writes bytes of the host; they may be changed when this returns.
-    ///
-    /// # Errors
-    /// They do not lie within, or the driver fails.
-    pub fn upload(&self, offset: u64, from: &[u8]) -> Result<(), DriverError> {
-        let to = self.at(offset, from.len() as u64)?;
-        if from.is_empty() {
-            return Ok(());
-        }
-        self.queue.enter()?;
-        if from.len() > SMALL_UPLOAD && self.queue.is_watched() {
-            self.queue.wait()?;
-        }
-        let f = &self.queue.functions;
-        // SAFETY: source and target have this many bytes. From memory that is not pinned, the driver has taken the
-        // bytes when the call returns.
-        f.checked(unsafe { f.copy_to_device(to, from.as_ptr().cast(), from.len(), self.queue.stream()) })
-    }
-
-    /// Reads bytes after all work before is done.
-    ///
-    /// # Errors
-    /// They do not lie within, or some work failed.
-    pub fn download(&self, offset: u64, to: &mut [u8]) -> Result<(), DriverError> {
-        let from = self.at(offset, to.len() as u64)?;
-        if to.is_empty() {
-            return Ok(());
-        }
-        self.queue.enter()?;
-        if self.queue.is_watched() {
-            // To memory that is not pinned, the driver waits in the copy, where nobody watches.
-            self.queue.wait()?;
-        }
-        let f = &self.queue.functions;
-        let stream = self.queue.stream();
-        // SAFETY: source and target have this many bytes; the target is borrowed until the copy is waited for.
-        let copied = f.checked(unsafe { f.copy_to_host(to.as_mut_ptr().cast(), from, to.len(), stream) });
-        // SAFETY: the stream lives as long as the queue. Waited for in any case, since the target ends with this.
-        let done = f.checked(unsafe { f.synchronize(stream) });
-        copied.and(done)
-    }
-
-    /// Copies from other memory of the device.
-    ///
-    /// # Errors
-    /// The bytes do not lie within, or the driver fails.
-    pub fn copy(&self, offset: u64, from: &Memory, from_offset: u64, bytes: u64) -> Result<(), DriverError> {
-        let (to, source) = (self.at(offset, bytes)?, from.at(from_offset, bytes)?);
-        let Ok(count) = usize::try_from(bytes) else {
-            return Err(DriverError::Bounds { offset, bytes, size: self.bytes });
-        };
-        if count == 0 {
-            return Ok(());
-        }
-        self.queue.enter()?;
-        let f = &self.queue.functions;
-        // SAFETY: both have this many bytes, and live until the stream is destroyed or they are freed, which waits.
-        f.checked(unsafe { f.copy_on_device(to, source, count, self.queue.stream()) })
-    }
-
-    /// Copies rows from other memory of the device.
-    ///
-    /// # Errors
-    /// The bytes do not lie within, or the driver fails.
-    pub fn copy_rows(
-        &self,
-        offset: u64,
-        from: &Memory,
-        from_offset: u64,
-        rows: Rows,
-    ) -> Result<(), DriverError> {
-        if rows.count == 0 || rows.bytes == 0 {
-            return Ok(());
-        }
-        let whole = |stride: u64| rows.extent(stride).unwrap_or(u64::MAX);
-        let to = self.at(offset, whole(rows.to_stride))?;
-        let source = from.at(from_offset, whole(rows.from_stride))?;
-        if rows.count == 1 || (rows.bytes == rows.to_stride && rows.bytes == rows.from_stride) {
-            return self.copy(offset, from, from_offset, rows.count * rows.bytes);
-        }
-        let size = |bytes: u64| usize::try_from(bytes).unwrap_or(usize::MAX);
-        let copy = RowsCopy {
-            from_x: 0,
-            from_y: 0,
-            from_kind: DEVICE_MEMORY,
-            from_host: std::ptr::null(),
-            from_device: source,
-            from_array: std::ptr::null_mut(),
-            from_pitch: size(rows.from_stride),
-            to_x: 0,
-            to_y: 0,
-            to_kind: DEVICE_MEMORY,
-            to_host: std::ptr::null_mut(),
-            to_device: to,
-            to_array: std::ptr::null_mut(),
-            to_pitch: size(rows.to_stride),
-            bytes: size(rows.bytes),
-            rows: size(rows.count),
-        };
-        self.queue.enter()?;
-        let f = &self.queue.functions;
-        // SAFETY: all rows lie within memory that lives as in `copy`; the description lives through the call.
-        match f.checked(unsafe { f.copy_rows(&copy, self.queue.stream()) }) {
-            // Rows may lie further apart than the driver can say.
-            Err(DriverError::Call { code: INVALID_VALUE, .. }) => (0..rows.count).try_for_each(|row| {
-                let (to, source) = (offset + row * rows.to_stride, from_offset + row * rows.from_stride);
-                self.copy(to, from, source, rows.bytes)
-            }),
-            copied => copied,
-        }
-    }
-
-    /// Sets bytes to zero.
-    ///
-    /// # Errors
-    /// They do not lie within, or the driver fails.
-    pub fn clear(&self, offset: u64, bytes: u64) -> Result<(), DriverError> {
-        let to = self.at(offset, bytes)?;
-        let Ok(count) = usize::try_from(bytes) else {
-            return Err(DriverError::Bounds { offset, bytes, size: self.bytes });
-        };
-        if count == 0 {
-            return Ok(());
-        }
-        self.queue.enter()?;
-        let f = &self.queue.functions;
-        // SAFETY: the memory has this many bytes.
-        f.checked(unsafe { f.fill(to, 0, count, self.queue.stream()) })
-    }
-}
-
-impl Drop for Memory {
-    fn drop(&mut self) {
-        if self.queue.enter().is_ok() {
-            let f = &self.queue.functions;
-            // Work that uses the memory is waited for. Memory of an abandoned queue is left to the end of the process.
-            if !matches!(self.queue.wait(), Err(DriverError::Abandoned { .. })) {
-                // SAFETY: freed once; nothing can be done about failures.
-                let _ = unsafe { f.free(self.address) };
-            }
-        }
-    }
-}
-
-#[derive(Debug)]
-struct Loaded {
-    queue: Arc<Queue>,
-    module: usize,
-}
-
-impl Drop for Loaded {
-    fn drop(&mut self) {
-        if self.queue.enter().is_ok() {
-            let f = &self.queue.functions;
-            // Work that uses the code is waited for, as above.
-            if !matches!(self.queue.wait(), Err(DriverError::Abandoned { .. })) {
-                // SAFETY: unloaded once.
-                let _ = unsafe { f.unload_module(self.module as *mut c_void) };
-            }
-        }
-    }
-}
-
-/// Machine code on a device.
-#[derive(Clone, Debug)]
-pub struct Module(Arc<Loaded>);
-
-impl Module {
-    /// The function `name`.
-    ///
-    /// # Errors
-    /// There is none.
-    pub fn function(&self, name: &str) -> Result<Function, DriverError> {
-        let queue = &self.0.queue;
-        queue.enter()?;
-        let text = CString::new(name).map_err(|_| DriverError::Name { name: name.into() })?;
-        let mut handle = std::ptr::null_mut();
-        let f = &queue.functions;
-        // SAFETY: the module is loaded, the name ends with zero, the pointer lives through the call.
-        f.checked(unsafe { f.module_function(&mut handle, self.0.module as *mut c_void, text.as_ptr()) })?;
-        Ok(Function { module: self.0.clone(), handle: handle as usize })
-    }
-}
-
-/// A kernel.
-#[derive(Clone, Debug)]
-pub struct Function {
-    module: Arc<Loaded>,
-    handle: usize,
-}
-
-/// What a kernel is given for one parameter.
-#[derive(Clone, Copy, Debug)]
-pub enum Argument<'a> {
-    /// Device memory from a byte on.
-    Memory(&'a Memory, u64),
-    Size(i64),
-    Real(f32),
-}
-
-impl Function {
-    /// Puts a call into the queue.
-    ///
-    /// Kernels reach the memory of their device only, and that of other users of it not at all: text that is wrong can
-    /// spoil results and end the device's context, which the next call says, but no memory of this process.
-    ///
-    /// # Errors
-    /// Memory of another device, an offset outside of memory, or the driver fails.
-    pub fn launch(
-        &self,
-        blocks: [u32; 3],
-        threads: u32,
-        shared: u32,
-        arguments: &[Argument<'_>],
-    ) -> Result<(), DriverError> {
-        let queue = &self.module.queue;
-        queue.enter()?;
-        // Every kind of argument fits into eight bytes, the low ones first.
-        let word = |argument: &Argument<'_>| -> Result<u64, DriverError> {
-            match *argument {
-                Argument::Memory(memory, offset) => memory.at(offset, 0),
-                Argument::Size(size) => Ok(size as u64),
-                Argument::Real(real) => Ok(u64::from(real.to_bits())),
-            }
-        };
-        let mut words = arguments.iter().map(word).collect::<Result<Vec<u64>, _>>()?;
-        let mut pointers: Vec<*mut c_void> = words.iter_mut().map(|w| std::ptr::from_mut(w).cast()).collect();
-        let [x, y, z] = blocks;
-        let f = &queue.functions;
-        // SAFETY: the function is of a loaded module; the arguments live through the call, in which the driver copies as
-        // many of them, and as many bytes of each, as the kernel has, which the caller's table says.
-        f.checked(unsafe {
-            f.launch(
-                self.handle as *mut c_void,
-                x,
-                y,
-                z,
-                threads,
-                1,
-                1,
-                shared,
-                queue.stream(),
-                pointers.as_mut_ptr(),
-                std::ptr::null_mut(),
-            )
-        })
     }
 }
 

@@ -52,7 +52,7 @@ pub struct Tag {
 /// How the ranks' values are combined.
 ///
 /// On `bool`, `Sum` and `Max` are *or*, `Prod` and `Min` are *and*. Integers wrap. `f16` and `bf16` are accumulated in
-/// `f32` and rounded once. `Max` and `Min` hand NaN on.
+/// `f32` and rounded once, except by NCCL, which rounds at every step. `Max` and `Min` hand NaN on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Monoid {
     Sum,

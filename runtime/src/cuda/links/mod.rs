@@ -108,7 +108,9 @@ impl Links {
         match (decision, library) {
             (Decision::Nccl, Ok(library)) => {
                 let (major, minor, patch) = library.version();
-                let links = Links::join(program, device, Arc::new(library), communicator, sequence)?;
+                let rank = communicator.rank();
+                let groups = axes_of(program).iter().map(|axes| program.mesh.group(rank, axes)).collect();
+                let links = Links::join(groups, device, &Arc::new(library), communicator, sequence)?;
                 let description = format!(", collectives by NCCL {major}.{minor}.{patch}");
                 Ok(Carrier { links: Some(links), description })
             }
@@ -120,11 +122,11 @@ impl Links {
         }
     }
 
-    /// Makes this rank's ends, group by group in an order that is the same on all ranks.
+    /// Makes this rank's ends, group by group, which are in an order that all ranks of each agree on.
     fn join(
-        program: &RankProgram,
+        groups: Vec<Vec<usize>>,
         device: &Device,
-        library: Arc<Nccl>,
+        library: &Arc<Nccl>,
         communicator: &dyn Communicator,
         sequence: &mut u64,
     ) -> Result<Links, SessionError> {
@@ -132,14 +134,13 @@ impl Links {
         let rank = communicator.rank();
         let mut cliques: BTreeMap<Vec<usize>, Arc<Clique>> = BTreeMap::new();
         let staging = device.allocate(0).map_err(|e| given_up(communicator, e.to_string()))?;
-        for axes in axes_of(program) {
-            let ranks = program.mesh.group(rank, &axes);
+        for ranks in groups {
             *sequence += 1;
             let tag = Tag { sequence: *sequence, node: u32::MAX };
             if ranks.len() < 2 || cliques.contains_key(&ranks) {
                 continue;
             }
-            let clique = meet(device, &library, &ranks, communicator, tag)?;
+            let clique = meet(device, library, &ranks, communicator, tag)?;
             cliques.insert(ranks, Arc::new(clique));
         }
         let all = cliques.values().cloned().collect();
