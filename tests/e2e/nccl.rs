@@ -293,7 +293,7 @@ fn a_rank_that_loads_slowly_is_no_false_alarm() {
         for turn in 0..3 {
             let got = scratch.path().join(format!("{device}-{turn}.npz"));
             let configure = |command: &mut Command| {
-                on("devices=4", command).args(["--device", device]).env("TPSHARD_TIMEOUT", "1");
+                on("devices=4", command).args(["--device", device]).env("TPSHARD_TIMEOUT", "2");
             };
             let ranks = Ranks::start(&folder, 4, configure, &got);
             let slow = ranks.0[1].id();
@@ -304,7 +304,7 @@ fn a_rank_that_loads_slowly_is_no_false_alarm() {
             let alive =
                 || std::fs::read_to_string(format!("/proc/{slow}/stat")).is_ok_and(|s| !s.contains(") Z "));
             let throttled = Instant::now();
-            while throttled.elapsed() < Duration::from_secs(3) && alive() {
+            while throttled.elapsed() < Duration::from_secs(4) && alive() {
                 signal("-STOP", slow as i32);
                 std::thread::sleep(Duration::from_millis(200));
                 signal("-CONT", slow as i32);

@@ -170,7 +170,7 @@ pub unsafe extern "C" fn cuMemAlloc_v2(address: *mut u64, bytes: usize) -> c_int
 /// See above.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuMemFree_v2(address: u64) -> c_int {
-    streams::drain_all();
+    streams::drain_device(current_device());
     if memory::free(address) { SUCCESS } else { INVALID_VALUE }
 }
 
@@ -331,7 +331,7 @@ pub unsafe extern "C" fn cuLaunchKernel(
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuStreamCreate(stream: *mut *mut c_void, _flags: c_uint) -> c_int {
     // SAFETY: see above.
-    unsafe { put(stream, std::ptr::from_ref(Stream::make()).cast_mut().cast()) }
+    unsafe { put(stream, std::ptr::from_ref(Stream::make(current_device())).cast_mut().cast()) }
 }
 
 /// # Safety

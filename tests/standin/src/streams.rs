@@ -19,6 +19,7 @@ struct State {
 
 #[derive(Default)]
 pub(crate) struct Stream {
+    device: i32,
     state: Mutex<State>,
     changed: Condvar,
 }
@@ -31,8 +32,8 @@ fn streams() -> MutexGuard<'static, Vec<&'static Stream>> {
 }
 
 impl Stream {
-    pub(crate) fn make() -> &'static Stream {
-        let stream: &'static Stream = Box::leak(Box::default());
+    pub(crate) fn make(device: i32) -> &'static Stream {
+        let stream: &'static Stream = Box::leak(Box::new(Stream { device, ..Stream::default() }));
         streams().push(stream);
         stream
     }
@@ -101,8 +102,8 @@ pub(crate) fn drain(address: usize) {
     }
 }
 
-/// Waits for all streams.
-pub(crate) fn drain_all() {
+/// Waits for all streams of a device.
+pub(crate) fn drain_device(device: i32) {
     let all = streams().clone();
-    all.into_iter().for_each(Stream::drain);
+    all.into_iter().filter(|stream| stream.device == device).for_each(Stream::drain);
 }

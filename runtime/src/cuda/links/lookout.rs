@@ -108,6 +108,12 @@ impl Lookout {
         std::mem::take(&mut state.settled)
     }
 
+    /// From now on, nobody waits for the device.
+    pub(super) fn break_off(&self) {
+        let what = "the session ended".into();
+        let _ = self.shared.failure.set(CommError::Device { rank: self.shared.rank, what });
+    }
+
     /// Ends the thread; true if nothing was wrong and nothing is under way.
     pub(super) fn stop(&mut self) -> bool {
         self.shared.state().stop = true;

@@ -227,6 +227,9 @@ impl Drop for Links {
         }
         if healthy {
             self.device.set_watch(None);
+        } else {
+            // What is not ended by now is not waited for.
+            self.lookout.break_off();
         }
     }
 }

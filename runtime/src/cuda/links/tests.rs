@@ -41,7 +41,7 @@ struct Case {
 
 fn cases(axes: &[usize]) -> Vec<Case> {
     let one = || Dim::constant(1);
-    let shard = |dim: usize| AxisLayout::shard(dim, 1);
+    let shard = |dim: usize| AxisLayout::shard(dim, 1i64);
     let mut cases = Vec::new();
     let mut case = |conversion, shape: &[usize], dtype, from, to| {
         cases.push(Case { conversion, shape: shape.to_vec(), dtype, from, to });
