@@ -45,9 +45,8 @@ pub(super) fn decide(all: &[Brought]) -> Decision {
     }
     let cannot = |short: String, whole: String| match first.choice {
         CommChoice::Nccl => {
-            let help =
-                if whole.contains("help: ") { "" } else { "\n  help: --comm shm goes through host memory" };
-            Decision::Refuse(format!("{whole}{help}"))
+            let more = if whole.contains("help: ") { ", or" } else { "\n  help:" };
+            Decision::Refuse(format!("{whole}{more} go through host memory with --comm shm"))
         }
         CommChoice::Auto | CommChoice::Shm => Decision::Host(short),
     };
@@ -98,7 +97,10 @@ mod tests {
         // Asked for, it is tried or refused, never left out.
         assert_eq!(decide(&[rank(Nccl, NEW, "1"), rank(Nccl, NEW, "1")]), Decision::Nccl);
         for (other, why) in [
-            (rank(Nccl, Err("too old"), "2"), "rank 1: too old\n  help: --comm shm"),
+            (
+                rank(Nccl, Err("too old"), "2"),
+                "rank 1: too old\n  help: go through host memory with --comm shm",
+            ),
             (rank(Nccl, Ok((2, 27, 1)), "2"), "different versions"),
             (rank(Auto, NEW, "2"), "--comm nccl, rank 1 with --comm auto"),
         ] {

@@ -103,8 +103,11 @@ impl Lookout {
     /// Sequence numbers of the collectives that are done since the last call.
     pub(super) fn take_settled(&self) -> Vec<u64> {
         let mut state = self.shared.state();
-        // What the driver has to say against it is said to whoever waits.
-        let _ = state.reap();
+        // What was ended passes too, and is not done.
+        if self.shared.failure.get().is_none() {
+            // What the driver has to say against it is said to whoever waits.
+            let _ = state.reap();
+        }
         std::mem::take(&mut state.settled)
     }
 
@@ -208,7 +211,11 @@ impl Shared {
     /// Says what is wrong, here and to the other ranks, and ends the collectives.
     fn fail(&self, error: CommError) {
         self.monitor.abort(&error.to_string());
-        let _ = self.failure.set(error);
+        {
+            // Nobody takes for done what is ended below.
+            let _state = self.state();
+            let _ = self.failure.set(error);
+        }
         // The library may wait for its device; then the process ends without it.
         let (done, ended) = std::sync::mpsc::channel();
         let cliques = self.cliques.clone();

@@ -195,7 +195,10 @@ impl Links {
             return Err(self.give_up(communicator, format!("no clique of the ranks {:?}", group.ranks())));
         }
         let members = Members { links: self, group, me, clique, kind, tag };
-        let done = body(&members).and_then(|()| Ok(self.lookout.mark(kind, tag, group.ranks())?));
+        let done = body(&members).and_then(|()| match clique {
+            Some(_) => Ok(()),
+            None => Ok(self.lookout.mark(kind, tag, group.ranks())?),
+        });
         done.map_err(|trouble| {
             self.note(communicator);
             match trouble {
@@ -251,7 +254,9 @@ impl Members<'_> {
     fn call(&self, call: impl FnOnce(&Clique) -> Result<(), DriverError>) -> Result<(), Trouble> {
         let Some(clique) = self.clique else { return Err("a rank alone calls nobody".to_owned().into()) };
         call(clique)?;
-        Ok(settle(clique, &*self.links.monitor, self.group.ranks(), self.kind, self.tag)?)
+        settle(clique, &*self.links.monitor, self.group.ranks(), self.kind, self.tag)?;
+        // Before anything else is put into the queue, for which the driver may wait.
+        Ok(self.links.lookout.mark(self.kind, self.tag, self.group.ranks())?)
     }
 }
 
