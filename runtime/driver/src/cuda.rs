@@ -12,10 +12,12 @@
 mod functions;
 mod kernels;
 mod memory;
+mod pinned;
 
 pub use functions::OUT_OF_MEMORY;
 pub use kernels::{Argument, Function, Module};
 pub use memory::{Memory, Rows};
+pub use pinned::Uploader;
 
 use crate::error::DriverError;
 use crate::library::Library;
@@ -295,6 +297,11 @@ impl Device {
         // SAFETY: the address lives through the call.
         f.checked(unsafe { f.allocate(&mut address, size) })?;
         Ok(Memory::new(self.0.clone(), address, bytes))
+    }
+
+    /// What copies much data to the device.
+    pub fn uploader(&self) -> Uploader {
+        Uploader::new(self)
     }
 
     /// The functions of a piece of machine code.

@@ -1,12 +1,12 @@
 //! What outlives runs on a GPU: weights, kernels, the working memory, and the entries made ready.
 
-use super::exec::{FAULT_BYTES, Run, upload};
+use super::exec::{FAULT_BYTES, Run};
 use super::gpu::{Gpu, Surroundings};
 use super::links::Links;
 use super::plan::Plan;
 use super::prepared::Prepared;
 use super::tensor::DeviceTensor;
-use crate::comm::{CommError, Communicator};
+use crate::comm::{CommError, Communicator, bytes};
 use crate::cpu::WeightSource;
 use crate::cpu::constants::Constants;
 use crate::cpu::deferred::Deferred;
@@ -241,8 +241,16 @@ fn constants(
     let retained: Vec<BTreeSet<ValueId>> = prepared.iter().map(|p| p.on_host.clone()).collect();
     let mut uploaded = BTreeMap::new();
     let mut on_device = true;
+    let mut uploader = device.uploader();
     let mut take = |id: usize, value: &Value| -> Result<(), String> {
-        let memory = upload(device, value);
+        let tensor = value.tensor()?;
+        let data = bytes(tensor.data());
+        let mut put = || -> Result<Memory, DriverError> {
+            let memory = device.allocate(data.len() as u64)?;
+            uploader.upload(&memory, data, progress)?;
+            Ok(memory)
+        };
+        let memory = put().map_err(|error| error.to_string());
         on_device = memory.is_ok();
         uploaded.insert(id, Arc::new(memory?));
         Ok(())

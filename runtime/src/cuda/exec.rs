@@ -527,8 +527,8 @@ impl<'a> Run<'a> {
     }
 }
 
-/// Copies a constant to the device.
-pub(super) fn upload(device: &Device, value: &Value) -> Result<Memory, String> {
+/// Copies a value to the device.
+fn upload(device: &Device, value: &Value) -> Result<Memory, String> {
     let tensor = value.tensor()?;
     let data = bytes(tensor.data());
     let put = || -> Result<Memory, DriverError> {

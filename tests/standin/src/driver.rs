@@ -177,6 +177,22 @@ pub unsafe extern "C" fn cuMemFree_v2(address: u64) -> c_int {
 /// # Safety
 /// See above.
 #[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuMemHostAlloc(address: *mut *mut c_void, bytes: usize, _flags: c_uint) -> c_int {
+    let held = memory::allocate_on_host(bytes);
+    // SAFETY: see above.
+    unsafe { put(address, held as usize as *mut c_void) }
+}
+
+/// # Safety
+/// See above.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuMemFreeHost(address: *mut c_void) -> c_int {
+    if memory::free_on_host(address.addr() as u64) { SUCCESS } else { INVALID_VALUE }
+}
+
+/// # Safety
+/// See above.
+#[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuMemcpyHtoDAsync_v2(
     to: u64,
     from: *const c_void,

@@ -55,6 +55,8 @@ functions! {
         memory_info "cuMemGetInfo_v2" (free: *mut usize, total: *mut usize);
         allocate "cuMemAlloc_v2" (address: *mut DevicePointer, bytes: usize);
         free "cuMemFree_v2" (address: DevicePointer);
+        allocate_on_host "cuMemHostAlloc" (address: *mut *mut c_void, bytes: usize, flags: c_uint);
+        free_on_host "cuMemFreeHost" (address: *mut c_void);
         copy_to_device "cuMemcpyHtoDAsync_v2" (to: DevicePointer, from: *const c_void, bytes: usize, stream: *mut c_void);
         copy_to_host "cuMemcpyDtoHAsync_v2" (to: *mut c_void, from: DevicePointer, bytes: usize, stream: *mut c_void);
         copy_on_device "cuMemcpyDtoDAsync_v2" (to: DevicePointer, from: DevicePointer, bytes: usize, stream: *mut c_void);
