@@ -215,7 +215,7 @@ pub trait Communicator: Send {
     fn abort(&self, reason: &str);
 
     /// Counts a collective that was carried by other means, such as between the memories of GPUs, as if it had been
-    /// carried here: it has begun and counts, and [`Communicator::settled`] says that it is done.
+    /// carried here: it has begun and counts, without the time it takes, and [`Communicator::settled`] says that it is done.
     fn carried(&self, record: Record);
 
     /// Says that the carried collective of this sequence number is done.

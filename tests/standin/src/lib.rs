@@ -9,6 +9,7 @@
 //!
 //! `TPSHARD_STANDIN` holds what is to go wrong: words such as `devices=0` (see [`settings`]).
 
+mod combine;
 pub mod compiler;
 pub mod driver;
 pub mod matrices;
