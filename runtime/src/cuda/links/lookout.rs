@@ -111,6 +111,13 @@ impl Lookout {
         std::mem::take(&mut state.settled)
     }
 
+    /// Ends the collectives because of a failure that somebody else noticed.
+    pub(super) fn end(&self, error: CommError) {
+        if self.failure().is_none() {
+            self.shared.fail(error);
+        }
+    }
+
     /// From now on, nobody waits for the device.
     pub(super) fn break_off(&self) {
         let what = "the session ended".into();

@@ -201,13 +201,16 @@ impl Links {
         });
         done.map_err(|trouble| {
             self.note(communicator);
-            match trouble {
+            let error = match trouble {
                 Trouble::Here(what) => self.give_up(communicator, what),
                 Trouble::Failed(error) => {
                     communicator.abort(&error.to_string());
                     error
                 }
-            }
+            };
+            // What is in the queue may never be done, also if it is not looked after yet.
+            self.lookout.end(error.clone());
+            error
         })
     }
 
