@@ -11,7 +11,7 @@ use std::path::PathBuf;
 use tpshard_frontend::Limits;
 use tpshard_ir::DType;
 use tpshard_ir::program::Determinism;
-use tpshard_runtime::session::DeviceChoice;
+use tpshard_runtime::session::{CommChoice, DeviceChoice};
 
 /// Shards an ONNX model over N ranks and runs it.
 #[derive(Debug, Parser)]
@@ -265,11 +265,33 @@ impl Device {
     }
 }
 
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Comm {
+    #[default]
+    Auto,
+    Nccl,
+    Shm,
+}
+
+impl Comm {
+    pub(crate) fn choice(self) -> CommChoice {
+        match self {
+            Comm::Auto => CommChoice::Auto,
+            Comm::Nccl => CommChoice::Nccl,
+            Comm::Shm => CommChoice::Shm,
+        }
+    }
+}
+
 /// How ranks run.
 #[derive(Clone, Debug, Default, Args)]
 pub(crate) struct RankArguments {
     #[command(flatten)]
     pub(crate) on: DeviceArgument,
+    /// What carries collectives between GPUs: `auto`, NCCL if every rank finds it and has a GPU of its own; `nccl`; `shm`,
+    /// host memory.
+    #[arg(long, value_name = "COMM", value_enum, default_value_t = Comm::Auto)]
+    pub(crate) comm: Comm,
     /// Seconds without progress after which the ranks give up, 1 to 604800 (a week). Default: 30.
     #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=MOST_SECONDS))]
     pub(crate) timeout: Option<u64>,

@@ -22,10 +22,13 @@ use tpshard_codegen::build::PART_LAUNCHER;
 use tpshard_frontend::deferred::OnnxEvaluator;
 use tpshard_ir::container;
 use tpshard_ir::deferred::SharedEvaluator;
-use tpshard_runtime::comm::{CommOptions, CommStats, Kind as Collective};
+use tpshard_runtime::comm::{CommOptions, CommStats, History, Kind as Collective};
 use tpshard_runtime::io::{IoError, NamedTensors, write_npz};
 use tpshard_runtime::launch::{Agreement, Flags, LaunchError, Place, Rendezvous, connect, find_place};
 use tpshard_runtime::session::{Session, SessionError, SessionOptions};
+
+/// Collectives that are told of before the one that failed, and at most behind it.
+const LAST_COLLECTIVES: usize = 8;
 
 /// Runs the executable's own payload; `executable` says where it lies.
 pub(crate) fn main(payload: &[u8], executable: &Path, words: Vec<OsString>) -> Outcome<()> {
@@ -141,6 +144,7 @@ pub(crate) fn run_rank(
         own_processors: arguments.ranks.own_processors,
         local_ranks: place.local_world_size,
         device: arguments.ranks.on.device.choice(),
+        comm: arguments.ranks.comm.choice(),
         local_rank: place.local_rank,
         evaluator: evaluator(),
         ..SessionOptions::default()
@@ -154,13 +158,36 @@ pub(crate) fn run_rank(
         output::say(format_args!("rank {}: {device}", place.rank));
     }
     let inputs: BTreeMap<String, tpshard_ir::Tensor> = inputs.into_iter().collect();
-    if let Some(job) = job {
-        return job.work(&mut session, &inputs);
+    let done = match job {
+        Some(job) => job.work(&mut session, &inputs),
+        None => run_once(&mut session, &inputs, &output_names, arguments, json),
+    };
+    if session.is_broken() {
+        tell_history(&session.history());
     }
-    let results = session.run(&inputs).map_err(|e| step_failure(&e, place.rank))?;
-    if place.rank == 0 {
+    done
+}
+
+/// Says what the last collectives were, after one of them failed.
+fn tell_history(history: &History) {
+    let first = history.records.iter().position(|record| !record.done).unwrap_or(history.records.len());
+    let records = history.records.iter().skip(first.saturating_sub(LAST_COLLECTIVES)).cloned();
+    let last = History { rank: history.rank, records: records.take(2 * LAST_COLLECTIVES).collect() };
+    output::say(format_args!("the last collectives of rank {}:\n{}", last.rank, last.to_string().trim_end()));
+}
+
+fn run_once(
+    session: &mut Session,
+    inputs: &BTreeMap<String, tpshard_ir::Tensor>,
+    output_names: &[String],
+    arguments: &TensorArguments,
+    json: bool,
+) -> Outcome<()> {
+    let rank = session.rank();
+    let results = session.run(inputs).map_err(|e| step_failure(&e, rank))?;
+    if rank == 0 {
         let mut outputs = NamedTensors::new();
-        for name in &output_names {
+        for name in output_names {
             if let Some(output) = results.outputs.get(name) {
                 outputs.insert(name.clone(), output.tensor.clone());
             }

@@ -19,12 +19,13 @@ mod worker;
 pub use error::SessionError;
 pub use timeline::{StepTime, now};
 
-use crate::comm::Communicator;
+use crate::comm::{Communicator, History};
 use crate::cpu::WeightSource;
 use crate::placement;
 use crate::state::{SlotId, StateOptions, StateStore, StepPart};
 use bind::Signature;
 use request::{InputHeader, Request, RunPart, request_of, run_part};
+use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use tpshard_ir::border::{Present, handed_out};
@@ -55,6 +56,28 @@ impl DeviceChoice {
     }
 }
 
+/// What carries collectives between the GPUs of ranks.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum CommChoice {
+    /// NCCL where every rank finds it and has a GPU of its own, else host memory.
+    #[default]
+    Auto,
+    /// NCCL, also where ranks share a GPU; an error where it cannot be used.
+    Nccl,
+    /// Host memory, by the communicator of the session.
+    Shm,
+}
+
+impl CommChoice {
+    pub fn name(self) -> &'static str {
+        match self {
+            CommChoice::Auto => "auto",
+            CommChoice::Nccl => "nccl",
+            CommChoice::Shm => "shm",
+        }
+    }
+}
+
 /// Settings of a session.
 #[derive(Clone, Debug, Default)]
 pub struct SessionOptions {
@@ -65,6 +88,8 @@ pub struct SessionOptions {
     /// Ranks on this machine; default: all.
     pub local_ranks: Option<usize>,
     pub device: DeviceChoice,
+    /// What carries collectives between GPUs; ranks on processors have only host memory.
+    pub comm: CommChoice,
     /// Folders that NVIDIA's libraries are looked for in before all others.
     pub libraries: Vec<PathBuf>,
     /// The number of this rank among those of this machine, which chooses its GPU; default: the rank.
@@ -251,6 +276,16 @@ impl Session {
         }
         let asked = self.prepare_step(inputs, slots);
         self.lead(asked)
+    }
+
+    /// True after a failed collective: every later call fails too.
+    pub fn is_broken(&self) -> bool {
+        self.poisoned.is_some()
+    }
+
+    /// The last collectives of this rank, oldest first.
+    pub fn history(&self) -> History {
+        self.worker.history()
     }
 
     /// Forgets all but the first `length` entries of a slot.
@@ -509,10 +544,16 @@ impl Session {
     }
 
     fn settle<T>(&mut self, result: Result<T, SessionError>) -> Result<T, SessionError> {
-        if let Err(SessionError::Collective(error)) = &result {
-            self.poisoned = Some(error.to_string());
-        }
-        result
+        result.map_err(|error| match error {
+            SessionError::Collective(error) => {
+                self.poisoned = Some(error.to_string());
+                match self.worker.whereabouts() {
+                    Some(place) => SessionError::Broken { place, error },
+                    None => SessionError::Collective(error),
+                }
+            }
+            other => other,
+        })
     }
 }
 

@@ -9,20 +9,20 @@ use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
 /// A port that no other job of these tests names. Nothing listens on it: it only tells jobs apart.
-fn port() -> String {
+pub(crate) fn port() -> String {
     static NEXT: AtomicU32 = AtomicU32::new(0);
     format!("{}", 20_000 + std::process::id() % 20_000 + NEXT.fetch_add(1, Ordering::Relaxed))
 }
 
 /// `program` with torchrun's variables.
-fn as_rank(program: &Path, rank: usize, world_size: usize, port: &str) -> Command {
+pub(crate) fn as_rank(program: &Path, rank: usize, world_size: usize, port: &str) -> Command {
     let mut command = command(program);
     command.env("RANK", rank.to_string()).env("WORLD_SIZE", world_size.to_string());
     command.env("MASTER_ADDR", "localhost").env("MASTER_PORT", port).env("TPSHARD_TIMEOUT", "20");
     command
 }
 
-fn with_files(mut command: Command, inputs: &Path, outputs: &Path) -> Command {
+pub(crate) fn with_files(mut command: Command, inputs: &Path, outputs: &Path) -> Command {
     command.arg("--inputs").arg(inputs).arg("--outputs").arg(outputs);
     command
 }
@@ -140,7 +140,7 @@ fn ranks_of_different_builds_do_not_start_together() {
 }
 
 /// The processes whose parent is `parent`, with their `RANK`.
-fn children_of(parent: u32) -> Vec<(usize, i32)> {
+pub(crate) fn children_of(parent: u32) -> Vec<(usize, i32)> {
     let list = std::fs::read_to_string(format!("/proc/{parent}/task/{parent}/children")).unwrap_or_default();
     list.split_whitespace()
         .filter_map(|pid| {
@@ -153,7 +153,7 @@ fn children_of(parent: u32) -> Vec<(usize, i32)> {
 }
 
 /// True once the ranks have met: they share memory then.
-fn has_met(pid: u32) -> bool {
+pub(crate) fn has_met(pid: u32) -> bool {
     std::fs::read_to_string(format!("/proc/{pid}/maps")).is_ok_and(|maps| maps.contains("memfd:tpshard"))
 }
 
@@ -205,7 +205,7 @@ fn waiting_job(scratch: &TempDir) -> (Child, Vec<(usize, i32)>) {
     }
 }
 
-fn signal(name: &str, pid: i32) {
+pub(crate) fn signal(name: &str, pid: i32) {
     assert!(command("kill").args([name, &pid.to_string()]).status().unwrap().success());
 }
 

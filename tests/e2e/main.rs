@@ -22,6 +22,7 @@ mod golden_plan;
 mod hostile;
 mod launch;
 mod memory;
+mod nccl;
 mod precision;
 mod quantised;
 mod report_page;

@@ -90,6 +90,7 @@ pub(crate) fn add_flags(command: &mut Command, tensors: &TensorArguments, json: 
         command.arg("--own-processors");
     }
     command.args(["--device", tensors.ranks.on.device.name()]);
+    command.args(["--comm", tensors.ranks.comm.choice().name()]);
     if json {
         command.arg("--json");
     }

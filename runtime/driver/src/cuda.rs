@@ -3,20 +3,32 @@
 //! A [`Device`] is one GPU with one queue of work. Copies and launches are put into the queue; what the host reads is
 //! there when the reading call returns. Every call first makes the device that of its thread, so that values may move
 //! between threads.
+//!
+//! Work that needs other processes, such as a collective, may never be done. Whoever puts such work into the queue gives
+//! the device a [`Watch`]: waiting then ends when the watch says that nothing will come of it. From then on the queue is
+//! *abandoned*; every call fails, and nothing is waited for or freed any more, which would wait too.
 #![allow(unsafe_code)] // Calls into a C library.
 
 mod functions;
+mod kernels;
+mod memory;
+mod pinned;
 
 pub use functions::OUT_OF_MEMORY;
+pub use kernels::{Argument, Function, Module};
+pub use memory::{Memory, Rows};
+pub use pinned::Uploader;
 
 use crate::error::DriverError;
 use crate::library::Library;
 use crate::search::SearchPath;
 pub(crate) use functions::DevicePointer;
 use functions::Functions;
-use std::ffi::{CString, c_int, c_void};
+use std::ffi::{c_int, c_void};
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 const NAMES: [&str; 2] = ["libcuda.so.1", "libcuda.so"];
 
@@ -25,6 +37,17 @@ const CAPABILITY_MAJOR: c_int = 75;
 const CAPABILITY_MINOR: c_int = 76;
 /// Streams that do not wait for the default one.
 const NON_BLOCKING: u32 = 1;
+/// Events that only say whether they have passed.
+const NO_TIMES: u32 = 2;
+/// A wait that is watched gives up the core until this is over, and then sleeps in between.
+const LIVELY: Duration = Duration::from_millis(2);
+const NAP: Duration = Duration::from_micros(100);
+
+/// Says whether waiting for a device still makes sense.
+pub trait Watch: Send + Sync + std::fmt::Debug {
+    /// Why it makes none any more. Asked often, from any thread.
+    fn broken(&self) -> Option<String>;
+}
 
 /// An open and initialised driver.
 #[derive(Clone, Debug)]
@@ -91,6 +114,9 @@ impl Driver {
             stream: 0,
             name: String::new(),
             arch: 0,
+            bus: String::new(),
+            watch: Mutex::default(),
+            abandoned: AtomicBool::new(false),
         };
         queue.enter()?;
         let mut stream = std::ptr::null_mut();
@@ -100,6 +126,8 @@ impl Driver {
         let capability = [queue.attribute(CAPABILITY_MAJOR)?, queue.attribute(CAPABILITY_MINOR)?];
         queue.arch = capability[0].saturating_mul(10).saturating_add(capability[1]);
         queue.name = queue.find_name()?;
+        // Only some decisions need it, and they can do without.
+        queue.bus = queue.find_bus().unwrap_or_default();
         Ok(Device(Arc::new(queue)))
     }
 }
@@ -113,6 +141,9 @@ struct Queue {
     stream: usize,
     name: String,
     arch: u32,
+    bus: String,
+    watch: Mutex<Option<Arc<dyn Watch>>>,
+    abandoned: AtomicBool,
 }
 
 impl Queue {
@@ -122,8 +153,37 @@ impl Queue {
 
     /// Makes the device that of this thread.
     fn enter(&self) -> Result<(), DriverError> {
+        if self.abandoned.load(Ordering::Acquire) {
+            return Err(DriverError::Abandoned { why: "the run was given up".into() });
+        }
         // SAFETY: the context is retained until this is dropped.
         self.functions.checked(unsafe { self.functions.set_current(self.context as *mut c_void) })
+    }
+
+    /// Waits for all work to be done, as long as that makes sense.
+    fn wait(&self) -> Result<(), DriverError> {
+        let f = &self.functions;
+        let watch = self.watch.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let Some(watch) = watch else {
+            // SAFETY: the stream lives as long as this.
+            return f.checked(unsafe { f.synchronize(self.stream()) });
+        };
+        let start = Instant::now();
+        loop {
+            // SAFETY: as above.
+            if f.is_done(unsafe { f.query_stream(self.stream()) })? {
+                return Ok(());
+            }
+            if let Some(why) = watch.broken() {
+                self.abandoned.store(true, Ordering::Release);
+                return Err(DriverError::Abandoned { why });
+            }
+            if start.elapsed() < LIVELY { std::thread::yield_now() } else { std::thread::sleep(NAP) }
+        }
+    }
+
+    fn is_watched(&self) -> bool {
+        self.watch.lock().unwrap_or_else(PoisonError::into_inner).is_some()
     }
 
     fn attribute(&self, attribute: c_int) -> Result<u32, DriverError> {
@@ -141,9 +201,23 @@ impl Queue {
             self.functions.device_name(name.as_mut_ptr().cast(), name.len() as c_int - 1, self.device)
         };
         self.functions.checked(called)?;
-        let length = name.iter().position(|&b| b == 0).unwrap_or(name.len());
-        Ok(String::from_utf8_lossy(name.get(..length).unwrap_or_default()).into_owned())
+        Ok(text(&name))
     }
+
+    fn find_bus(&self) -> Result<String, DriverError> {
+        let mut id = [0u8; 32];
+        let length = id.len() as c_int - 1;
+        // SAFETY: there is room for as many bytes as is said.
+        let called = unsafe { self.functions.bus_id(id.as_mut_ptr().cast(), length, self.device) };
+        self.functions.checked(called)?;
+        Ok(text(&id))
+    }
+}
+
+/// What was written into a buffer, up to the first zero.
+fn text(buffer: &[u8]) -> String {
+    let length = buffer.iter().position(|&b| b == 0).unwrap_or(buffer.len());
+    String::from_utf8_lossy(buffer.get(..length).unwrap_or_default()).into_owned()
 }
 
 impl Drop for Queue {
@@ -152,6 +226,9 @@ impl Drop for Queue {
         if self.enter().is_ok() && self.stream != 0 {
             // SAFETY: the stream was made by `create_stream`, and nothing that uses it is left.
             let _ = unsafe { self.functions.destroy_stream(self.stream()) };
+        }
+        if self.abandoned.load(Ordering::Acquire) {
+            return;
         }
         // SAFETY: retained once.
         let _ = unsafe { self.functions.release(self.device) };
@@ -170,6 +247,29 @@ impl Device {
     /// The compute capability: 90 for `sm_90`.
     pub fn arch(&self) -> u32 {
         self.0.arch
+    }
+
+    /// Where the device is on the machine's bus, which tells it from all others of the machine.
+    pub fn bus(&self) -> &str {
+        &self.0.bus
+    }
+
+    /// From now on, waits end when `watch` says so; `None`: they end when the work is done.
+    pub fn set_watch(&self, watch: Option<Arc<dyn Watch>>) {
+        *self.0.watch.lock().unwrap_or_else(PoisonError::into_inner) = watch;
+    }
+
+    /// A mark that can be put into the queue.
+    ///
+    /// # Errors
+    /// The driver fails.
+    pub fn event(&self) -> Result<Event, DriverError> {
+        self.0.enter()?;
+        let f = &self.0.functions;
+        let mut handle = std::ptr::null_mut();
+        // SAFETY: the pointer lives through the call.
+        f.checked(unsafe { f.create_event(&mut handle, NO_TIMES) })?;
+        Ok(Event { queue: self.0.clone(), handle: handle as usize })
     }
 
     /// Free and total bytes of memory.
@@ -196,7 +296,12 @@ impl Device {
         let f = &self.0.functions;
         // SAFETY: the address lives through the call.
         f.checked(unsafe { f.allocate(&mut address, size) })?;
-        Ok(Memory { queue: self.0.clone(), address, bytes })
+        Ok(Memory::new(self.0.clone(), address, bytes))
+    }
+
+    /// What copies much data to the device.
+    pub fn uploader(&self) -> Uploader {
+        Uploader::new(self)
     }
 
     /// The functions of a piece of machine code.
@@ -212,7 +317,7 @@ impl Device {
         let f = &self.0.functions;
         // SAFETY: the image is machine code that our compiler made, and lives through the call.
         f.checked(unsafe { f.load_module(&mut module, image.as_ptr().cast()) })?;
-        Ok(Module(Arc::new(Loaded { queue: self.0.clone(), module: module as usize })))
+        Ok(Module::new(self.0.clone(), module as usize))
     }
 
     /// Makes the device that of this thread.
@@ -230,216 +335,48 @@ impl Device {
     /// Some work failed.
     pub fn synchronize(&self) -> Result<(), DriverError> {
         self.0.enter()?;
-        let f = &self.0.functions;
-        // SAFETY: the stream lives as long as the queue.
-        f.checked(unsafe { f.synchronize(self.0.stream()) })
+        self.0.wait()
     }
 }
 
-/// Device memory, freed when dropped.
+/// A mark in the queue, which has passed when all work before it is done.
 #[derive(Debug)]
-pub struct Memory {
+pub struct Event {
     queue: Arc<Queue>,
-    address: DevicePointer,
-    bytes: u64,
-}
-
-impl Memory {
-    #[allow(clippy::len_without_is_empty, reason = "a number of bytes")]
-    pub fn len(&self) -> u64 {
-        self.bytes
-    }
-
-    /// The address of byte `offset`, of which `bytes` lie within.
-    pub(crate) fn at(&self, offset: u64, bytes: u64) -> Result<DevicePointer, DriverError> {
-        match offset.checked_add(bytes) {
-            Some(end) if end <= self.bytes => Ok(self.address + offset),
-            _ => Err(DriverError::Bounds { offset, bytes, size: self.bytes }),
-        }
-    }
-
-    /// Writes bytes of the host; they may be changed when this returns.
-    ///
-    /// # Errors
-    /// They do not lie within, or the driver fails.
-    pub fn upload(&self, offset: u64, from: &[u8]) -> Result<(), DriverError> {
-        let to = self.at(offset, from.len() as u64)?;
-        if from.is_empty() {
-            return Ok(());
-        }
-        self.queue.enter()?;
-        let f = &self.queue.functions;
-        // SAFETY: source and target have this many bytes. From memory that is not pinned, the driver has taken the
-        // bytes when the call returns.
-        f.checked(unsafe { f.copy_to_device(to, from.as_ptr().cast(), from.len(), self.queue.stream()) })
-    }
-
-    /// Reads bytes after all work before is done.
-    ///
-    /// # Errors
-    /// They do not lie within, or some work failed.
-    pub fn download(&self, offset: u64, to: &mut [u8]) -> Result<(), DriverError> {
-        let from = self.at(offset, to.len() as u64)?;
-        if to.is_empty() {
-            return Ok(());
-        }
-        self.queue.enter()?;
-        let f = &self.queue.functions;
-        let stream = self.queue.stream();
-        // SAFETY: source and target have this many bytes; the target is borrowed until the copy is waited for.
-        let copied = f.checked(unsafe { f.copy_to_host(to.as_mut_ptr().cast(), from, to.len(), stream) });
-        // SAFETY: the stream lives as long as the queue. Waited for in any case, since the target ends with this.
-        let done = f.checked(unsafe { f.synchronize(stream) });
-        copied.and(done)
-    }
-
-    /// Copies from other memory of the device.
-    ///
-    /// # Errors
-    /// The bytes do not lie within, or the driver fails.
-    pub fn copy(&self, offset: u64, from: &Memory, from_offset: u64, bytes: u64) -> Result<(), DriverError> {
-        let (to, source) = (self.at(offset, bytes)?, from.at(from_offset, bytes)?);
-        let Ok(count) = usize::try_from(bytes) else {
-            return Err(DriverError::Bounds { offset, bytes, size: self.bytes });
-        };
-        if count == 0 {
-            return Ok(());
-        }
-        self.queue.enter()?;
-        let f = &self.queue.functions;
-        // SAFETY: both have this many bytes, and live until the stream is destroyed or they are freed, which waits.
-        f.checked(unsafe { f.copy_on_device(to, source, count, self.queue.stream()) })
-    }
-
-    /// Sets bytes to zero.
-    ///
-    /// # Errors
-    /// They do not lie within, or the driver fails.
-    pub fn clear(&self, offset: u64, bytes: u64) -> Result<(), DriverError> {
-        let to = self.at(offset, bytes)?;
-        let Ok(count) = usize::try_from(bytes) else {
-            return Err(DriverError::Bounds { offset, bytes, size: self.bytes });
-        };
-        if count == 0 {
-            return Ok(());
-        }
-        self.queue.enter()?;
-        let f = &self.queue.functions;
-        // SAFETY: the memory has this many bytes.
-        f.checked(unsafe { f.fill(to, 0, count, self.queue.stream()) })
-    }
-}
-
-impl Drop for Memory {
-    fn drop(&mut self) {
-        if self.queue.enter().is_ok() {
-            let f = &self.queue.functions;
-            // SAFETY: work that uses the memory is waited for, then it is freed once; nothing can be done about failures.
-            let _ = unsafe { (f.synchronize(self.queue.stream()), f.free(self.address)) };
-        }
-    }
-}
-
-#[derive(Debug)]
-struct Loaded {
-    queue: Arc<Queue>,
-    module: usize,
-}
-
-impl Drop for Loaded {
-    fn drop(&mut self) {
-        if self.queue.enter().is_ok() {
-            let f = &self.queue.functions;
-            // SAFETY: work that uses the code is waited for, then it is unloaded once.
-            let _ =
-                unsafe { (f.synchronize(self.queue.stream()), f.unload_module(self.module as *mut c_void)) };
-        }
-    }
-}
-
-/// Machine code on a device.
-#[derive(Clone, Debug)]
-pub struct Module(Arc<Loaded>);
-
-impl Module {
-    /// The function `name`.
-    ///
-    /// # Errors
-    /// There is none.
-    pub fn function(&self, name: &str) -> Result<Function, DriverError> {
-        let queue = &self.0.queue;
-        queue.enter()?;
-        let text = CString::new(name).map_err(|_| DriverError::Name { name: name.into() })?;
-        let mut handle = std::ptr::null_mut();
-        let f = &queue.functions;
-        // SAFETY: the module is loaded, the name ends with zero, the pointer lives through the call.
-        f.checked(unsafe { f.module_function(&mut handle, self.0.module as *mut c_void, text.as_ptr()) })?;
-        Ok(Function { module: self.0.clone(), handle: handle as usize })
-    }
-}
-
-/// A kernel.
-#[derive(Clone, Debug)]
-pub struct Function {
-    module: Arc<Loaded>,
     handle: usize,
 }
 
-/// What a kernel is given for one parameter.
-#[derive(Clone, Copy, Debug)]
-pub enum Argument<'a> {
-    /// Device memory from a byte on.
-    Memory(&'a Memory, u64),
-    Size(i64),
-    Real(f32),
-}
-
-impl Function {
-    /// Puts a call into the queue.
-    ///
-    /// Kernels reach the memory of their device only, and that of other users of it not at all: text that is wrong can
-    /// spoil results and end the device's context, which the next call says, but no memory of this process.
+impl Event {
+    /// Puts the mark at the end of the queue.
     ///
     /// # Errors
-    /// Memory of another device, an offset outside of memory, or the driver fails.
-    pub fn launch(
-        &self,
-        blocks: [u32; 3],
-        threads: u32,
-        shared: u32,
-        arguments: &[Argument<'_>],
-    ) -> Result<(), DriverError> {
-        let queue = &self.module.queue;
-        queue.enter()?;
-        // Every kind of argument fits into eight bytes, the low ones first.
-        let word = |argument: &Argument<'_>| -> Result<u64, DriverError> {
-            match *argument {
-                Argument::Memory(memory, offset) => memory.at(offset, 0),
-                Argument::Size(size) => Ok(size as u64),
-                Argument::Real(real) => Ok(u64::from(real.to_bits())),
-            }
-        };
-        let mut words = arguments.iter().map(word).collect::<Result<Vec<u64>, _>>()?;
-        let mut pointers: Vec<*mut c_void> = words.iter_mut().map(|w| std::ptr::from_mut(w).cast()).collect();
-        let [x, y, z] = blocks;
-        let f = &queue.functions;
-        // SAFETY: the function is of a loaded module; the arguments live through the call, in which the driver copies as
-        // many of them, and as many bytes of each, as the kernel has, which the caller's table says.
-        f.checked(unsafe {
-            f.launch(
-                self.handle as *mut c_void,
-                x,
-                y,
-                z,
-                threads,
-                1,
-                1,
-                shared,
-                queue.stream(),
-                pointers.as_mut_ptr(),
-                std::ptr::null_mut(),
-            )
-        })
+    /// The driver fails.
+    pub fn record(&self) -> Result<(), DriverError> {
+        self.queue.enter()?;
+        let f = &self.queue.functions;
+        // SAFETY: event and stream are alive.
+        f.checked(unsafe { f.record_event(self.handle as *mut c_void, self.queue.stream()) })
+    }
+
+    /// Whether the mark has passed; does not wait.
+    ///
+    /// # Errors
+    /// Some work failed.
+    pub fn has_passed(&self) -> Result<bool, DriverError> {
+        self.queue.enter()?;
+        let f = &self.queue.functions;
+        // SAFETY: the event is alive.
+        f.is_done(unsafe { f.query_event(self.handle as *mut c_void) })
+    }
+}
+
+impl Drop for Event {
+    fn drop(&mut self) {
+        if self.queue.enter().is_ok() {
+            let f = &self.queue.functions;
+            // SAFETY: made by `create_event`, destroyed once; the driver waits for nothing.
+            let _ = unsafe { f.destroy_event(self.handle as *mut c_void) };
+        }
     }
 }
 

@@ -20,6 +20,9 @@ pub enum DriverError {
     /// A copy that does not lie within its memory.
     #[error("{bytes} bytes at {offset} do not lie in device memory of {size} bytes")]
     Bounds { offset: u64, bytes: u64, size: u64 },
+    /// Work that will never be done.
+    #[error("waiting for the GPU was given up: {why}")]
+    Abandoned { why: String },
     #[error("`{name}` is not a name of a function")]
     Name { name: String },
 }

@@ -1,5 +1,5 @@
-//! NVIDIA's libraries, opened while the program runs: the driver (`libcuda`), the compiler (`libnvrtc`)
-//! and the matrix library (`libcublasLt`).
+//! NVIDIA's libraries, opened while the program runs: the driver (`libcuda`), the compiler (`libnvrtc`), the matrix
+//! library (`libcublasLt`) and the library of collectives (`libnccl`).
 //!
 //! Nothing of CUDA is needed to build this or to start it. A library that is not there, or that lacks a function, is an
 //! error value which says where was looked ([`SearchPath`]); libraries that were opened stay open for the life of the
@@ -11,6 +11,7 @@ pub mod cublaslt;
 pub mod cuda;
 mod error;
 mod library;
+pub mod nccl;
 pub mod nvrtc;
 mod search;
 

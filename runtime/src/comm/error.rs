@@ -22,6 +22,12 @@ pub enum CommError {
     Mismatch { ours: Box<Brought>, theirs: Box<Brought> },
     #[error("rank {by} gave up: {reason}")]
     Poisoned { by: usize, reason: String },
+    /// A collective between devices, of which the other ranks were told.
+    #[error(
+        "the collectives between GPUs failed on rank {rank}: {what}\n  help: with NCCL_DEBUG=WARN the library says \
+         more; --comm shm carries collectives through host memory"
+    )]
+    Device { rank: usize, what: String },
     #[error("{what}")]
     Usage { what: String },
     #[error("cannot set up communication: {what}: {cause}")]

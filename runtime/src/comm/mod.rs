@@ -33,6 +33,7 @@ pub use solo::solo;
 pub use threads::threads;
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 use std::time::Duration;
 use tpshard_ir::Tensor;
 
@@ -51,7 +52,7 @@ pub struct Tag {
 /// How the ranks' values are combined.
 ///
 /// On `bool`, `Sum` and `Max` are *or*, `Prod` and `Min` are *and*. Integers wrap. `f16` and `bf16` are accumulated in
-/// `f32` and rounded once. `Max` and `Min` hand NaN on.
+/// `f32` and rounded once, except by NCCL, which rounds at every step. `Max` and `Min` hand NaN on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Monoid {
     Sum,
@@ -213,11 +214,43 @@ pub trait Communicator: Send {
     /// Ends the run on all ranks with `reason`.
     fn abort(&self, reason: &str);
 
+    /// Counts a collective that was carried by other means, such as between the memories of GPUs, as if it had been
+    /// carried here: it has begun and counts, without the time it takes, and [`Communicator::settled`] says that it is done.
+    fn carried(&self, record: Record);
+
+    /// Says that the carried collective of this sequence number is done.
+    fn settled(&self, sequence: u64);
+
+    /// A look at the other ranks from any thread.
+    fn monitor(&self) -> Arc<dyn Monitor>;
+
     /// What was communicated so far.
     fn stats(&self) -> CommStats;
 
     /// The last collectives, oldest first.
     fn history(&self) -> History;
+}
+
+/// How the other ranks are doing, for threads that wait for something which the communicator does not carry. Nothing
+/// here waits.
+pub trait Monitor: Send + Sync {
+    /// What ended the run, or keeps one of the ranks `needed` from ever coming.
+    fn failure(&self, needed: &[usize]) -> Option<CommError>;
+
+    /// A number that changes whenever the rank does something.
+    fn heartbeat(&self, rank: usize) -> u64;
+
+    /// The rank and the collective it entered last, for messages.
+    fn whereabouts(&self, rank: usize) -> Missing;
+
+    /// Says that this rank is alive and at work.
+    fn progress(&self);
+
+    /// Ends the run on all ranks with `reason`.
+    fn abort(&self, reason: &str);
+
+    /// Without progress of a rank that others wait for, the run is given up after this time.
+    fn stall(&self) -> Duration;
 }
 
 /// A dim cut into one run per member of a group.

@@ -144,7 +144,9 @@ impl History {
 
     pub(super) fn start(&mut self, record: Record) {
         if self.records.len() == Self::CAPACITY {
-            self.records.pop_front();
+            // The first that is not done is what the others wait for.
+            let first = usize::from(self.records.front().is_some_and(|first| !first.done));
+            self.records.remove(first);
         }
         self.records.push_back(record);
     }
@@ -154,6 +156,18 @@ impl History {
             last.bytes = bytes;
             last.done = done;
         }
+    }
+
+    /// Notes that a collective is done which was started some time ago.
+    pub(super) fn settle(&mut self, sequence: u64) {
+        if let Some(record) = self.records.iter_mut().rev().find(|r| r.tag.sequence == sequence) {
+            record.done = true;
+        }
+    }
+
+    /// The first collective that is not done.
+    pub fn unfinished(&self) -> Option<&Record> {
+        self.records.iter().find(|record| !record.done)
     }
 
     /// One JSON object, for tools.

@@ -92,6 +92,9 @@ impl super::transport::Transport for Watched {
     fn abort(&self, reason: &str) {
         self.endpoint.abort(reason);
     }
+    fn monitor(&self) -> Arc<dyn super::Monitor> {
+        self.endpoint.monitor()
+    }
 }
 
 /// A thread that sleeps until a peer's socket closes.

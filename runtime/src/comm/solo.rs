@@ -3,7 +3,9 @@
 use super::collectives::Collectives;
 use super::record::Kind;
 use super::transport::{Source, Step, Transport};
-use super::{CommError, Communicator, Tag};
+use super::{CommError, Communicator, Missing, Monitor, Tag};
+use std::sync::Arc;
+use std::time::Duration;
 
 /// A communicator for a program of one rank.
 pub fn solo() -> Box<dyn Communicator> {
@@ -36,4 +38,24 @@ impl Transport for Solo {
     fn enter(&self, _: Kind, _: Tag) {}
     fn progress(&self) {}
     fn abort(&self, _: &str) {}
+    fn monitor(&self) -> Arc<dyn Monitor> {
+        Arc::new(Solo)
+    }
+}
+
+impl Monitor for Solo {
+    fn failure(&self, _: &[usize]) -> Option<CommError> {
+        None
+    }
+    fn heartbeat(&self, _: usize) -> u64 {
+        0
+    }
+    fn whereabouts(&self, rank: usize) -> Missing {
+        Missing { rank, last: None }
+    }
+    fn progress(&self) {}
+    fn abort(&self, _: &str) {}
+    fn stall(&self) -> Duration {
+        Duration::MAX
+    }
 }

@@ -5,7 +5,8 @@
 
 use super::error::Brought;
 use super::record::Kind;
-use super::{CommError, Monoid, Tag};
+use super::{CommError, Monitor, Monoid, Tag};
+use std::sync::Arc;
 use tpshard_ir::DType;
 
 /// What a rank believes it is doing; sent along with every slot and compared by every reader.
@@ -55,6 +56,8 @@ pub trait Transport: Send {
     fn progress(&self);
     /// Fails all ranks.
     fn abort(&self, reason: &str);
+    /// A look at the other ranks from any thread.
+    fn monitor(&self) -> Arc<dyn Monitor>;
 }
 
 /// Bytes of an encoded [`Step`] with its length.

@@ -63,7 +63,12 @@ pub(crate) fn held(family: &Family, place: &Place<'_>, rank: usize) -> Result<Ve
 }
 
 /// What every member of `group` holds of `dim`.
-fn extents(family: &Family, place: &Place<'_>, group: &Group, dim: usize) -> Result<Vec<usize>, String> {
+pub(crate) fn extents(
+    family: &Family,
+    place: &Place<'_>,
+    group: &Group,
+    dim: usize,
+) -> Result<Vec<usize>, String> {
     let one = |&rank: &usize| -> Result<usize, String> {
         held(family, place, rank)?
             .get(dim)
@@ -73,7 +78,7 @@ fn extents(family: &Family, place: &Place<'_>, group: &Group, dim: usize) -> Res
     group.ranks().iter().map(one).collect()
 }
 
-fn carried(monoid: Monoid) -> comm::Monoid {
+pub(crate) fn carried(monoid: Monoid) -> comm::Monoid {
     match monoid {
         Monoid::Sum => comm::Monoid::Sum,
         Monoid::Prod => comm::Monoid::Prod,

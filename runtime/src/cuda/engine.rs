@@ -1,27 +1,31 @@
 //! What outlives runs on a GPU: weights, kernels, the working memory, and the entries made ready.
 
-use super::exec::{FAULT_BYTES, Run, upload};
+use super::exec::{FAULT_BYTES, Run};
 use super::gpu::{Gpu, Surroundings};
+use super::links::Links;
 use super::plan::Plan;
 use super::prepared::Prepared;
 use super::tensor::DeviceTensor;
-use crate::comm::{CommError, Communicator};
+use crate::comm::{CommError, Communicator, bytes};
 use crate::cpu::WeightSource;
 use crate::cpu::constants::Constants;
 use crate::cpu::deferred::Deferred;
 use crate::cpu::exec::Finished;
 use crate::cpu::value::Value;
-use crate::session::SessionError;
+use crate::session::{CommChoice, SessionError};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
-use tpshard_driver::DriverError;
 use tpshard_driver::cuda::{Device, Function, Memory};
+use tpshard_driver::{DriverError, SearchPath};
 use tpshard_ir::dim::Bindings;
 use tpshard_ir::program::device::{DeviceCode, capacity_symbol};
 use tpshard_ir::program::{Entry, RankProgram};
 use tpshard_ir::{Op, ValueId};
 
 pub(crate) struct Engine {
+    /// What carries collectives between devices, if host memory does not; first, so that it ends before what it uses.
+    links: Option<Links>,
+    description: String,
     gpu: Gpu,
     functions: Vec<Function>,
     entries: Vec<Ready>,
@@ -90,12 +94,31 @@ impl Engine {
         let entries = entries.collect();
         let arena = Arc::new(gpu.device.allocate(0).map_err(failed)?);
         let fault = gpu.device.allocate(FAULT_BYTES).map_err(failed)?;
-        Ok(Engine { functions, entries, host: kept, arena, fault, gpu })
+        let description = gpu.description.clone();
+        Ok(Engine { links: None, description, functions, entries, host: kept, arena, fault, gpu })
+    }
+
+    /// Decides with all ranks what carries collectives.
+    ///
+    /// # Errors
+    /// As [`Links::open`].
+    pub(crate) fn link(
+        &mut self,
+        program: &RankProgram,
+        search: &SearchPath,
+        choice: CommChoice,
+        communicator: &dyn Communicator,
+        sequence: &mut u64,
+    ) -> Result<(), SessionError> {
+        let carrier = Links::open(program, &self.gpu.device, search, choice, communicator, sequence)?;
+        self.links = carrier.links;
+        self.description.push_str(&carrier.description);
+        Ok(())
     }
 
     /// What was chosen, for people.
     pub(crate) fn description(&self) -> &str {
-        &self.gpu.description
+        &self.description
     }
 
     pub(crate) fn device(&self) -> &Device {
@@ -183,6 +206,7 @@ impl Engine {
             prepared: &ready.prepared,
             device: &self.gpu.device,
             library: self.gpu.library.as_ref(),
+            links: self.links.as_ref(),
             functions: &self.functions,
             constants: &ready.constants,
             host: &self.host,
@@ -217,8 +241,16 @@ fn constants(
     let retained: Vec<BTreeSet<ValueId>> = prepared.iter().map(|p| p.on_host.clone()).collect();
     let mut uploaded = BTreeMap::new();
     let mut on_device = true;
+    let mut uploader = device.uploader();
     let mut take = |id: usize, value: &Value| -> Result<(), String> {
-        let memory = upload(device, value);
+        let tensor = value.tensor()?;
+        let data = bytes(tensor.data());
+        let mut put = || -> Result<Memory, DriverError> {
+            let memory = device.allocate(data.len() as u64)?;
+            uploader.upload(&memory, data, progress)?;
+            Ok(memory)
+        };
+        let memory = put().map_err(|error| error.to_string());
         on_device = memory.is_ok();
         uploaded.insert(id, Arc::new(memory?));
         Ok(())

@@ -8,6 +8,7 @@
 mod host;
 
 use super::calls::{Call, CallArgument, SizeId, Sizes};
+use super::links::{Links, Operand, carries};
 use super::plan::{Plan, size};
 use super::prepared::{Origin, Prepared, Spacing};
 use super::tensor::DeviceTensor;
@@ -30,7 +31,7 @@ use tpshard_ir::dim::{Bindings, Dim};
 use tpshard_ir::layout::Mesh;
 use tpshard_ir::program::device::{DeviceStep, FAULT_INDEX, How, Matrix, Product};
 use tpshard_ir::program::{Entry, Family};
-use tpshard_ir::{DType, Graph, Op, Tensor, ValueId};
+use tpshard_ir::{Conversion, DType, Graph, Op, Tensor, ValueId};
 
 /// Bytes of the words in which kernels say what they met.
 pub(super) const FAULT_BYTES: u64 = 32;
@@ -47,6 +48,8 @@ pub(super) struct Run<'a> {
     pub(super) device: &'a Device,
     /// What multiplies matrices, if it is there.
     pub(super) library: Option<&'a CublasLt>,
+    /// What carries collectives between devices, if host memory does not.
+    pub(super) links: Option<&'a Links>,
     /// The kernels, in the order of the program's table.
     pub(super) functions: &'a [Function],
     /// Constants on the device, by value.
@@ -124,8 +127,11 @@ impl<'a> Run<'a> {
             }
             match made {
                 Ok(()) => {}
-                Err(StepError::Collective(error)) => return Err(error),
+                Err(StepError::Collective(error)) => return Err(self.ended(communicator, error)),
                 Err(error) => {
+                    if let Some(failure) = self.links.and_then(Links::failure) {
+                        return Err(self.ended(communicator, failure));
+                    }
                     let failed = step::describe(self.graph(), step.value, error);
                     self.failure.get_or_insert(failed);
                     self.put_zeros(index, step.value);
@@ -147,6 +153,13 @@ impl<'a> Run<'a> {
         // Reading the words waits for all work, so that what the device has to say is known now.
         if let Some(failed) = self.fault() {
             self.failure.get_or_insert(failed);
+        }
+        if let Some(links) = self.links {
+            links.note(communicator);
+            // Collectives that were ended leave anything behind.
+            if let Some(failure) = links.failure() {
+                return Err(failure);
+            }
         }
         Ok(Finished { outputs, taps, failure: self.failure, times, bindings: self.bindings })
     }
@@ -277,6 +290,62 @@ impl<'a> Run<'a> {
         Ok(self.store(index, value, part)?)
     }
 
+    /// The error that ends a run, after the collectives that were done before it are noted.
+    fn ended(&self, communicator: &dyn Communicator, error: CommError) -> CommError {
+        if let Some(links) = self.links {
+            links.note(communicator);
+        }
+        error
+    }
+
+    /// As [`Run::convert`], from device to device.
+    fn convert_between(
+        &mut self,
+        index: usize,
+        [from, value]: [ValueId; 2],
+        conversion: &Conversion,
+        links: &Links,
+        (communicator, tag): (&dyn Communicator, Tag),
+    ) -> Result<(), StepError> {
+        let mut lost = None;
+        let prepared = self.dense(from, &mut lost).and_then(|source| {
+            let target = self.begin(index, value)?;
+            let context = self.context();
+            let shapes = [from, value].map(|value| context.shape(self.graph().ty(value)));
+            let [from_shape, to_shape] = shapes;
+            Ok((source, target, [from_shape?, to_shape?]))
+        });
+        let (source, target, [from_shape, to_shape]) = match prepared {
+            Ok(prepared) => prepared,
+            // The others wait for this rank, which cannot come.
+            Err(what) => return Err(links.give_up(communicator, what).into()),
+        };
+        let dtypes = [from, value].map(|value| self.graph().ty(value).dtype);
+        let operands = [
+            Operand::new(&source.memory, source.offset, dtypes[0], &from_shape),
+            Operand::new(&target.memory, target.offset, dtypes[1], &to_shape),
+        ];
+        let families = [self.family(from)?, self.family(value)?];
+        let place = Place { mesh: self.mesh, rank: self.rank, bindings: &self.bindings };
+        links.convert(conversion, operands, families, &place, (communicator, tag))?;
+        lost.map_or(Ok(()), |what: String| Err(what.into()))
+    }
+
+    /// Where a value lies densely; a copy of one that does not, and zeros for one that is lost.
+    fn dense(&self, value: ValueId, lost: &mut Option<String>) -> Result<Spot, String> {
+        if let Ok(spot) = self.spot(value)
+            && !self.prepared.spacing.contains_key(&value)
+        {
+            return Ok(spot);
+        }
+        let brought = self.fetch(value).unwrap_or_else(|what| {
+            *lost = Some(what);
+            step::zeros(self.graph(), &self.bindings, value)
+        });
+        let memory = upload(self.device, &brought)?;
+        Ok(Spot { memory: Arc::new(memory), offset: 0 })
+    }
+
     /// All ranks take part, also one that has nothing to bring.
     fn convert(
         &mut self,
@@ -289,14 +358,20 @@ impl<'a> Run<'a> {
         let (Op::Convert(conversion), Some(&from)) = (&node.op, node.args.first()) else {
             return Err("a conversion of nothing".into());
         };
+        *sequence += 1;
+        let tag = Tag { sequence: *sequence, node: value.0 };
+        if let Some(links) = self.links.filter(|_| carries(conversion, node.ty.dtype)) {
+            return self.convert_between(index, [from, value], conversion, links, (communicator, tag));
+        }
         let mut lost = None;
         let brought = self.fetch(from).unwrap_or_else(|what| {
             lost = Some(what);
             step::zeros(self.graph(), &self.bindings, from)
         });
+        if let Some(failure) = self.links.and_then(Links::failure) {
+            return Err(failure.into());
+        }
         let families = [self.family(from)?, self.family(value)?];
-        *sequence += 1;
-        let tag = Tag { sequence: *sequence, node: value.0 };
         let place = Place { mesh: self.mesh, rank: self.rank, bindings: &self.bindings };
         let converted = convert(conversion, brought, families, &place, communicator, tag)?;
         let converted = step::checked(self.graph(), &self.bindings, value, converted)?;
@@ -452,8 +527,8 @@ impl<'a> Run<'a> {
     }
 }
 
-/// Copies a constant to the device.
-pub(super) fn upload(device: &Device, value: &Value) -> Result<Memory, String> {
+/// Copies a value to the device.
+fn upload(device: &Device, value: &Value) -> Result<Memory, String> {
     let tensor = value.tensor()?;
     let data = bytes(tensor.data());
     let put = || -> Result<Memory, DriverError> {

@@ -19,8 +19,9 @@ use std::process::{Child, ChildStderr, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Mutex, mpsc};
 use std::time::{Duration, Instant};
 
-/// After a failure, other ranks may fail in consequence or be the cause; what ends within this time is compared.
-const COMPARE: Duration = Duration::from_millis(100);
+/// After a failure, other ranks may fail in consequence or be the cause, and say in what; what ends within this time is
+/// compared. Together with what follows, it must leave all ranks dead within a second.
+const COMPARE: Duration = Duration::from_millis(300);
 /// What asking nicely gets before SIGKILL.
 const GRACE: Duration = Duration::from_millis(500);
 /// The exit code for "another rank failed", which is never the cause.

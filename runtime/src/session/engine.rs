@@ -84,6 +84,23 @@ impl Engine {
         Ok(Engine::Cuda(Box::new(engine)))
     }
 
+    /// Decides with all ranks what carries collectives; all of them have made their programs ready.
+    pub(super) fn link(
+        &mut self,
+        program: &RankProgram,
+        options: &SessionOptions,
+        communicator: &dyn Communicator,
+        sequence: &mut u64,
+    ) -> Result<(), SessionError> {
+        match self {
+            Engine::Cpu(_) => Ok(()),
+            Engine::Cuda(engine) => {
+                let search = SearchPath::from_environment().after(&options.libraries);
+                engine.link(program, &search, options.comm, communicator, sequence)
+            }
+        }
+    }
+
     /// What was chosen, for people.
     pub(super) fn description(&self) -> Option<&str> {
         match self {

@@ -50,6 +50,9 @@ pub enum SessionError {
     Refused { rank: usize, message: String },
     #[error(transparent)]
     Collective(#[from] CommError),
+    /// A failed collective, and where in the program.
+    #[error("{place}: {error}")]
+    Broken { place: String, error: CommError },
     #[error("the session ended with an earlier error: {reason}\n  help: open it again")]
     Poisoned { reason: String },
     #[error("the session is closed")]
@@ -75,6 +78,7 @@ impl SessionError {
             | SessionError::State { .. } => 5,
             SessionError::Refused { .. }
             | SessionError::Collective(_)
+            | SessionError::Broken { .. }
             | SessionError::Poisoned { .. }
             | SessionError::Closed => 6,
         }
@@ -82,6 +86,12 @@ impl SessionError {
 
     /// True if the session cannot be used any more.
     pub fn is_fatal(&self) -> bool {
-        matches!(self, SessionError::Collective(_) | SessionError::Poisoned { .. } | SessionError::Closed)
+        matches!(
+            self,
+            SessionError::Collective(_)
+                | SessionError::Broken { .. }
+                | SessionError::Poisoned { .. }
+                | SessionError::Closed
+        )
     }
 }

@@ -1,5 +1,6 @@
 //! What every rank does for a request.
 
+mod loading;
 mod opening;
 mod slots;
 
@@ -7,12 +8,12 @@ use super::agree::agree;
 use super::engine::{Engine, Job, Plan};
 use super::timeline::{StepTime, Timeline};
 use super::{InputHeader, Output, Request, Results, RunPart, SessionError, SessionOptions, Tap};
-use crate::comm::{CommStats, Communicator, Group, Tag};
+use crate::comm::{CommStats, Communicator, Group, History, Record, Tag};
 use crate::cpu::WeightSource;
 use crate::cpu::convert::{Place, StepError, convert};
 use crate::cpu::deferred::Deferred;
 use crate::cpu::exec::Finished;
-use crate::cpu::step::{Failed, Held};
+use crate::cpu::step::{self, Failed, Held};
 use crate::cpu::value::Value;
 use crate::state::{SlotId, StateStore};
 use opening::{check, check_evaluator, least_limit, same_program};
@@ -27,8 +28,9 @@ use tpshard_ir::{AxisLayout, Conversion, DType, StepId, Tensor, ValueId};
 
 pub(super) struct Worker {
     program: RankProgram,
-    communicator: Box<dyn Communicator>,
+    /// Before the communicator, so that its collectives end while the other ranks can still be seen.
     engine: Engine,
+    communicator: Box<dyn Communicator>,
     state: Option<StateStore>,
     memory_limit: u64,
     /// The least memory limit of all ranks, where they have to decide alike.
@@ -36,6 +38,8 @@ pub(super) struct Worker {
     evaluator: SharedEvaluator,
     sequence: u64,
     timeline: Option<Timeline>,
+    /// The entry that ran last.
+    running: usize,
 }
 
 impl Worker {
@@ -48,7 +52,7 @@ impl Worker {
     ) -> Result<Worker, SessionError> {
         let mut sequence = 0;
         same_program(&program, &*communicator, &mut sequence)?;
-        let mut load = || -> Result<_, SessionError> {
+        let load = || -> Result<_, SessionError> {
             crate::cpu::check_instructions().map_err(|what| SessionError::Usage { what })?;
             check(&program, weights, &*communicator)?;
             check_evaluator(&program, &options.evaluator)?;
@@ -63,8 +67,9 @@ impl Worker {
             };
             Ok((engine, memory_limit, state))
         };
-        let loaded = load();
-        let (engine, memory_limit, state) = agree(&*communicator, &mut sequence, loaded)?;
+        let loaded = loading::at_work(&*communicator.monitor(), load);
+        let (mut engine, memory_limit, state) = agree(&*communicator, &mut sequence, loaded)?;
+        engine.link(&program, options, &*communicator, &mut sequence)?;
         let common_limit = least_limit(&program, &*communicator, &mut sequence, memory_limit)?;
         let evaluator = options.evaluator.clone();
         let timeline = options.timeline.then(Timeline::default);
@@ -78,6 +83,7 @@ impl Worker {
             evaluator,
             sequence,
             timeline,
+            running: 0,
         })
     }
 
@@ -91,6 +97,23 @@ impl Worker {
 
     pub(super) fn stats(&self) -> CommStats {
         self.communicator.stats()
+    }
+
+    pub(super) fn history(&self) -> History {
+        self.communicator.history()
+    }
+
+    /// The collective that was not done, as messages name it.
+    pub(super) fn whereabouts(&self) -> Option<String> {
+        let history = self.communicator.history();
+        let Record { kind, tag, .. } = history.unfinished()?;
+        let entry = self.program.entries.get(self.running);
+        let node = entry.filter(|entry| (tag.node as usize) < entry.graph.len());
+        let node = match node {
+            Some(entry) => step::name(&entry.graph, ValueId(tag.node)),
+            None => "none of the model".into(),
+        };
+        Some(format!("in {kind}, step {}, node {node}", tag.sequence))
     }
 
     /// What executes the program, if it is not the processor.
@@ -187,6 +210,7 @@ impl Worker {
             ),
         };
         let before = self.communicator.stats();
+        self.running = part.entry;
         let mut finished =
             self.engine.run(&self.program, &plan, job, &*self.communicator, &mut self.sequence)?;
         let traffic = self.communicator.stats().since(&before);

@@ -4,6 +4,8 @@
 use crate::memory;
 use crate::modules::{Kernel, Module};
 use crate::settings::{launch_succeeds, settings};
+use crate::streams::{self, Stream};
+use std::cell::Cell;
 use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
 
 const SUCCESS: c_int = 0;
@@ -14,11 +16,24 @@ const INVALID_DEVICE: c_int = 101;
 const INVALID_IMAGE: c_int = 200;
 const INVALID_CONTEXT: c_int = 201;
 const NOT_FOUND: c_int = 500;
+const NOT_READY: c_int = 600;
 const LAUNCH_FAILED: c_int = 719;
 
-/// Contexts and streams are nothing but these numbers.
+/// The context of the first device; those of others follow.
 const CONTEXT: usize = 0x1000;
-const STREAM: usize = 0x2000;
+
+thread_local! {
+    /// The device of this thread.
+    static CURRENT: Cell<c_int> = const { Cell::new(0) };
+}
+
+/// The device that this thread works with.
+pub(crate) fn current_device() -> c_int {
+    CURRENT.get()
+}
+
+/// A mark in a stream: the stream, and how much had been put into it.
+struct Event(std::sync::Mutex<Option<(&'static Stream, u64)>>);
 
 /// Writes through a pointer that may be null.
 ///
@@ -106,7 +121,7 @@ pub unsafe extern "C" fn cuDevicePrimaryCtxRetain(context: *mut *mut c_void, dev
         return INVALID_DEVICE;
     }
     // SAFETY: see above.
-    unsafe { put(context, CONTEXT as *mut c_void) }
+    unsafe { put(context, (CONTEXT + device as usize) as *mut c_void) }
 }
 
 /// # Safety
@@ -120,7 +135,14 @@ pub unsafe extern "C" fn cuDevicePrimaryCtxRelease_v2(device: c_int) -> c_int {
 /// See above.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuCtxSetCurrent(context: *mut c_void) -> c_int {
-    if context.addr() == CONTEXT { SUCCESS } else { INVALID_CONTEXT }
+    let device = context.addr().checked_sub(CONTEXT).and_then(|device| c_int::try_from(device).ok());
+    match device.filter(|&device| is_device(device)) {
+        Some(device) => {
+            CURRENT.set(device);
+            SUCCESS
+        }
+        None => INVALID_CONTEXT,
+    }
 }
 
 /// # Safety
@@ -148,7 +170,24 @@ pub unsafe extern "C" fn cuMemAlloc_v2(address: *mut u64, bytes: usize) -> c_int
 /// See above.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuMemFree_v2(address: u64) -> c_int {
+    streams::drain_device(current_device());
     if memory::free(address) { SUCCESS } else { INVALID_VALUE }
+}
+
+/// # Safety
+/// See above.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuMemHostAlloc(address: *mut *mut c_void, bytes: usize, _flags: c_uint) -> c_int {
+    let held = memory::allocate_on_host(bytes);
+    // SAFETY: see above.
+    unsafe { put(address, held as usize as *mut c_void) }
+}
+
+/// # Safety
+/// See above.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuMemFreeHost(address: *mut c_void) -> c_int {
+    if memory::free_on_host(address.addr() as u64) { SUCCESS } else { INVALID_VALUE }
 }
 
 /// # Safety
@@ -158,8 +197,9 @@ pub unsafe extern "C" fn cuMemcpyHtoDAsync_v2(
     to: u64,
     from: *const c_void,
     bytes: usize,
-    _stream: *mut c_void,
+    stream: *mut c_void,
 ) -> c_int {
+    streams::drain(stream.addr());
     if !memory::holds(to, bytes) {
         return INVALID_VALUE;
     }
@@ -175,8 +215,9 @@ pub unsafe extern "C" fn cuMemcpyDtoHAsync_v2(
     to: *mut c_void,
     from: u64,
     bytes: usize,
-    _stream: *mut c_void,
+    stream: *mut c_void,
 ) -> c_int {
+    streams::drain(stream.addr());
     if !memory::holds(from, bytes) {
         return INVALID_VALUE;
     }
@@ -192,8 +233,9 @@ pub unsafe extern "C" fn cuMemcpyDtoDAsync_v2(
     to: u64,
     from: u64,
     bytes: usize,
-    _stream: *mut c_void,
+    stream: *mut c_void,
 ) -> c_int {
+    streams::drain(stream.addr());
     if !memory::holds(to, bytes) || !memory::holds(from, bytes) {
         return INVALID_VALUE;
     }
@@ -205,7 +247,8 @@ pub unsafe extern "C" fn cuMemcpyDtoDAsync_v2(
 /// # Safety
 /// See above.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuMemsetD8Async(to: u64, byte: u8, bytes: usize, _stream: *mut c_void) -> c_int {
+pub unsafe extern "C" fn cuMemsetD8Async(to: u64, byte: u8, bytes: usize, stream: *mut c_void) -> c_int {
+    streams::drain(stream.addr());
     if !memory::holds(to, bytes) {
         return INVALID_VALUE;
     }
@@ -277,7 +320,7 @@ pub unsafe extern "C" fn cuLaunchKernel(
     threads_y: c_uint,
     threads_z: c_uint,
     shared: c_uint,
-    _stream: *mut c_void,
+    stream: *mut c_void,
     arguments: *mut *mut c_void,
     _extra: *mut *mut c_void,
 ) -> c_int {
@@ -287,6 +330,7 @@ pub unsafe extern "C" fn cuLaunchKernel(
     if blocks.contains(&0) || !fits || threads.iter().product::<c_uint>() > 1024 || threads.contains(&0) {
         return INVALID_VALUE;
     }
+    streams::drain(stream.addr());
     if !launch_succeeds() {
         return LAUNCH_FAILED;
     }
@@ -303,20 +347,139 @@ pub unsafe extern "C" fn cuLaunchKernel(
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuStreamCreate(stream: *mut *mut c_void, _flags: c_uint) -> c_int {
     // SAFETY: see above.
-    unsafe { put(stream, STREAM as *mut c_void) }
+    unsafe { put(stream, std::ptr::from_ref(Stream::make(current_device())).cast_mut().cast()) }
 }
 
 /// # Safety
 /// See above.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuStreamSynchronize(_stream: *mut c_void) -> c_int {
+pub unsafe extern "C" fn cuStreamSynchronize(stream: *mut c_void) -> c_int {
+    streams::drain(stream.addr());
     SUCCESS
 }
 
 /// # Safety
 /// See above.
 #[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuStreamQuery(stream: *mut c_void) -> c_int {
+    match Stream::at(stream.addr()) {
+        Some(stream) if !stream.is_done(stream.end()) => NOT_READY,
+        Some(_) => SUCCESS,
+        None => INVALID_VALUE,
+    }
+}
+
+/// # Safety
+/// See above.
+#[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuStreamDestroy_v2(_stream: *mut c_void) -> c_int {
+    SUCCESS
+}
+
+/// # Safety
+/// See above.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuEventCreate(event: *mut *mut c_void, _flags: c_uint) -> c_int {
+    // SAFETY: see above.
+    unsafe { put(event, Box::into_raw(Box::new(Event(std::sync::Mutex::default()))).cast()) }
+}
+
+/// The state of an event.
+///
+/// # Safety
+/// The handle came from `cuEventCreate` and is not destroyed.
+unsafe fn event_state<'a>(event: *mut c_void) -> std::sync::MutexGuard<'a, Option<(&'static Stream, u64)>> {
+    // SAFETY: by the caller.
+    let event = unsafe { &*event.cast::<Event>() };
+    event.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
+/// # Safety
+/// See above.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuEventRecord(event: *mut c_void, stream: *mut c_void) -> c_int {
+    let Some(stream) = Stream::at(stream.addr()) else { return INVALID_VALUE };
+    // SAFETY: see above.
+    *unsafe { event_state(event) } = Some((stream, stream.end()));
+    SUCCESS
+}
+
+/// # Safety
+/// See above.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuEventQuery(event: *mut c_void) -> c_int {
+    // SAFETY: see above.
+    match *unsafe { event_state(event) } {
+        Some((stream, end)) if !stream.is_done(end) => NOT_READY,
+        _ => SUCCESS,
+    }
+}
+
+/// # Safety
+/// See above.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuEventDestroy_v2(event: *mut c_void) -> c_int {
+    // SAFETY: made by `cuEventCreate`, destroyed once.
+    drop(unsafe { Box::from_raw(event.cast::<Event>()) });
+    SUCCESS
+}
+
+/// # Safety
+/// See above.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuDeviceGetPCIBusId(id: *mut c_char, length: c_int, device: c_int) -> c_int {
+    let text = format!("0000:{device:02x}:00.0\0");
+    if usize::try_from(length).is_ok_and(|length| length < text.len()) {
+        return INVALID_VALUE;
+    }
+    // SAFETY: there is room for `length` bytes.
+    unsafe { memory::copy(id.addr() as u64, text.as_ptr().addr() as u64, text.len()) };
+    SUCCESS
+}
+
+/// `CUDA_MEMCPY2D`, as eight-byte words.
+type RowsCopy = [u64; 16];
+
+/// # Safety
+/// See above.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuMemcpy2DAsync_v2(copy: *const RowsCopy, stream: *mut c_void) -> c_int {
+    // SAFETY: see above.
+    let words = unsafe { copy.read() };
+    let [
+        from_x,
+        from_y,
+        from_kind,
+        _,
+        from,
+        _,
+        from_pitch,
+        to_x,
+        to_y,
+        to_kind,
+        _,
+        to,
+        _,
+        to_pitch,
+        bytes,
+        rows,
+    ] = words;
+    let starts_at_zero = [from_x, from_y, to_x, to_y] == [0; 4];
+    // The kinds are of four bytes; device memory is 2.
+    let on_device = [from_kind, to_kind].iter().all(|kind| kind & 0xffff_ffff == 2);
+    let most = i32::MAX as u64;
+    if !starts_at_zero || !on_device || from_pitch.max(to_pitch) > most || bytes > from_pitch.min(to_pitch) {
+        return INVALID_VALUE;
+    }
+    streams::drain(stream.addr());
+    for row in 0..rows {
+        let (to, from, bytes) = (to + row * to_pitch, from + row * from_pitch, bytes as usize);
+        if !memory::holds(to, bytes) || !memory::holds(from, bytes) {
+            return INVALID_VALUE;
+        }
+        // SAFETY: both were just found.
+        unsafe { memory::copy(to, from, bytes) };
+    }
     SUCCESS
 }
 
@@ -329,6 +492,7 @@ fn described(code: c_int) -> [&'static CStr; 2] {
         INVALID_DEVICE => [c"CUDA_ERROR_INVALID_DEVICE", c"invalid device ordinal"],
         INVALID_IMAGE => [c"CUDA_ERROR_INVALID_IMAGE", c"device kernel image is invalid"],
         INVALID_CONTEXT => [c"CUDA_ERROR_INVALID_CONTEXT", c"invalid device context"],
+        NOT_READY => [c"CUDA_ERROR_NOT_READY", c"device not ready"],
         NOT_FOUND => [c"CUDA_ERROR_NOT_FOUND", c"named symbol not found"],
         LAUNCH_FAILED => [c"CUDA_ERROR_LAUNCH_FAILED", c"unspecified launch failure"],
         _ => [c"CUDA_ERROR_UNKNOWN", c"unknown error"],

@@ -39,6 +39,22 @@ pub(crate) fn free(address: u64) -> bool {
     allocations().remove(&address).is_some()
 }
 
+/// Pinned memory of the host, by address.
+static PINNED: Mutex<BTreeMap<u64, Vec<u8>>> = Mutex::new(BTreeMap::new());
+
+/// The address of new memory of the host.
+pub(crate) fn allocate_on_host(bytes: usize) -> u64 {
+    let memory = vec![UNWRITTEN; bytes];
+    let address = memory.as_ptr().addr() as u64;
+    PINNED.lock().unwrap_or_else(std::sync::PoisonError::into_inner).insert(address, memory);
+    address
+}
+
+/// False if nothing was allocated there.
+pub(crate) fn free_on_host(address: u64) -> bool {
+    PINNED.lock().unwrap_or_else(std::sync::PoisonError::into_inner).remove(&address).is_some()
+}
+
 /// True if the bytes lie in one allocation.
 pub(crate) fn holds(address: u64, bytes: usize) -> bool {
     let all = allocations();

@@ -15,7 +15,15 @@ pub(crate) struct Settings {
     fail: Option<u64>,
     /// `end=N`: the process ends at launch number N.
     end: Option<u64>,
-    /// `rank=R`: launches fail or end the process on this rank only.
+    /// `stop=N`: launch number N is never done.
+    stop: Option<u64>,
+    /// `end-collective=N`: the process ends at collective number N, counted from 1.
+    end_collective: Option<u64>,
+    /// `nccl=22809`: the version of the library of collectives as it says it.
+    pub(crate) nccl: u64,
+    /// `refuse=1`: no clique comes about.
+    pub(crate) refuse: bool,
+    /// `rank=R`: only on this rank does anything go wrong.
     rank: Option<u64>,
 }
 
@@ -34,22 +42,45 @@ pub(crate) fn settings() -> &'static Settings {
             memory: number("memory").unwrap_or(1 << 30),
             fail: number("fail"),
             end: number("end"),
+            stop: number("stop"),
+            end_collective: number("end-collective"),
+            nccl: number("nccl").unwrap_or(22809),
+            refuse: number("refuse").is_some(),
             rank: number("rank"),
         }
     })
 }
 
+/// Whether anything goes wrong on this rank.
+fn concerned() -> bool {
+    let own = std::env::var("RANK").ok().and_then(|rank| rank.parse::<u64>().ok());
+    settings().rank.is_none() || settings().rank == own
+}
+
 /// Counts a launch; false if it is to fail.
 pub(crate) fn launch_succeeds() -> bool {
     static LAUNCHES: AtomicU64 = AtomicU64::new(0);
-    let number = LAUNCHES.fetch_add(1, Ordering::Relaxed) + 1;
-    let own = std::env::var("RANK").ok().and_then(|rank| rank.parse::<u64>().ok());
+    let number = Some(LAUNCHES.fetch_add(1, Ordering::Relaxed) + 1);
     let settings = settings();
-    if settings.rank.is_some() && settings.rank != own {
+    if !concerned() {
         return true;
     }
-    if settings.end == Some(number) {
+    if settings.end == number {
         std::process::abort();
     }
-    settings.fail != Some(number)
+    if settings.stop == number {
+        loop {
+            std::thread::park();
+        }
+    }
+    settings.fail != number
+}
+
+/// Counts a collective.
+pub(crate) fn begin_collective() {
+    static COLLECTIVES: AtomicU64 = AtomicU64::new(0);
+    let number = COLLECTIVES.fetch_add(1, Ordering::Relaxed) + 1;
+    if concerned() && settings().end_collective == Some(number) {
+        std::process::abort();
+    }
 }

@@ -9,8 +9,9 @@ mod tensors;
 
 use super::record::{History, Kind, Record};
 use super::transport::{Source, Step, Transport};
-use super::{CommError, CommStats, Communicator, Group, Monoid, Sharding, Tag};
+use super::{CommError, CommStats, Communicator, Group, Monitor, Monoid, Sharding, Tag};
 use std::cell::{Cell, RefCell};
+use std::sync::Arc;
 use std::time::Instant;
 use tpshard_ir::{DType, Tensor};
 
@@ -295,6 +296,26 @@ impl<T: Transport> Communicator for Collectives<T> {
 
     fn abort(&self, reason: &str) {
         self.transport.abort(reason);
+    }
+
+    fn carried(&self, record: Record) {
+        if record.ranks > 1 {
+            self.transport.enter(record.kind, record.tag);
+            self.transport.progress();
+        }
+        let mut stats = self.stats.borrow_mut();
+        let stats = stats.kinds.entry(record.kind).or_default();
+        stats.collectives += 1;
+        stats.bytes += record.bytes;
+        self.history.borrow_mut().start(record);
+    }
+
+    fn settled(&self, sequence: u64) {
+        self.history.borrow_mut().settle(sequence);
+    }
+
+    fn monitor(&self) -> Arc<dyn Monitor> {
+        self.transport.monitor()
     }
 
     fn stats(&self) -> CommStats {

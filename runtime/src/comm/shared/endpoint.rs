@@ -4,7 +4,7 @@
 use super::region::{Presence, Region, SLOT_HEADER};
 use crate::comm::record::Kind;
 use crate::comm::transport::{STEP_BYTES, Source, Step, Transport};
-use crate::comm::{CommError, CommOptions, Tag};
+use crate::comm::{CommError, CommOptions, Missing, Monitor, Tag};
 use rustix::thread::futex::Timespec;
 use std::cell::{Cell, RefCell};
 use std::sync::Arc;
@@ -234,6 +234,49 @@ impl Transport for Endpoint {
 
     fn abort(&self, reason: &str) {
         self.region.poison(self.rank, reason);
+    }
+
+    fn monitor(&self) -> Arc<dyn Monitor> {
+        Arc::new(Lookout { region: self.region.clone(), rank: self.rank, stall: self.stall })
+    }
+}
+
+/// What any thread of a rank may look at.
+struct Lookout {
+    region: Arc<Region>,
+    rank: usize,
+    stall: Duration,
+}
+
+impl Monitor for Lookout {
+    fn failure(&self, needed: &[usize]) -> Option<CommError> {
+        if let Some(failure) = self.region.failure() {
+            return Some(failure);
+        }
+        let gone = |&&rank: &&usize| rank != self.rank && self.region.presence(rank) != Presence::Here;
+        let &rank = needed.iter().find(gone)?;
+        self.region.bury(rank);
+        Some(CommError::PeerDied { rank })
+    }
+
+    fn heartbeat(&self, rank: usize) -> u64 {
+        self.region.heartbeat(rank).load(SeqCst)
+    }
+
+    fn whereabouts(&self, rank: usize) -> Missing {
+        self.region.missing(rank)
+    }
+
+    fn progress(&self) {
+        self.region.heartbeat(self.rank).fetch_add(1, Relaxed);
+    }
+
+    fn abort(&self, reason: &str) {
+        self.region.poison(self.rank, reason);
+    }
+
+    fn stall(&self) -> Duration {
+        self.stall
     }
 }
 

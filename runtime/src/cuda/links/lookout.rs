@@ -1,0 +1,262 @@
+//! Looking out for collectives that will never be done.
+//!
+//! A rank whose peer is gone would wait for its device for ever, and may do so inside the driver, where nothing can be
+//! asked. So a thread of its own looks after the collectives that are in the queue: at what the other ranks and the
+//! library say, and at the time. When something is wrong it says so, and ends the collectives, after which whoever waits
+//! goes on.
+
+use crate::comm::{CommError, Kind, Missing, Monitor, Tag};
+use std::collections::VecDeque;
+use std::fmt;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+use tpshard_driver::DriverError;
+use tpshard_driver::cuda::{Device, Event, Watch};
+use tpshard_driver::nccl::Clique;
+
+/// How often the thread looks while something is in the queue.
+const ROUND: Duration = Duration::from_millis(5);
+/// How long ending the collectives may take before it is left alone.
+const ENDING: Duration = Duration::from_millis(300);
+/// Most events that are kept for use again.
+const MOST_SPARE: usize = 1024;
+
+/// A collective in the queue.
+struct Pending {
+    kind: Kind,
+    tag: Tag,
+    ranks: Vec<usize>,
+    passed: Event,
+}
+
+#[derive(Default)]
+struct State {
+    pending: VecDeque<Pending>,
+    spare: Vec<Event>,
+    /// Sequence numbers of what is done and not yet told.
+    settled: Vec<u64>,
+    stop: bool,
+}
+
+struct Shared {
+    monitor: Arc<dyn Monitor>,
+    rank: usize,
+    cliques: Vec<Arc<Clique>>,
+    state: Mutex<State>,
+    changed: Condvar,
+    failure: OnceLock<CommError>,
+}
+
+impl fmt::Debug for Shared {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Lookout").field("failure", &self.failure.get()).finish_non_exhaustive()
+    }
+}
+
+impl Watch for Shared {
+    fn broken(&self) -> Option<String> {
+        self.failure.get().map(ToString::to_string)
+    }
+}
+
+/// The thread that looks out, and what it looks after.
+pub(super) struct Lookout {
+    device: Device,
+    shared: Arc<Shared>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Lookout {
+    pub(super) fn start(
+        monitor: Arc<dyn Monitor>,
+        rank: usize,
+        device: Device,
+        cliques: Vec<Arc<Clique>>,
+    ) -> std::io::Result<Lookout> {
+        let (state, changed, failure) = (Mutex::default(), Condvar::new(), OnceLock::new());
+        let shared = Arc::new(Shared { monitor, rank, cliques, state, changed, failure });
+        let looking = shared.clone();
+        let thread = std::thread::Builder::new().name("tpshard-lookout".into());
+        let thread = Some(thread.spawn(move || looking.look_out())?);
+        Ok(Lookout { device, shared, thread })
+    }
+
+    pub(super) fn watch(&self) -> Arc<dyn Watch> {
+        self.shared.clone()
+    }
+
+    pub(super) fn failure(&self) -> Option<CommError> {
+        self.shared.failure.get().cloned()
+    }
+
+    /// Marks the end of a collective in the queue.
+    pub(super) fn mark(&self, kind: Kind, tag: Tag, ranks: &[usize]) -> Result<(), DriverError> {
+        let spare = self.shared.state().spare.pop();
+        let passed = spare.map_or_else(|| self.device.event(), Ok)?;
+        passed.record()?;
+        self.shared.state().pending.push_back(Pending { kind, tag, ranks: ranks.to_vec(), passed });
+        self.shared.changed.notify_one();
+        Ok(())
+    }
+
+    /// Sequence numbers of the collectives that are done since the last call.
+    pub(super) fn take_settled(&self) -> Vec<u64> {
+        let mut state = self.shared.state();
+        // What was ended passes too, and is not done.
+        if self.shared.failure.get().is_none() {
+            // What the driver has to say against it is said to whoever waits.
+            let _ = state.reap();
+        }
+        std::mem::take(&mut state.settled)
+    }
+
+    /// Ends the collectives because of a failure that somebody else noticed.
+    pub(super) fn end(&self, error: CommError) {
+        if self.failure().is_none() {
+            self.shared.fail(error);
+        }
+    }
+
+    /// From now on, nobody waits for the device.
+    pub(super) fn break_off(&self) {
+        let what = "the session ended".into();
+        let _ = self.shared.failure.set(CommError::Device { rank: self.shared.rank, what });
+    }
+
+    /// Ends the thread; true if nothing was wrong and nothing is under way.
+    pub(super) fn stop(&mut self) -> bool {
+        self.shared.state().stop = true;
+        self.shared.changed.notify_one();
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+        let mut state = self.shared.state();
+        let quiet = state.reap().is_ok() && state.pending.is_empty();
+        state.spare.clear();
+        quiet && self.shared.failure.get().is_none()
+    }
+}
+
+impl State {
+    /// Takes out what is done.
+    fn reap(&mut self) -> Result<bool, DriverError> {
+        let mut some = false;
+        while let Some(front) = self.pending.front() {
+            if !front.passed.has_passed()? {
+                break;
+            }
+            if let Some(done) = self.pending.pop_front() {
+                self.settled.push(done.tag.sequence);
+                if self.spare.len() < MOST_SPARE {
+                    self.spare.push(done.passed);
+                }
+                some = true;
+            }
+        }
+        Ok(some)
+    }
+}
+
+impl Shared {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn look_out(&self) {
+        let mut patience = Patience::new(&*self.monitor, &[]);
+        let mut state = self.state();
+        while !state.stop {
+            state = if state.pending.is_empty() {
+                self.changed.wait(state).unwrap_or_else(PoisonError::into_inner)
+            } else {
+                self.changed.wait_timeout(state, ROUND).unwrap_or_else(PoisonError::into_inner).0
+            };
+            match state.reap() {
+                Ok(true) => {
+                    self.monitor.progress();
+                    patience = Patience::new(&*self.monitor, &[]);
+                }
+                Ok(false) => {}
+                Err(error) => {
+                    let what = error.to_string();
+                    drop(state);
+                    return self.fail(CommError::Device { rank: self.rank, what });
+                }
+            }
+            let Some(front) = state.pending.front() else { continue };
+            let (kind, tag, ranks) = (front.kind, front.tag, front.ranks.clone());
+            drop(state);
+            if let Some(failure) = self.trouble(kind, tag, &ranks, &mut patience) {
+                return self.fail(failure);
+            }
+            state = self.state();
+        }
+    }
+
+    /// What keeps a collective from ever being done.
+    fn trouble(&self, kind: Kind, tag: Tag, ranks: &[usize], patience: &mut Patience) -> Option<CommError> {
+        if let Some(failure) = self.monitor.failure(ranks) {
+            return Some(failure);
+        }
+        if let Some(error) = self.cliques.iter().find_map(|clique| clique.settled().err()) {
+            return Some(CommError::Device { rank: self.rank, what: error.to_string() });
+        }
+        let others: Vec<usize> = ranks.iter().copied().filter(|&rank| rank != self.rank).collect();
+        if !patience.is_over(&*self.monitor, &others) {
+            return None;
+        }
+        let found: Vec<Missing> = others.iter().map(|&rank| self.monitor.whereabouts(rank)).collect();
+        // Who has come to this collective is not missing, if anybody is.
+        let behind = |m: &&Missing| m.last.is_none_or(|(_, last)| last.sequence < tag.sequence);
+        let behind: Vec<Missing> = found.iter().filter(behind).cloned().collect();
+        let missing = if behind.is_empty() { found } else { behind };
+        let seconds = self.monitor.stall().as_secs_f64();
+        Some(CommError::Stalled { kind, tag, seconds, missing })
+    }
+
+    /// Says what is wrong, here and to the other ranks, and ends the collectives.
+    fn fail(&self, error: CommError) {
+        self.monitor.abort(&error.to_string());
+        {
+            // Nobody takes for done what is ended below.
+            let _state = self.state();
+            let _ = self.failure.set(error);
+        }
+        // The library may wait for its device; then the process ends without it.
+        let (done, ended) = std::sync::mpsc::channel();
+        let cliques = self.cliques.clone();
+        let ending = std::thread::Builder::new().name("tpshard-abort".into()).spawn(move || {
+            cliques.iter().for_each(|clique| clique.abort());
+            let _ = done.send(());
+        });
+        if ending.is_ok() {
+            let _ = ended.recv_timeout(ENDING);
+        }
+    }
+}
+
+/// How long other ranks have done nothing.
+pub(super) struct Patience {
+    since: Instant,
+    beats: Vec<u64>,
+}
+
+impl Patience {
+    pub(super) fn new(monitor: &dyn Monitor, ranks: &[usize]) -> Patience {
+        Patience { since: Instant::now(), beats: beats(monitor, ranks) }
+    }
+
+    /// True once none of the ranks has done anything for as long as is waited.
+    pub(super) fn is_over(&mut self, monitor: &dyn Monitor, ranks: &[usize]) -> bool {
+        let now = beats(monitor, ranks);
+        if now != self.beats {
+            *self = Patience { since: Instant::now(), beats: now };
+        }
+        self.since.elapsed() >= monitor.stall()
+    }
+}
+
+fn beats(monitor: &dyn Monitor, ranks: &[usize]) -> Vec<u64> {
+    ranks.iter().map(|&rank| monitor.heartbeat(rank)).collect()
+}

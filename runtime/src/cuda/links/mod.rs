@@ -1,0 +1,387 @@
+//! Collectives between the devices of the ranks, by NCCL: the values stay in device memory, and the host goes on while
+//! they travel.
+//!
+//! All ranks decide together, when their sessions open, whether NCCL carries the program's collectives or host memory
+//! does (`choose`); then every group of ranks that the program's collectives name gets a [`Clique`]. `convert` brings
+//! conversions between layouts into the form that NCCL knows, `lookout` notices what keeps a collective from ever being
+//! done. What NCCL cannot do as the ranks' communicator does it ([`carries`]) goes through host memory, on all ranks
+//! alike.
+//!
+//! What must not live here: calls of NCCL, which are in `tpshard_driver`.
+
+mod choose;
+mod convert;
+mod lookout;
+#[cfg(test)]
+mod tests;
+
+pub(super) use convert::{Operand, carries};
+
+use crate::comm::{CommError, Communicator, Group, Kind, Monitor, Record, Tag};
+use crate::session::{CommChoice, SessionError};
+use choose::{Brought, Decision, decide};
+use lookout::Lookout;
+use std::cell::{Ref, RefCell};
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use tpshard_driver::cuda::{Device, Memory};
+use tpshard_driver::nccl::{Clique, ID_BYTES, Nccl};
+use tpshard_driver::{DriverError, SearchPath};
+use tpshard_ir::Op;
+use tpshard_ir::program::RankProgram;
+
+/// How long a wait for the library gives up the core before it sleeps in between.
+const LIVELY: Duration = Duration::from_millis(1);
+const NAP: Duration = Duration::from_micros(100);
+
+/// One rank's ends of the collectives between devices.
+pub(super) struct Links {
+    rank: usize,
+    device: Device,
+    monitor: Arc<dyn Monitor>,
+    /// By their ranks.
+    cliques: BTreeMap<Vec<usize>, Arc<Clique>>,
+    lookout: Lookout,
+    /// Memory for values on their way. The queue's order keeps what one collective has there from the next.
+    staging: RefCell<Memory>,
+}
+
+/// Why a collective did not come about.
+enum Trouble {
+    /// On this rank, of which the others know nothing yet.
+    Here(String),
+    Failed(CommError),
+}
+
+impl From<DriverError> for Trouble {
+    fn from(error: DriverError) -> Trouble {
+        Trouble::Here(error.to_string())
+    }
+}
+
+impl From<String> for Trouble {
+    fn from(what: String) -> Trouble {
+        Trouble::Here(what)
+    }
+}
+
+impl From<CommError> for Trouble {
+    fn from(error: CommError) -> Trouble {
+        Trouble::Failed(error)
+    }
+}
+
+/// What carries the collectives of a program, and how that is told to people.
+pub(super) struct Carrier {
+    pub(super) links: Option<Links>,
+    pub(super) description: String,
+}
+
+impl Links {
+    /// Decides with all ranks what carries the collectives, and makes it ready.
+    ///
+    /// # Errors
+    /// The same on all ranks: NCCL was asked for and cannot be used, or a failed collective.
+    pub(super) fn open(
+        program: &RankProgram,
+        device: &Device,
+        search: &SearchPath,
+        choice: CommChoice,
+        communicator: &dyn Communicator,
+        sequence: &mut u64,
+    ) -> Result<Carrier, SessionError> {
+        let world = communicator.world_size();
+        if world == 1 {
+            return Ok(Carrier { links: None, description: String::new() });
+        }
+        let library = match choice {
+            CommChoice::Shm => Err("not asked for".to_owned()),
+            CommChoice::Auto | CommChoice::Nccl => Nccl::load(search).map_err(|error| error.to_string()),
+        };
+        let own = Brought {
+            choice,
+            version: library.as_ref().map(Nccl::version).map_err(Clone::clone),
+            bus: device.bus().to_owned(),
+        };
+        let decision = together(&own, communicator, sequence)?;
+        match (decision, library) {
+            (Decision::Nccl, Ok(library)) => {
+                let (major, minor, patch) = library.version();
+                let rank = communicator.rank();
+                let groups = axes_of(program).iter().map(|axes| program.mesh.group(rank, axes)).collect();
+                let links = Links::join(groups, device, &Arc::new(library), communicator, sequence)?;
+                let description = format!(", collectives by NCCL {major}.{minor}.{patch}");
+                Ok(Carrier { links: Some(links), description })
+            }
+            (Decision::Host(why), _) => {
+                Ok(Carrier { links: None, description: format!(", collectives through host memory ({why})") })
+            }
+            (Decision::Refuse(what), _) => Err(SessionError::Device { what }),
+            (Decision::Nccl, Err(what)) => Err(SessionError::Device { what }),
+        }
+    }
+
+    /// Makes this rank's ends, group by group, which are in an order that all ranks of each agree on.
+    fn join(
+        groups: Vec<Vec<usize>>,
+        device: &Device,
+        library: &Arc<Nccl>,
+        communicator: &dyn Communicator,
+        sequence: &mut u64,
+    ) -> Result<Links, SessionError> {
+        let monitor = communicator.monitor();
+        let rank = communicator.rank();
+        let mut cliques: BTreeMap<Vec<usize>, Arc<Clique>> = BTreeMap::new();
+        let staging = device.allocate(0).map_err(|e| given_up(communicator, e.to_string()))?;
+        for ranks in groups {
+            *sequence += 1;
+            let tag = Tag { sequence: *sequence, node: u32::MAX };
+            if ranks.len() < 2 || cliques.contains_key(&ranks) {
+                continue;
+            }
+            let clique = meet(device, library, &ranks, communicator, tag)?;
+            cliques.insert(ranks, Arc::new(clique));
+        }
+        let all = cliques.values().cloned().collect();
+        let lookout = Lookout::start(monitor.clone(), rank, device.clone(), all)
+            .map_err(|error| given_up(communicator, error.to_string()))?;
+        device.set_watch(Some(lookout.watch()));
+        let staging = RefCell::new(staging);
+        Ok(Links { rank, device: device.clone(), monitor, cliques, lookout, staging })
+    }
+
+    /// What ended the collectives, if anything has.
+    pub(super) fn failure(&self) -> Option<CommError> {
+        self.lookout.failure()
+    }
+
+    /// Tells the communicator which collectives are done.
+    pub(super) fn note(&self, communicator: &dyn Communicator) {
+        for sequence in self.lookout.take_settled() {
+            communicator.settled(sequence);
+        }
+    }
+
+    /// Ends the run on all ranks because this one cannot do its part.
+    pub(super) fn give_up(&self, communicator: &dyn Communicator, what: String) -> CommError {
+        self.note(communicator);
+        if let Some(failure) = self.failure().or_else(|| self.monitor.failure(&[])) {
+            return failure;
+        }
+        given_up(communicator, what)
+    }
+
+    /// Counts a collective and puts it into the queue, between the copies before and after it.
+    fn carry(
+        &self,
+        communicator: &dyn Communicator,
+        record: Record,
+        group: &Group,
+        body: impl FnOnce(&Members<'_>) -> Result<(), Trouble>,
+    ) -> Result<(), CommError> {
+        self.note(communicator);
+        if let Some(failure) = self.failure() {
+            return Err(failure);
+        }
+        let (kind, tag) = (record.kind, record.tag);
+        communicator.carried(record);
+        let clique = self.cliques.get(group.ranks());
+        let Some(me) = group.position(self.rank) else {
+            let what = format!("rank {} is not in group {:?}", self.rank, group.ranks());
+            return Err(self.give_up(communicator, what));
+        };
+        if clique.is_none() && group.len() > 1 {
+            return Err(self.give_up(communicator, format!("no clique of the ranks {:?}", group.ranks())));
+        }
+        let members = Members { links: self, group, me, clique, kind, tag };
+        let done = body(&members).and_then(|()| match clique {
+            Some(_) => Ok(()),
+            None => Ok(self.lookout.mark(kind, tag, group.ranks())?),
+        });
+        done.map_err(|trouble| {
+            self.note(communicator);
+            let error = match trouble {
+                Trouble::Here(what) => self.give_up(communicator, what),
+                Trouble::Failed(error) => {
+                    communicator.abort(&error.to_string());
+                    error
+                }
+            };
+            // What is in the queue may never be done, also if it is not looked after yet.
+            self.lookout.end(error.clone());
+            error
+        })
+    }
+
+    /// Memory for values on their way.
+    fn staging(&self, bytes: u64) -> Result<Ref<'_, Memory>, DriverError> {
+        if self.staging.borrow().len() < bytes {
+            let larger = self.device.allocate(bytes)?;
+            *self.staging.borrow_mut() = larger;
+        }
+        Ok(self.staging.borrow())
+    }
+}
+
+impl Drop for Links {
+    fn drop(&mut self) {
+        // After a failure, the others do not take part in an end in peace.
+        let healthy = self.lookout.stop() && self.monitor.failure(&[]).is_none();
+        for clique in self.cliques.values() {
+            if healthy { clique.finish() } else { clique.abort() }
+        }
+        if healthy {
+            self.device.set_watch(None);
+        } else {
+            // What is not ended by now is not waited for.
+            self.lookout.break_off();
+        }
+    }
+}
+
+/// The ranks of a collective, seen from one of them.
+struct Members<'a> {
+    links: &'a Links,
+    group: &'a Group,
+    /// This rank's position.
+    me: usize,
+    /// None for a rank alone.
+    clique: Option<&'a Arc<Clique>>,
+    kind: Kind,
+    tag: Tag,
+}
+
+impl Members<'_> {
+    /// Calls the library and waits until the work is in the queue, so that what comes next is behind it.
+    fn call(&self, call: impl FnOnce(&Clique) -> Result<(), DriverError>) -> Result<(), Trouble> {
+        let Some(clique) = self.clique else { return Err("a rank alone calls nobody".to_owned().into()) };
+        call(clique)?;
+        settle(clique, &*self.links.monitor, self.group.ranks(), self.kind, self.tag)?;
+        // Before anything else is put into the queue, for which the driver may wait.
+        Ok(self.links.lookout.mark(self.kind, self.tag, self.group.ranks())?)
+    }
+}
+
+/// Waits until the library has done what was asked of it, or will not do it any more.
+fn settle(
+    clique: &Clique,
+    monitor: &dyn Monitor,
+    ranks: &[usize],
+    kind: Kind,
+    tag: Tag,
+) -> Result<(), Unsettled> {
+    let start = Instant::now();
+    let mut patience = lookout::Patience::new(monitor, ranks);
+    loop {
+        if clique.settled()? {
+            return Ok(());
+        }
+        if let Some(failure) = monitor.failure(ranks) {
+            return Err(Unsettled::Failed(failure));
+        }
+        if patience.is_over(monitor, ranks) {
+            let missing = ranks.iter().map(|&rank| monitor.whereabouts(rank)).collect();
+            let seconds = monitor.stall().as_secs_f64();
+            return Err(Unsettled::Failed(CommError::Stalled { kind, tag, seconds, missing }));
+        }
+        if start.elapsed() < LIVELY { std::thread::yield_now() } else { std::thread::sleep(NAP) }
+    }
+}
+
+/// Why the library did not do what was asked of it.
+enum Unsettled {
+    Library(DriverError),
+    Failed(CommError),
+}
+
+impl From<DriverError> for Unsettled {
+    fn from(error: DriverError) -> Unsettled {
+        Unsettled::Library(error)
+    }
+}
+
+impl From<Unsettled> for Trouble {
+    fn from(unsettled: Unsettled) -> Trouble {
+        match unsettled {
+            Unsettled::Library(error) => error.into(),
+            Unsettled::Failed(error) => error.into(),
+        }
+    }
+}
+
+/// All ranks tell rank 0 what they have, and hear what is to be done.
+fn together(
+    own: &Brought,
+    communicator: &dyn Communicator,
+    sequence: &mut u64,
+) -> Result<Decision, SessionError> {
+    let group = Group::world(communicator.world_size());
+    let mut tag = || {
+        *sequence += 1;
+        Tag { sequence: *sequence, node: u32::MAX }
+    };
+    let unreadable = |error: serde_json::Error| SessionError::Program { what: format!("links: {error}") };
+    let message = serde_json::to_vec(own).map_err(unreadable)?;
+    let all = communicator.gather_bytes(&group, tag(), 0, &message)?;
+    let decision = match all {
+        Some(all) => {
+            let all = all.iter().map(|bytes| serde_json::from_slice(bytes)).collect::<Result<Vec<_>, _>>();
+            let decision = match all {
+                Ok(all) => decide(&all),
+                Err(error) => Decision::Refuse(format!("a rank said something else: {error}")),
+            };
+            serde_json::to_vec(&decision).map_err(unreadable)?
+        }
+        None => Vec::new(),
+    };
+    let told = communicator.broadcast_bytes(&group, tag(), 0, &decision)?;
+    serde_json::from_slice(&told).map_err(unreadable)
+}
+
+/// The sets of mesh axes that collectives between devices go along.
+fn axes_of(program: &RankProgram) -> BTreeSet<Vec<usize>> {
+    let nodes = program.entries.iter().flat_map(|entry| entry.graph.nodes());
+    let axes = nodes.filter_map(|node| match &node.op {
+        Op::Convert(conversion) if carries(conversion, node.ty.dtype) => Some(conversion.axes().to_vec()),
+        _ => None,
+    });
+    axes.collect()
+}
+
+fn given_up(communicator: &dyn Communicator, what: String) -> CommError {
+    communicator.abort(&what);
+    CommError::Device { rank: communicator.rank(), what }
+}
+
+/// Makes this rank's end of the collectives of `ranks`: the first of them says what they recognise each other by.
+fn meet(
+    device: &Device,
+    library: &Arc<Nccl>,
+    ranks: &[usize],
+    communicator: &dyn Communicator,
+    tag: Tag,
+) -> Result<Clique, CommError> {
+    let here = |error: DriverError| given_up(communicator, error.to_string());
+    let group = Group::new(ranks.to_vec())?;
+    let leader = ranks.first().copied().unwrap_or_default();
+    let own = if leader == communicator.rank() { Some(library.unique_id().map_err(here)?) } else { None };
+    let own: &[u8] = own.as_ref().map_or(&[], |id| id.as_slice());
+    let told = communicator.broadcast_bytes(&group, tag, leader, own)?;
+    let id: [u8; ID_BYTES] = told
+        .try_into()
+        .map_err(|_| given_up(communicator, format!("rank {leader} sent something else than an id")))?;
+    let me = group.position(communicator.rank()).unwrap_or_default();
+    let clique = library.begin(device, &id, me, ranks.len()).map_err(here)?;
+    match settle(&clique, &*communicator.monitor(), ranks, Kind::Barrier, tag) {
+        Ok(()) => {
+            communicator.progress();
+            Ok(clique)
+        }
+        Err(Unsettled::Library(error)) => Err(here(error)),
+        Err(Unsettled::Failed(error)) => {
+            communicator.abort(&error.to_string());
+            Err(error)
+        }
+    }
+}

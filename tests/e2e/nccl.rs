@@ -1,0 +1,317 @@
+//! Collectives between GPUs, and what happens when a rank is gone: on libraries that stand in for NVIDIA's.
+
+use crate::cuda::{
+    COMPILER, DRIVER, has_compiler, libraries, sharded_for_gpu, with_libraries, within_tolerance,
+};
+use crate::launch::{as_rank, children_of, has_met, port, signal, with_files};
+use crate::support::*;
+use crate::words;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command};
+use std::sync::OnceLock;
+use std::time::{Duration, Instant};
+
+const COLLECTIVES: &str = "libnccl.so.2";
+/// After the death of a rank, all others have ended within this time.
+const SOON: Duration = Duration::from_secs(1);
+/// A machine that is busy with other things may be late that often.
+const ATTEMPTS: usize = 5;
+
+/// The driver, the compiler, and what carries collectives.
+fn standin() -> PathBuf {
+    static MADE: OnceLock<PathBuf> = OnceLock::new();
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("standin-nccl");
+    MADE.get_or_init(|| libraries(&folder, &[DRIVER, COMPILER, COLLECTIVES])).clone()
+}
+
+/// A command on a device of this kind.
+fn on<'a>(settings: &str, command: &'a mut Command) -> &'a mut Command {
+    with_libraries(command, &standin()).env("TPSHARD_STANDIN", settings)
+}
+
+/// What runs say and give with this carrier, one device per rank.
+fn run(ranks: usize, comm: &str, inputs: &Path, outputs: &Path) -> Ended {
+    let folder = sharded_for_gpu(ranks);
+    let words = words!["run", folder, "--inputs", inputs, "--outputs", outputs, "--comm", comm, "--json"];
+    end(on(&format!("devices={ranks}"), &mut tpshard(words))).ok()
+}
+
+#[test]
+fn nccl_gives_and_counts_what_host_memory_does() {
+    if !has_compiler() {
+        return;
+    }
+    let scratch = scratch();
+    let mut kinds = std::collections::BTreeSet::new();
+    for ranks in [2, 3, 4] {
+        for inputs in ["inputs.npz", "inputs_decode.npz"] {
+            let inputs = golden().join(inputs);
+            let [(nccl, counted), (shm, expected)] = ["auto", "shm"].map(|comm| {
+                let outputs = scratch.path().join(format!("{comm}.npz"));
+                let ended = run(ranks, comm, &inputs, &outputs);
+                let said = if comm == "auto" { "collectives by NCCL 2.28.9" } else { "(--comm shm)" };
+                assert_eq!(ended.stderr.matches(said).count(), ranks, "{}", ended.stderr);
+                (read(&outputs), ended.json()["communication"].clone())
+            });
+            assert_eq!(counted, expected, "{ranks} ranks");
+            within_tolerance(&nccl, &shm);
+            let used = counted.as_object().unwrap().iter();
+            kinds.extend(used.filter(|(_, n)| n["collectives"] != 0).map(|(kind, _)| kind.clone()));
+        }
+    }
+    assert!(kinds.contains("all_reduce") && kinds.contains("all_gather"), "{kinds:?}");
+}
+
+#[test]
+fn generate_keeps_its_state_on_the_gpus_and_bench_names_collectives() {
+    if !has_compiler() {
+        return;
+    }
+    for ranks in [2, 4] {
+        let folder = sharded_for_gpu(ranks);
+        let [nccl, shm] = ["nccl", "shm"].map(|comm| {
+            let mut words = words!["generate", folder, "--max-tokens", "9", "--comm", comm].to_vec();
+            words.extend(words!["--prompt-ids", "5,100,7,42", "--prompt-ids", "3,9", "--ignore-stop"]);
+            end(on(&format!("devices={ranks}"), &mut tpshard(words))).ok().stdout
+        });
+        assert_eq!(nccl, shm);
+    }
+    let mut words = words!["bench", sharded_for_gpu(2), "--inputs", prompt(), "--comm", "nccl"].to_vec();
+    words.extend(words!["--samples", "2", "--warm-up", "1", "--by-op", "--json"]);
+    let found = end(on("devices=2", &mut tpshard(words))).ok().json();
+    assert!(found.to_string().contains("all_reduce"), "{found}");
+}
+
+#[test]
+fn what_carries_collectives_is_decided_by_all_ranks_and_said() {
+    if !has_compiler() {
+        return;
+    }
+    let scratch = scratch();
+    let driver_only = libraries(&scratch.path().join("driver"), &[DRIVER, COMPILER]);
+    let words = |comm: &str| words!["run", sharded_for_gpu(2), "--inputs", prompt(), "--comm", comm];
+    let shared = end(on("devices=1", &mut tpshard(words("auto")))).ok();
+    assert!(shared.stderr.contains("through host memory (ranks share a GPU)"), "{}", shared.stderr);
+    let old = end(on("devices=2 nccl=21300", &mut tpshard(words("auto")))).ok();
+    assert!(old.stderr.contains("through host memory (rank 0: "), "{}", old.stderr);
+    let searched = tpshard_driver::SearchPath::from_environment();
+    if tpshard_driver::nccl::Nccl::load(&searched).is_err() {
+        let missing = |comm: &str| {
+            let mut command = tpshard(words(comm));
+            end(with_libraries(&mut command, &driver_only).env("TPSHARD_STANDIN", "devices=2"))
+        };
+        let auto = missing("auto").ok();
+        assert!(auto.stderr.contains("(rank 0: libnccl was not found)"), "{}", auto.stderr);
+        missing("nccl").fails(5, &["libnccl.so.2", "TPSHARD_CUDA_PATH", "--comm shm"]);
+    }
+    // Asked for, NCCL itself says what it does not do.
+    let nccl = |settings: &str| end(on(settings, &mut tpshard(words("nccl"))));
+    nccl("devices=1").fails(6, &["Duplicate GPU detected", "--comm shm"]);
+    nccl("devices=2 refuse=1 rank=1").fails(6, &["Network is unreachable", "rank 1"]);
+    // Whatever processors run, there is nothing to carry.
+    let mut command = tpshard(words("nccl"));
+    end(command.args(["--device", "cpu"])).ok();
+}
+
+#[test]
+fn a_step_that_fails_on_one_rank_is_told_on_all() {
+    if !has_compiler() {
+        return;
+    }
+    let words = words!["run", sharded_for_gpu(2), "--inputs", prompt(), "--comm", "nccl"];
+    let ended = end(on("devices=2 fail=20 rank=1", &mut tpshard(words)));
+    ended.fails(6, &["rank 1: %", "CUDA_ERROR_LAUNCH_FAILED"]);
+}
+
+/// Ranks of a program as nobody watches over them.
+struct Ranks(Vec<Child>);
+
+impl Ranks {
+    fn start(folder: &Path, ranks: usize, configure: impl Fn(&mut Command), outputs: &Path) -> Ranks {
+        let port = port();
+        let one = |rank: usize| {
+            let program = folder.join(format!("rank{rank}"));
+            let mut command = with_files(as_rank(&program, rank, ranks, &port), &prompt(), outputs);
+            command.env("LOCAL_RANK", rank.to_string());
+            configure(&mut command);
+            start(&mut command)
+        };
+        Ranks((0..ranks).map(one).collect())
+    }
+
+    /// Returns once a rank that has met the others does nothing any more.
+    fn wait_for_rest(&self, rank: usize) {
+        let (pid, deadline) = (self.0[rank].id(), Instant::now() + Duration::from_secs(30));
+        let mut quiet = 0;
+        let mut before = String::new();
+        while quiet < 5 {
+            assert!(Instant::now() < deadline, "rank {rank} does not come to rest");
+            std::thread::sleep(Duration::from_millis(60));
+            let now = if has_met(pid) { spent(pid) } else { String::new() };
+            quiet = if now == before && !now.is_empty() { quiet + 1 } else { 0 };
+            before = now;
+        }
+    }
+
+    /// Kills a rank; how the others ended, and when the last did.
+    fn kill(mut self, rank: usize) -> (Vec<Ended>, Duration) {
+        let mut killed = self.0.remove(rank);
+        let started = Instant::now();
+        killed.kill().unwrap();
+        killed.wait().unwrap();
+        let ended: Vec<Ended> = std::thread::scope(|scope| {
+            let others: Vec<_> = self.0.into_iter().map(|child| scope.spawn(|| wait(child))).collect();
+            others.into_iter().map(|other| other.join().unwrap()).collect()
+        });
+        (ended, started.elapsed())
+    }
+}
+
+/// What the first thread of a process has spent on processors.
+fn spent(pid: u32) -> String {
+    std::fs::read_to_string(format!("/proc/{pid}/schedstat")).unwrap_or_default()
+}
+
+/// Rank 2 of 4 stops in the middle of the program and is killed there.
+fn kill_in_the_middle(comm: &str) {
+    if !has_compiler() {
+        return;
+    }
+    let (folder, scratch) = (sharded_for_gpu(4), scratch());
+    let mut times = Vec::new();
+    for _ in 0..ATTEMPTS {
+        let got = scratch.path().join("got.npz");
+        let configure = |command: &mut Command| {
+            on("devices=4 stop=30 rank=2", command).args(["--comm", comm]);
+        };
+        let ranks = Ranks::start(&folder, 4, configure, &got);
+        ranks.wait_for_rest(2);
+        let (ended, time) = ranks.kill(2);
+        for ended in ended {
+            // Rank, collective, sequence number and ONNX node; and the collectives before.
+            let line = ended.stderr.lines().find(|line| line.contains("error: in ")).unwrap_or_default();
+            let named = ["step ", "node %", " (/", "rank 2 ended"];
+            assert!(named.iter().all(|word| line.contains(word)), "{}", ended.stderr);
+            ended.fails(6, &["the last collectives of rank", ", unfinished", ", done"]);
+        }
+        assert!(!got.exists());
+        times.push(time);
+        if time < SOON {
+            return;
+        }
+    }
+    panic!("{times:?}");
+}
+
+#[test]
+fn a_killed_rank_ends_the_others_at_once_with_nccl() {
+    kill_in_the_middle("nccl");
+}
+
+#[test]
+fn a_killed_rank_ends_the_others_at_once_through_host_memory() {
+    kill_in_the_middle("shm");
+}
+
+/// Rank 2 of 4 under `tpshard bench` is killed while it runs; what is said, if the others were in the program then.
+fn kill_at_work(folder: &Path, device: &str) -> (Ended, Duration) {
+    let mut words = words!["bench", folder, "--inputs", prompt(), "--samples", "100000"].to_vec();
+    words.extend(words!["--device", device]);
+    let job = start(on("devices=4", &mut tpshard(words)));
+    let deadline = Instant::now() + Duration::from_secs(30);
+    let ranks = loop {
+        let ranks = children_of(job.id());
+        if ranks.len() == 4 && ranks.iter().all(|(_, pid)| has_met(*pid as u32)) {
+            break ranks;
+        }
+        assert!(Instant::now() < deadline, "{ranks:?}");
+        std::thread::sleep(Duration::from_millis(10));
+    };
+    std::thread::sleep(Duration::from_millis(1500));
+    let (_, pid) = *ranks.iter().find(|(rank, _)| *rank == 2).unwrap();
+    let started = Instant::now();
+    signal("-KILL", pid);
+    let ended = wait(job).fails(6, &["rank 2", "signal 9"]);
+    (ended, started.elapsed())
+}
+
+#[test]
+fn a_rank_killed_at_work_ends_the_job_at_once() {
+    let mut folders = vec![(sharded(4), "cpu")];
+    if has_compiler() {
+        folders.push((sharded_for_gpu(4), "auto"));
+    }
+    for (folder, device) in folders {
+        let mut seen = Vec::new();
+        let good = (0..ATTEMPTS).any(|_| {
+            let (ended, time) = kill_at_work(&folder, device);
+            // Between runs, ranks wait for each other in collectives that belong to no node.
+            let named = ended.stderr.lines().any(|line| {
+                line.contains("error: in ") && line.contains("node %") && line.contains("rank 2 ended")
+            });
+            seen.push((time, named));
+            time < SOON && named
+        });
+        assert!(good, "{device}: {seen:?}");
+    }
+}
+
+#[test]
+fn a_rank_that_stops_is_named_when_time_is_over() {
+    if !has_compiler() {
+        return;
+    }
+    for comm in ["nccl", "shm"] {
+        let words = words!["run", sharded_for_gpu(4), "--inputs", prompt(), "--comm", comm, "--timeout", "2"];
+        let started = Instant::now();
+        let ended = end(on("devices=4 stop=30 rank=1", &mut tpshard(words)));
+        ended.fails(6, &["no progress for 2.0 s in ", "rank 1 (last in ", "node %"]);
+        assert!(started.elapsed() < Duration::from_secs(20), "{:?}", started.elapsed());
+    }
+}
+
+#[test]
+fn a_process_that_ends_in_a_collective_ends_the_others() {
+    if !has_compiler() {
+        return;
+    }
+    let words = words!["run", sharded_for_gpu(4), "--inputs", prompt(), "--comm", "nccl"];
+    let ended = end(on("devices=4 end-collective=5 rank=3", &mut tpshard(words)));
+    ended.fails(6, &["rank 3 ended", "step "]);
+}
+
+/// A rank gets a few milliseconds of every fifth of a second while it loads, for longer than the others would wait for
+/// one that does nothing.
+#[test]
+fn a_rank_that_loads_slowly_is_no_false_alarm() {
+    let mut folders = vec![(sharded(4), "cpu")];
+    if has_compiler() {
+        folders.push((sharded_for_gpu(4), "auto"));
+    }
+    let scratch = scratch();
+    for (folder, device) in folders {
+        for turn in 0..3 {
+            let got = scratch.path().join(format!("{device}-{turn}.npz"));
+            let configure = |command: &mut Command| {
+                on("devices=4", command).args(["--device", device]).env("TPSHARD_TIMEOUT", "2");
+            };
+            let ranks = Ranks::start(&folder, 4, configure, &got);
+            let slow = ranks.0[1].id();
+            let started = Instant::now();
+            while !has_met(slow) && started.elapsed() < Duration::from_secs(5) {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            let alive =
+                || std::fs::read_to_string(format!("/proc/{slow}/stat")).is_ok_and(|s| !s.contains(") Z "));
+            let throttled = Instant::now();
+            while throttled.elapsed() < Duration::from_secs(4) && alive() {
+                signal("-STOP", slow as i32);
+                std::thread::sleep(Duration::from_millis(200));
+                signal("-CONT", slow as i32);
+                std::thread::sleep(Duration::from_millis(3));
+            }
+            ranks.0.into_iter().for_each(|child| drop(wait(child).ok()));
+            assert_golden(&got, "outputs.npz");
+        }
+    }
+}
