@@ -23,8 +23,7 @@ const OLDEST: (u32, u32) = (2, 14);
 /// Bytes of what the members of a clique recognise each other by.
 pub const ID_BYTES: usize = 128;
 
-// NCCL's numbers and the layout of its structures: from nccl.h of 2.28.9, held against it by a C program; 2.32.3 has the
-// same.
+// NCCL's numbers and the layout of its structures: from nccl.h of 2.28.9, held against it by a C program.
 const IN_PROGRESS: c_int = 7;
 const MAGIC: c_uint = 0xcafe_beef;
 /// The version that the settings below are of: the first that had them. Newer libraries take everything that came later
