@@ -211,21 +211,9 @@ impl Blocks {
         scratch.resize(steps * vectors, Lanes::ZERO);
         let per_word = self.width.steps();
         let words = self.panel_of(&self.words, panel, start / per_word, steps / per_word);
-        for (to, words) in scratch.chunks_exact_mut(per_word * vectors).zip(words.chunks_exact(vectors)) {
-            for (vector, words) in words.iter().enumerate() {
-                match self.width {
-                    Width::Nibbles => {
-                        for step in 0..Width::Nibbles.steps() {
-                            to[step * vectors + vector] = widened(Width::Nibbles, words, step);
-                        }
-                    }
-                    Width::Bytes => {
-                        for step in 0..Width::Bytes.steps() {
-                            to[step * vectors + vector] = widened(Width::Bytes, words, step);
-                        }
-                    }
-                }
-            }
+        match self.width {
+            Width::Nibbles => widen_words::<{ Width::Nibbles.steps() }>(words, vectors, scratch),
+            Width::Bytes => widen_words::<{ Width::Bytes.steps() }>(words, vectors, scratch),
         }
     }
 
@@ -265,44 +253,54 @@ impl Blocks {
     ) {
         let words = self.panel_of(&self.words, panel, 0, self.shape.depth / self.width.steps());
         let words = words.as_chunks::<C>().0;
-        let mut total = [Lanes::ZERO; C];
-        match self.width {
+        let total = match self.width {
             Width::Nibbles => {
-                let factors = factors.as_chunks::<{ Width::Nibbles.steps() }>().0;
-                let length = self.chain / Width::Nibbles.steps();
-                for (chain, (factors, words)) in factors.chunks(length).zip(words.chunks(length)).enumerate()
-                {
-                    let mut sum = [Lanes::ZERO; C];
-                    for (factors, words) in factors.iter().zip(words) {
-                        for step in 0..Width::Nibbles.steps() {
-                            for c in 0..C {
-                                sum[c].add_scaled(factors[step], &widened(Width::Nibbles, &words[c], step));
-                            }
-                        }
-                    }
-                    total = scaling.of_chain::<C>(chain, 0).added(total, sum, scaling.of_row(row, chain));
-                }
+                sum_row::<C, { Width::Nibbles.steps() }>(words, factors, self.chain, (row, scaling))
             }
             Width::Bytes => {
-                let factors = factors.as_chunks::<{ Width::Bytes.steps() }>().0;
-                let length = self.chain / Width::Bytes.steps();
-                for (chain, (factors, words)) in factors.chunks(length).zip(words.chunks(length)).enumerate()
-                {
-                    let mut sum = [Lanes::ZERO; C];
-                    for (factors, words) in factors.iter().zip(words) {
-                        for step in 0..Width::Bytes.steps() {
-                            for c in 0..C {
-                                sum[c].add_scaled(factors[step], &widened(Width::Bytes, &words[c], step));
-                            }
-                        }
-                    }
-                    total = scaling.of_chain::<C>(chain, 0).added(total, sum, scaling.of_row(row, chain));
-                }
+                sum_row::<C, { Width::Bytes.steps() }>(words, factors, self.chain, (row, scaling))
             }
-        }
+        };
         let to = out.row(row, column..column + C * LANES);
         for c in 0..C {
             total[c].store(&mut to[c * LANES..][..LANES]);
+        }
+    }
+}
+
+/// The sums of a row's chains, of words of `STEPS` steps.
+#[inline(always)]
+fn sum_row<const C: usize, const STEPS: usize>(
+    words: &[[Words; C]],
+    factors: &[f32],
+    chain: usize,
+    (row, scaling): (usize, Scaling<'_>),
+) -> [Lanes; C] {
+    let (factors, words_per_chain) = (factors.as_chunks::<STEPS>().0, chain / STEPS);
+    let mut total = [Lanes::ZERO; C];
+    let chains = factors.chunks(words_per_chain).zip(words.chunks(words_per_chain));
+    for (chain, (factors, words)) in chains.enumerate() {
+        let mut sum = [Lanes::ZERO; C];
+        for (factors, words) in factors.iter().zip(words) {
+            for step in 0..STEPS {
+                for c in 0..C {
+                    sum[c].add_scaled(factors[step], &widened::<STEPS>(&words[c], step));
+                }
+            }
+        }
+        total = scaling.of_chain::<C>(chain, 0).added(total, sum, scaling.of_row(row, chain));
+    }
+    total
+}
+
+/// The codes in words of `STEPS` steps as floats, a step after the other.
+#[inline(always)]
+fn widen_words<const STEPS: usize>(words: &[Words], vectors: usize, to: &mut [Lanes]) {
+    for (to, words) in to.chunks_exact_mut(STEPS * vectors).zip(words.chunks_exact(vectors)) {
+        for (vector, words) in words.iter().enumerate() {
+            for step in 0..STEPS {
+                to[step * vectors + vector] = widened::<STEPS>(words, step);
+            }
         }
     }
 }
@@ -383,10 +381,11 @@ impl ChainScale<'_> {
     }
 }
 
-/// The codes of a step. A float whose last bit is worth what the code's lowest bit is takes the code as its last bits:
+/// The codes of a step of words of `STEPS`. A float whose last bit is worth what the code's lowest bit is takes the code as its last bits:
 /// without an instruction to convert it, and the compiler leaves it as it is.
 #[inline(always)]
-fn widened(width: Width, words: &Words, step: usize) -> Lanes {
+fn widened<const STEPS: usize>(words: &Words, step: usize) -> Lanes {
+    let width = if STEPS == Width::Nibbles.steps() { Width::Nibbles } else { Width::Bytes };
     let bit = width.bit(step);
     let (shift, within) = (bit / 16 * 16, bit % 16);
     let mask = (u32::MAX >> (32 - 32 / width.steps())) << within;
