@@ -141,7 +141,7 @@ fn examine(folder: &Folder, arguments: &CheckArguments, found: &mut Found) -> Ou
         ((), Some(format!("{CONFIG}: as it follows from the certificate and the files")))
     });
     if let Some(model) = &arguments.model {
-        let originals = import_graphs(model, &as_built(folder), true)?;
+        let originals = import_graphs(model, &as_built(folder)?, true)?;
         let source = ModelWeights::of(&originals)?;
         found.subject(|findings| {
             if originals.len() != graphs.len() {

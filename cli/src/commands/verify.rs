@@ -27,7 +27,7 @@ pub(crate) fn verify(arguments: &VerifyArguments, json: bool) -> Outcome<()> {
     let given = tolerances(&arguments.tolerance)?;
     check_tolerances(&given, folder.names("outputs").iter())?;
     let asked = !(arguments.tolerance.atol.is_empty() && arguments.tolerance.rtol.is_empty());
-    let of_range = as_built(&folder).dtype.filter(|_| !asked).map(Precision::tolerance);
+    let of_range = as_built(&folder)?.dtype.filter(|_| !asked).map(Precision::tolerance);
     let tolerances = Allowed { given, of_range };
     if arguments.bisect {
         return bisect::bisect(arguments, &folder, &tolerances, json);
@@ -69,9 +69,11 @@ struct Allowed {
 impl Allowed {
     fn compare(&self, got: &NamedTensors, expected: &NamedTensors) -> Comparison {
         let mut tolerances = self.given.clone();
-        for (name, tensor) in expected.iter().filter(|_| self.of_range.is_some()) {
-            let value = self.of_range.unwrap_or_default() * range(tensor);
-            tolerances.set_atol(Tolerance { output: Some(name.clone()), value });
+        if let Some(part) = self.of_range {
+            for (name, tensor) in expected {
+                let value = (part * range(tensor)).max(self.given.of(name).0);
+                tolerances.set_atol(Tolerance { output: Some(name.clone()), value });
+            }
         }
         compare(got, expected, &tolerances)
     }
@@ -148,7 +150,7 @@ fn result(
     tolerances: &Allowed,
 ) -> Outcome<Compared> {
     let got = run_processes(folder, inputs)?;
-    let selections = Selections::parse(&as_built(folder).output)?;
+    let selections = Selections::parse(&as_built(folder)?.output)?;
     let comparable = selections.apply(got, reference, &folder.names("outputs"));
     Ok((tolerances.compare(&comparable.got, &comparable.expected), comparable.notes))
 }
@@ -158,7 +160,7 @@ fn golden_result(folder: &Folder, pair: &GoldenPair, tolerances: &Allowed) -> Ou
     let inputs = tensors::read(&pair.inputs, &folder.names("inputs"))?;
     let mut expected = tensors::read_expected(outputs, &model_outputs(folder))?;
     // A folder may have been built for some of the outputs only.
-    let selections = Selections::parse(&as_built(folder).output)?;
+    let selections = Selections::parse(&as_built(folder)?.output)?;
     let built = folder.names("outputs");
     expected.retain(|name, _| built.contains(name) || selections.sources().contains(name.as_str()));
     Ok(Some(result(folder, &only_inputs(folder, inputs), &expected, tolerances)?))
@@ -174,7 +176,7 @@ fn model_outputs(folder: &Folder) -> Vec<String> {
 
 /// The graphs of the model with its own outputs, as far as the folder's are made of them.
 fn reference_model(folder: &Folder, model: &Path) -> Outcome<Vec<Imported>> {
-    let built = as_built(folder);
+    let built = as_built(folder)?;
     let selections = Selections::parse(&built.output)?;
     let mut graphs = import_graphs(model, &ModelArguments { output: vec![], ..built }, true)?;
     let names = folder.names("outputs");
@@ -252,19 +254,32 @@ fn chosen_inputs(arguments: &VerifyArguments, folder: &Folder) -> Outcome<Vec<(S
 }
 
 /// The import flags that the folder was built with.
-pub(crate) fn as_built(folder: &Folder) -> ModelArguments {
+pub(crate) fn as_built(folder: &Folder) -> Outcome<ModelArguments> {
     let list = |key: &str| {
         let found = folder.config.pointer(&format!("/build/{key}")).and_then(serde_json::Value::as_array);
         found.into_iter().flatten().filter_map(|v| v.as_str().map(str::to_owned)).collect()
     };
-    let dtype = folder.config.pointer("/build/dtype").and_then(serde_json::Value::as_str);
-    ModelArguments {
+    let dtype = match folder.config.pointer("/build/dtype").and_then(serde_json::Value::as_str) {
+        None => None,
+        Some(name) => {
+            let known = Precision::ALL.into_iter().find(|precision| precision.dtype().name() == name);
+            Some(known.ok_or_else(|| {
+                let path = folder.path.display();
+                let help = "help: use the tpshard that wrote the folder, or shard the model again";
+                Failure::new(
+                    Kind::Mismatch,
+                    format!("{path}: was built with --dtype {name}, which is not known\n{help}"),
+                )
+            })?)
+        }
+    };
+    Ok(ModelArguments {
         bind: list("bind"),
         output: list("outputs"),
         role: list("roles"),
-        dtype: Precision::ALL.into_iter().find(|precision| Some(precision.dtype().name()) == dtype),
+        dtype,
         max_nodes: MOST_NODES,
-    }
+    })
 }
 
 /// Values of ONNX nodes decoded from the ranks, for `run --tap`.

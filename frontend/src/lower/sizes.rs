@@ -41,6 +41,8 @@ impl Finding {
 impl Lowering<'_> {
     /// Makes two sizes equal: they are, or a symbol is replaced everywhere.
     pub(crate) fn unify(&mut self, a: &Dim, b: &Dim) -> Lowered<()> {
+        // The caller's may be older than what was found since.
+        let (a, b) = (&self.current(a), &self.current(b));
         if a == b {
             return Ok(());
         }
@@ -72,8 +74,7 @@ impl Lowering<'_> {
         };
         self.assume_at_most(&Dim::constant(0), &inner)?;
         self.found(Finding::NotNegative(inner));
-        let (a, b) = (self.current(a), self.current(b));
-        self.unify(&a, &b)
+        self.unify(a, b)
     }
 
     /// Relies on a finding from now on, and in what there is.
@@ -130,16 +131,16 @@ impl Lowering<'_> {
         if room.as_const().is_some_and(|room| room < 0) {
             return Err(invalid(format!("{low} exceeds {high}")));
         }
-        let guard = Guard {
-            left: low.clone(),
-            relation: Relation::LessEqual,
-            right: high.clone(),
-            reason: self.site.as_str().into(),
-        };
-        if !self.guards.iter().any(|other| other.left == guard.left && other.right == guard.right) {
-            self.guards.push(guard);
-        }
+        self.rely_on(low.clone(), Relation::LessEqual, high.clone());
         Ok(())
+    }
+
+    /// Has a condition checked before every step.
+    fn rely_on(&mut self, left: Dim, relation: Relation, right: Dim) {
+        let same = |g: &Guard| g.relation == relation && g.left == left && g.right == right;
+        if !self.guards.iter().any(same) {
+            self.guards.push(Guard { left, relation, right, reason: self.site.as_str().into() });
+        }
     }
 
     /// The guards that say something.
@@ -162,20 +163,13 @@ impl Lowering<'_> {
         wanted: &Dim,
         fault: Fault,
     ) -> Lowered<Value> {
-        let have = self.shape(value).get(axis).cloned().unwrap_or_else(|| Dim::constant(1));
+        let have = self.shape(value).get(axis).map_or_else(|| Dim::constant(1), |have| self.current(have));
+        let wanted = &self.current(wanted);
         let by_data = self.symbols.depends_on_data(&have) || self.symbols.depends_on_data(wanted);
         if fault.kind != ErrorKind::DataDependent || by_data {
             return Err(fault);
         }
-        let guard = Guard {
-            left: have,
-            relation: Relation::Equal,
-            right: wanted.clone(),
-            reason: self.site.as_str().into(),
-        };
-        if !self.guards.iter().any(|other| other.left == guard.left && other.right == guard.right) {
-            self.guards.push(guard);
-        }
+        self.rely_on(have, Relation::Equal, wanted.clone());
         let data = self.data(value)?;
         let cut = Op::Slice { axis, start: Dim::constant(0), length: wanted.clone(), step: 1 };
         Ok(Value::Data(self.add(cut, &[data])?))
@@ -197,10 +191,11 @@ impl Lowering<'_> {
                     Some(wanted) if self.symbols.count_meets_input(wanted, &shape[axis]) => {
                         return Err(fault);
                     }
-                    Some(wanted) if self.unify(wanted, &shape[axis]).is_ok() => {}
                     Some(wanted) => {
-                        let value = self.held_to(&Value::Data(*arg), axis, wanted, fault.clone())?;
-                        *arg = self.data(&value)?;
+                        if let Err(own) = self.unify(wanted, &shape[axis]) {
+                            let value = self.held_to(&Value::Data(*arg), axis, wanted, own)?;
+                            *arg = self.data(&value)?;
+                        }
                     }
                 }
                 wanted = wanted.map(|wanted| self.current(&wanted));

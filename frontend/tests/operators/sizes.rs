@@ -3,7 +3,7 @@
 use crate::support::*;
 use tpshard_frontend::{AttributeValue, Dim as Extent, ErrorKind, ImportOptions, Imported, ValueType};
 use tpshard_ir::interp::run_tensors;
-use tpshard_ir::{DType, Op, Tensor};
+use tpshard_ir::{DType, Op, Relation, Tensor};
 
 #[test]
 fn shape_arithmetic_never_becomes_data_flow() {
@@ -298,6 +298,50 @@ fn sizes_that_agree_for_some_inputs_only_are_checked_before_the_run() {
         let error = with_size(&imported, &[1, 1, 5]).unwrap_err();
         assert!(error.contains("node_2"), "{error}");
     }
+}
+
+/// `x` and what is left of it by windows of two, in shape `1 1 s` and, as far as the model knows, another.
+fn with_pairs() -> Builder {
+    builder(17)
+        .input("x", DType::F32, "1 1 s")
+        .node("MaxPool", "x", "half", &[("kernel_shape", ints(&[2])), ("strides", ints(&[2]))])
+        .node("Concat", "half half", "whole", &[("axis", int(2))])
+}
+
+#[test]
+fn a_size_that_was_at_most_another_is_still_held_to_be_equal() {
+    let imported = with_pairs()
+        .weight("from", &i64s(&[2]))
+        .weight("to", &i64s(&[3]))
+        .weight("zero", &i64s(&[0]))
+        .node("Shape", "whole", "shape", &[])
+        .node("Slice", "shape from to", "end", &[])
+        .node("Slice", "x zero end from", "part", &[])
+        .node("Expand", "part shape", "same", &[])
+        .node("Add", "x whole", "y", &[])
+        .output("y", DType::F32)
+        .output("same", DType::F32)
+        .import()
+        .unwrap();
+    let relations: Vec<Relation> = imported.graph.guards.iter().map(|guard| guard.relation).collect();
+    assert_eq!(relations, [Relation::LessEqual, Relation::Equal]);
+    assert_eq!(with_size(&imported, &[1, 1, 4]).unwrap(), [1.0, 4.0, 3.0, 6.0]);
+    assert!(with_size(&imported, &[1, 1, 5]).unwrap_err().contains("node_6"));
+}
+
+#[test]
+fn a_size_left_to_the_run_does_not_hide_one_that_is_wrong() {
+    let error = with_pairs()
+        .weight("three", &i64s(&[1, 3, 1]))
+        .weight("four", &i64s(&[1, 4, 1]))
+        .node("Expand", "x three", "a", &[])
+        .node("Expand", "whole four", "b", &[])
+        .node("Add", "a b", "y", &[])
+        .output("y", DType::F32)
+        .import()
+        .unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Invalid);
+    assert!(first_fault(&error).contains("3 and 4"), "{error}");
 }
 
 #[test]

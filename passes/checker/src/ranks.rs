@@ -327,9 +327,14 @@ fn check_sizes(
     let before = group.iter().map(|&r| source(r)).collect::<Result<Vec<&Type>, &str>>()?;
     let after: Vec<&Type> = group.iter().map(|&r| &node(r).ty).collect();
     let total = |types: &[&Type], dim, point: &Bindings| {
-        types.iter().map(|ty| size(ty, dim, point)).sum::<Result<i64, String>>()
+        types.iter().try_fold(0i64, |sum, ty| {
+            sum.checked_add(size(ty, dim, point)?).ok_or_else(|| "the sizes of the parts overflow".to_owned())
+        })
     };
     let agree = |types: &[&Type]| types.windows(2).all(|w| w[0] == w[1]);
+    if points.is_empty() {
+        return Err("no small values for the dims keep all guards, so sizes cannot be compared".into());
+    }
     for point in points {
         // (dim dealt out before, dim dealt out after)
         let (from, to) = match conversion {

@@ -4,8 +4,11 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use tpshard_ir::{Bindings, Dim, Graph, Relation};
 
-/// No dim is raised by more than two to the power of this.
+/// A dim is raised by less than two to the power of this.
 const MOST_DOUBLINGS: u32 = 32;
+
+/// Extents looked at, in all attempts together: a hostile graph can have very many.
+const MOST_RAISES: usize = 1 << 18;
 
 /// A well mixed function of its argument (the finaliser of SplitMix64).
 pub(crate) fn mix(seed: u64) -> u64 {
@@ -27,9 +30,10 @@ pub(crate) fn assignments(graph: &Graph, wanted: usize) -> Vec<Bindings> {
     }
     let extents = graph.nodes().iter().flat_map(|node| &node.ty.shape);
     let extents: BTreeSet<&Dim> = extents.filter(|dim| dim.as_const().is_none()).collect();
+    let mut raises = MOST_RAISES;
     let mut found: Vec<Bindings> = Vec::new();
     for attempt in 0..400 {
-        let drawn = draw(graph, &symbols, &extents, attempt);
+        let drawn = draw(graph, &symbols, &extents, (attempt, &mut raises));
         if graph.broken_guards(&drawn).is_empty()
             && in_range(graph, &drawn)
             && extents.iter().all(|dim| dim.eval(&drawn).is_ok_and(|extent| extent >= 0))
@@ -44,9 +48,15 @@ pub(crate) fn assignments(graph: &Graph, wanted: usize) -> Vec<Bindings> {
     found
 }
 
-fn draw(graph: &Graph, symbols: &BTreeSet<Arc<str>>, extents: &BTreeSet<&Dim>, attempt: u64) -> Bindings {
-    // A window over nothing has no result: what is left by windows is at least one entry, if that can be.
-    let least = Dim::constant(1);
+fn draw(
+    graph: &Graph,
+    symbols: &BTreeSet<Arc<str>>,
+    extents: &BTreeSet<&Dim>,
+    (attempt, raises): (u64, &mut usize),
+) -> Bindings {
+    // A window over nothing has no result: what is left by windows is at least one entry, if that can be. In every fourth
+    // attempt it may be none.
+    let least = Dim::constant(i64::from(attempt % 4 != 3));
     let mut drawn: Bindings = symbols
         .iter()
         .enumerate()
@@ -65,6 +75,10 @@ fn draw(graph: &Graph, symbols: &BTreeSet<Arc<str>>, extents: &BTreeSet<&Dim>, a
             raise(graph, &guard.left, &guard.right, spread, &mut drawn);
         }
         for (i, extent) in extents.iter().filter(|extent| !extent.is_nonnegative()).enumerate() {
+            if *raises == 0 {
+                break;
+            }
+            *raises -= 1;
             let spread = (mix(attempt * 1019 + i as u64 + round) % 3) as i64;
             raise(graph, &least, extent, spread, &mut drawn);
         }
@@ -97,6 +111,10 @@ fn raise(graph: &Graph, left: &Dim, right: &Dim, spare: i64, drawn: &mut Binding
             raised.insert(name.clone(), value.saturating_add(steps).min(high));
             holds(&raised)
         };
+        // More is better wherever sizes shrink on the way; elsewhere a point is lost.
+        if !reaches(1 << (MOST_DOUBLINGS - 1)) {
+            continue;
+        }
         // Divisions round, so that single steps may show nothing.
         let Some(mut enough) = (0..MOST_DOUBLINGS).map(|power| 1i64 << power).find(|&steps| reaches(steps))
         else {
@@ -180,6 +198,15 @@ mod tests {
             assert!(left.eval(&point).unwrap() >= 1, "{point:?}");
             assert!(point["seq"] < 2000, "{point:?}");
         }
+    }
+
+    #[test]
+    fn dims_that_can_only_be_zero_are_zero() {
+        let mut graph = with_guard(Dim::symbol("s"), Dim::symbol("t"));
+        graph.input("x", Type::new(DType::F32, vec![Dim::symbol("s") - Dim::symbol("t")]));
+        let found = assignments(&graph, 1);
+        assert_eq!(found.len(), 1, "{found:?}");
+        assert_eq!(found[0]["s"], found[0]["t"]);
     }
 
     #[test]

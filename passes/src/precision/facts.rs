@@ -109,8 +109,13 @@ fn embeds(graph: &Graph, node: &Node, source: &[Source]) -> bool {
     constant(table) && !constant(indices) && graph.ty(table).rank() >= 2
 }
 
-/// Most tables of which it is asked what depends on them.
-const TABLES: usize = 256;
+/// How far it is looked for angles, over all tables of a graph.
+struct Patience {
+    /// Tables of which it is asked what depends on them.
+    tables: usize,
+    /// Uses of what is read from tables.
+    uses: usize,
+}
 
 /// Gathers from tables that hold no embeddings: what is read from them is rotated with, multiplied with activations that do
 /// not depend on it, the angle of a sine, or the scale of quantised numbers.
@@ -120,10 +125,10 @@ fn angles(graph: &Graph, users: &[Vec<ValueId>], source: &[Source]) -> BTreeSet<
             && source.get(value.index()) == Some(&Source::Activation)
             && embeds(graph, node, source)
     });
-    let mut asked = 0;
+    let mut patience = Patience { tables: 256, uses: 1 << 20 };
     gathers
         .map(|(value, _)| value)
-        .filter(|&value| is_angle(graph, users, source, value, &mut asked))
+        .filter(|&value| is_angle(graph, users, source, value, &mut patience))
         .collect()
 }
 
@@ -141,22 +146,24 @@ fn is_angle(
     users: &[Vec<ValueId>],
     source: &[Source],
     table: ValueId,
-    asked: &mut usize,
+    patience: &mut Patience,
 ) -> bool {
     let (mut open, mut seen) = (vec![table], BTreeSet::from([table]));
     let mut of_table: Option<Vec<bool>> = None;
     while let Some(value) = open.pop() {
         for &user in users.get(value.index()).map_or(&[][..], Vec::as_slice) {
+            let Some(left) = patience.uses.checked_sub(1) else { return false };
+            patience.uses = left;
             let node = graph.node(user);
             let others = || node.args.iter().filter(|arg| **arg != value);
             let activation = |arg: &&ValueId| source.get(arg.index()) == Some(&Source::Activation);
             match &node.op {
                 Op::Rotary { .. } if node.args.first() != Some(&value) => return true,
                 Op::Map(Scalar::Cos | Scalar::Sin) | Op::Dequant { .. } => return true,
-                Op::Map(Scalar::Mul) if of_table.is_some() || *asked < TABLES => {
+                Op::Map(Scalar::Mul) if of_table.is_some() || patience.tables > 0 => {
                     if others().any(|arg| activation(&arg)) {
                         let dependent = of_table.get_or_insert_with(|| {
-                            *asked += 1;
+                            patience.tables -= 1;
                             dependent(graph, table)
                         });
                         if others().filter(activation).any(|arg| !dependent[arg.index()]) {

@@ -69,7 +69,7 @@ pub(super) fn bisect(
             return Err(Failure::new(Kind::Usage, message));
         }
     };
-    let graphs = import_graphs(&model, &as_built(folder), true)?;
+    let graphs = import_graphs(&model, &as_built(folder)?, true)?;
     same_texts(folder, &graphs)?;
     let mut tally = Tally::default();
     let pairs = chosen_inputs(arguments, folder)?;
