@@ -15,15 +15,17 @@ mod steps;
 
 use crate::arguments::CalibrateArguments;
 use crate::failure::{Failure, Kind, Outcome};
+use kernels::Kernels;
 use links::{Carrier, Point};
+use skew::Skew;
 use std::collections::BTreeMap;
 use std::num::NonZero;
-use steps::Rates;
+use steps::{Rates, Slopes};
 use tpshard_passes::cost::kernels::{Family, Measured, Quantities};
 
-/// Everything is measured so often, with other things in between. The least of the medians counts: other work on the
-/// machine comes in bursts and only ever adds time.
-pub(crate) const ROUNDS: usize = 3;
+/// Everything is measured so often, a round over everything after the other; the median of the rounds counts. A machine
+/// that others use too has faster and slower minutes, and what is compared has to see the same ones.
+pub(crate) const ROUNDS: usize = 5;
 /// Most ranks that are measured together.
 const MOST_RANKS: usize = 64;
 
@@ -86,31 +88,39 @@ pub(crate) fn calibrate(arguments: &CalibrateArguments, json: bool, quiet: bool)
             eprintln!("measuring {what}");
         }
     };
-    say("kernels");
-    let rates = steps::rates(ranks, effort)?;
-    let (mut kernels, mut waits) = (BTreeMap::new(), BTreeMap::new());
-    for count in [1].into_iter().chain(counts(ranks)) {
-        say(&format!("families of kernels on {count} ranks"));
-        let waiting = if count > 1 { skew::share(count, effort)? } else { 0.0 };
+    let several = counts(ranks);
+    let all: Vec<usize> = [1].into_iter().chain(several.iter().copied()).collect();
+    let (mut slopes, mut kernels) = (Slopes::default(), Kernels::new()?);
+    let mut skews: Vec<Skew> = several.iter().map(|&count| Skew::new(count)).collect::<Outcome<_>>()?;
+    let mut rounds: Vec<Vec<Point>> = Vec::new();
+    for round in 1..=ROUNDS {
+        say(&format!("kernels, round {round} of {ROUNDS}"));
+        slopes.round(ranks, effort)?;
+        skews.iter_mut().try_for_each(|skew| skew.round(effort))?;
+        kernels.round(&all, effort)?;
+        say(&format!("collectives, round {round} of {ROUNDS}"));
+        let mut points = Vec::new();
+        for &count in &several {
+            points.extend(links::between_threads(count, effort)?);
+            points.extend(links::between_processes(count, arguments.quick, effort)?);
+        }
+        rounds.push(points);
+    }
+    let shares = several.iter().zip(&skews).map(|(&count, skew)| (count, skew.share()));
+    let waits: BTreeMap<usize, f64> = [(1, 0.0)].into_iter().chain(shares).collect();
+    let raised = |(&count, &waiting): (&usize, &f64)| {
         let slower = |(family, rates): (Family, Quantities)| (family, rates.over(1.0 / (1.0 + waiting)));
-        kernels.insert(count, kernels::measure(count, effort)?.into_iter().map(slower).collect());
-        waits.insert(count, waiting);
-    }
-    let mut points = Vec::new();
-    for count in counts(ranks) {
-        say(&format!("collectives between {count} ranks"));
-        points.extend(links::between_threads(count, effort)?);
-        points.extend(links::between_processes(count, arguments.quick, effort)?);
-    }
+        (count, kernels.rates(count).into_iter().map(slower).collect())
+    };
     let measured = Measurements {
         ranks,
         threads: (cores / ranks).max(1),
         cores,
         memory_bytes: report::memory_of_machine()? / ranks as f64,
-        rates,
-        kernels,
+        rates: slopes.rates()?,
+        kernels: waits.iter().map(raised).collect(),
         waits,
-        points,
+        points: links::medians(&rounds),
         carrier: Carrier::Processes,
     };
     report::finish(&measured, arguments.out.as_deref(), json)

@@ -6,7 +6,7 @@
 
 use super::fit::least_squares;
 use super::steps::{INPUT, filled, on_all, time_of};
-use super::{Effort, ROUNDS};
+use super::{Effort, median};
 use crate::failure::{Classify, Failure, Kind, Outcome};
 use std::collections::BTreeMap;
 use tpshard_ir::op::{EinsumSpec, Literal, NormKind, PoolKind, Real, Window};
@@ -212,31 +212,78 @@ fn programs() -> Vec<(Family, Vec<Point>)> {
     ]
 }
 
-/// The rates of all families while `ranks` run at once.
-pub(crate) fn measure(ranks: usize, effort: Effort) -> Outcome<Measured> {
-    let mut measured = Measured::new();
-    for (family, points) in programs() {
-        let mut rows: Vec<([f64; 5], f64)> = Vec::new();
-        for (link, shape) in points {
-            let [short, long] = lengths(link, &shape)?;
-            let times = times(&[&chain(link, &shape, short)?, &chain(link, &shape, long)?], ranks, effort)?;
-            let links = (long - short) as f64;
-            let [first, second] =
-                [chain(link, &shape, short)?, chain(link, &shape, long)?].map(|g| work_of(&g));
-            let per_link = |f: Family| {
-                let amounts = second.get(&f).copied().unwrap_or_default();
-                amounts.plus(first.get(&f).copied().unwrap_or_default(), -1.0).over(links)
-            };
-            let others: f64 = measured.iter().map(|(&f, &rates)| per_link(f).dot(rates)).sum();
-            let seconds = (times[1] - times[0]) / links;
-            // What is left of noise may be less than nothing.
-            rows.push((per_link(family).to_array(), (seconds - others).max(0.02 * seconds).max(1e-9)));
-        }
-        measured.insert(family, fitted(&rows));
+/// The programs of all families, and what they took.
+pub(crate) struct Kernels {
+    chains: Vec<(Family, Vec<Chains>)>,
+    steps: Vec<StepOnly>,
+}
+
+impl Kernels {
+    pub(crate) fn new() -> Outcome<Kernels> {
+        let of_family = |(family, points): (Family, Vec<Point>)| {
+            let chains = points.iter().map(|(link, shape)| Chains::new(*link, shape));
+            Ok((family, chains.collect::<Outcome<_>>()?))
+        };
+        let chains = programs().into_iter().map(of_family).collect::<Outcome<_>>()?;
+        Ok(Kernels { chains, steps: StepOnly::all()? })
     }
-    let step = step_rates(ranks, effort, &measured)?;
-    measured.insert(Family::Step, step);
-    Ok(measured)
+
+    /// Times every program once by each number of ranks. The numbers take turns, so that a slow minute of the machine
+    /// meets them alike.
+    pub(crate) fn round(&mut self, counts: &[usize], effort: Effort) -> Outcome<()> {
+        for chains in self.chains.iter_mut().flat_map(|(_, chains)| chains) {
+            for &ranks in counts {
+                chains.time(ranks, effort)?;
+            }
+        }
+        for step in &mut self.steps {
+            for &ranks in counts {
+                step.time(ranks, effort)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The rates of all families while `ranks` run at once.
+    pub(crate) fn rates(&self, ranks: usize) -> Measured {
+        let mut measured = Measured::new();
+        for (family, chains) in &self.chains {
+            let rows: Vec<_> =
+                chains.iter().map(|c| row(*family, &c.work, c.taken.of(ranks), &measured)).collect();
+            measured.insert(*family, fitted(&rows));
+        }
+        let steps = self.steps.iter();
+        let rows: Vec<_> = steps.map(|s| row(Family::Step, &s.work, s.taken.of(ranks), &measured)).collect();
+        measured.insert(Family::Step, fitted(&rows));
+        measured
+    }
+}
+
+/// Seconds of every round, by number of ranks.
+#[derive(Default)]
+struct Taken(BTreeMap<usize, Vec<f64>>);
+
+impl Taken {
+    fn add(&mut self, ranks: usize, seconds: f64) {
+        self.0.entry(ranks).or_default().push(seconds);
+    }
+
+    fn of(&self, ranks: usize) -> f64 {
+        median(self.0.get(&ranks).cloned().unwrap_or_default())
+    }
+}
+
+/// Work of one family, and what is left of the time of some work if that of families measured before is taken off.
+fn row(
+    family: Family,
+    work: &BTreeMap<Family, Quantities>,
+    seconds: f64,
+    measured: &Measured,
+) -> ([f64; 5], f64) {
+    let amounts = |family: Family| work.get(&family).copied().unwrap_or_default();
+    let others: f64 = measured.iter().map(|(&f, &rates)| amounts(f).dot(rates)).sum();
+    // What is left of noise may be less than nothing.
+    (amounts(family).to_array(), (seconds - others).max(0.02 * seconds).max(1e-9))
 }
 
 fn fitted(rows: &[([f64; 5], f64)]) -> Rates {
@@ -246,19 +293,70 @@ fn fitted(rows: &[([f64; 5], f64)]) -> Rates {
     rates
 }
 
-/// What a step takes whose work is next to nothing, by number and size of its inputs.
-fn step_rates(ranks: usize, effort: Effort, measured: &Measured) -> Outcome<Rates> {
-    let mut rows = Vec::new();
-    let cases = [
-        (1, 16, false),
-        (1, 1 << 16, false),
-        (16, 16, false),
-        (16, 1 << 14, false),
-        (1, 1 << 20, false),
-        (1, 1 << 16, true),
-        (1, 1 << 20, true),
-    ];
-    for (inputs, elements, whole) in cases {
+/// A short and a long chain of a link.
+struct Chains {
+    graphs: [Graph; 2],
+    /// By how many links they differ.
+    links: f64,
+    /// What one link is.
+    work: BTreeMap<Family, Quantities>,
+    taken: Taken,
+}
+
+impl Chains {
+    fn new(link: Link, shape: &[usize]) -> Outcome<Chains> {
+        let [short, long] = lengths(link, shape)?;
+        let graphs = [chain(link, shape, short)?, chain(link, shape, long)?];
+        let [first, second] = [work_of(&graphs[0]), work_of(&graphs[1])];
+        let links = (long - short) as f64;
+        let per_link = |(family, amounts): (Family, Quantities)| {
+            let before = first.get(&family).copied().unwrap_or_default();
+            (family, amounts.plus(before, -1.0).over(links))
+        };
+        let work = second.into_iter().map(per_link).collect();
+        Ok(Chains { graphs, links, work, taken: Taken::default() })
+    }
+
+    /// What a link takes.
+    fn time(&mut self, ranks: usize, effort: Effort) -> Outcome<()> {
+        let mut seconds = [0.0; 2];
+        for (graph, seconds) in self.graphs.iter().zip(&mut seconds) {
+            let mut given = BTreeMap::new();
+            for (_, name, ty) in graph.inputs() {
+                let shape = ty.shape.iter().map(|d| d.as_size().unwrap_or(0)).collect();
+                given.insert(name.to_string(), filled(ty.dtype, shape)?);
+            }
+            *seconds = time_of(&on_all(graph.clone(), ranks), &given, ranks, effort.samples)?;
+        }
+        self.taken.add(ranks, (seconds[1] - seconds[0]) / self.links);
+        Ok(())
+    }
+}
+
+/// A step whose work is next to nothing.
+struct StepOnly {
+    graph: Graph,
+    given: BTreeMap<String, Tensor>,
+    work: BTreeMap<Family, Quantities>,
+    taken: Taken,
+}
+
+impl StepOnly {
+    /// Steps by number and size of their inputs; outputs are as large, or nearly nothing.
+    fn all() -> Outcome<Vec<StepOnly>> {
+        let cases = [
+            (1, 16, false),
+            (1, 1 << 16, false),
+            (16, 16, false),
+            (16, 1 << 14, false),
+            (1, 1 << 20, false),
+            (1, 1 << 16, true),
+            (1, 1 << 20, true),
+        ];
+        cases.into_iter().map(|(inputs, elements, whole)| StepOnly::new(inputs, elements, whole)).collect()
+    }
+
+    fn new(inputs: usize, elements: usize, whole: bool) -> Outcome<StepOnly> {
         let mut graph = Graph::new("calibrate");
         let ty = Type::new(DType::F32, vec![Dim::from(elements)]);
         let mut given = BTreeMap::new();
@@ -271,15 +369,7 @@ fn step_rates(ranks: usize, effort: Effort, measured: &Measured) -> Outcome<Rate
             graph.outputs.push(Output { name: format!("y{input}").as_str().into(), value: first });
             given.insert(name, filled(DType::F32, vec![elements])?);
         }
-        let others: f64 = work_of(&graph)
-            .into_iter()
-            .map(|(family, amounts)| amounts.dot(measured.get(&family).copied().unwrap_or_default()))
-            .sum();
-        let program = on_all(graph, ranks);
-        let mut least = f64::INFINITY;
-        for _ in 0..ROUNDS {
-            least = least.min(time_of(&program, &given, ranks, effort.samples)?);
-        }
+        let mut work = work_of(&graph);
         let amounts = Quantities {
             call: 1.0,
             task: inputs as f64,
@@ -287,26 +377,15 @@ fn step_rates(ranks: usize, effort: Effort, measured: &Measured) -> Outcome<Rate
             element: (inputs * if whole { elements } else { 1 }) as f64,
             ..Rates::default()
         };
-        rows.push((amounts.to_array(), (least - others).max(0.02 * least)));
+        work.insert(Family::Step, amounts);
+        Ok(StepOnly { graph, given, work, taken: Taken::default() })
     }
-    Ok(fitted(&rows))
-}
 
-/// The least median step of every graph; rounds take turns.
-fn times(graphs: &[&Graph], ranks: usize, effort: Effort) -> Outcome<Vec<f64>> {
-    let mut least = vec![f64::INFINITY; graphs.len()];
-    let programs: Vec<_> = graphs.iter().map(|g| on_all((*g).clone(), ranks)).collect();
-    for _ in 0..ROUNDS {
-        for ((least, program), graph) in least.iter_mut().zip(&programs).zip(graphs) {
-            let mut given = BTreeMap::new();
-            for (_, name, ty) in graph.inputs() {
-                let shape = ty.shape.iter().map(|d| d.as_size().unwrap_or(0)).collect();
-                given.insert(name.to_string(), filled(ty.dtype, shape)?);
-            }
-            *least = least.min(time_of(program, &given, ranks, effort.samples)?);
-        }
+    fn time(&mut self, ranks: usize, effort: Effort) -> Outcome<()> {
+        let program = on_all(self.graph.clone(), ranks);
+        self.taken.add(ranks, time_of(&program, &self.given, ranks, effort.samples)?);
+        Ok(())
     }
-    Ok(least)
 }
 
 /// A short and a long chain.
@@ -478,8 +557,10 @@ mod tests {
             }
         }
         let effort = Effort { samples: 1, growth: 2, largest: 1024 };
-        let graph = chain(Link::Concat, &[4, 8], 3).unwrap();
-        assert!(times(&[&graph], 2, effort).unwrap()[0] > 0.0);
+        let mut chains = Chains::new(Link::Concat, &[4, 8]).unwrap();
+        chains.time(2, effort).unwrap();
+        assert!(chains.taken.of(2).is_finite());
+        assert!(chains.taken.of(1).is_nan());
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! Times of collectives, over threads of this process and over processes of this machine.
 
-use super::{Effort, ROUNDS, median};
+use super::{Effort, median};
 use crate::commands::run::spawn;
 use crate::failure::{Classify, Failure, Kind, Outcome};
 use crate::runner::environment;
@@ -52,28 +52,15 @@ pub(crate) struct Point {
     pub(crate) seconds: f64,
 }
 
-/// The least of every point's times over some rounds.
-fn least_of_rounds(mut round: impl FnMut() -> Outcome<Vec<Point>>) -> Outcome<Vec<Point>> {
-    let mut least = round()?;
-    for _ in 1..ROUNDS {
-        for (point, again) in least.iter_mut().zip(round()?) {
-            point.seconds = point.seconds.min(again.seconds);
-        }
-    }
-    Ok(least)
+/// Every point's median over some rounds.
+pub(crate) fn medians(rounds: &[Vec<Point>]) -> Vec<Point> {
+    let first = rounds.first().map_or(&[][..], Vec::as_slice);
+    let seconds = |at: usize| rounds.iter().filter_map(|round| round.get(at)).map(|p| p.seconds).collect();
+    first.iter().enumerate().map(|(at, p)| Point { seconds: median(seconds(at)), ..p.clone() }).collect()
 }
 
 /// What rank 0 saw of the collectives between threads.
 pub(crate) fn between_threads(ranks: usize, effort: Effort) -> Outcome<Vec<Point>> {
-    least_of_rounds(|| threads_once(ranks, effort))
-}
-
-/// What rank 0 saw of the collectives between processes, which are this executable again.
-pub(crate) fn between_processes(ranks: usize, quick: bool, effort: Effort) -> Outcome<Vec<Point>> {
-    least_of_rounds(|| processes_once(ranks, quick, effort))
-}
-
-fn threads_once(ranks: usize, effort: Effort) -> Outcome<Vec<Point>> {
     let ends = threads(ranks, &CommOptions::default()).or_fail(Kind::Resource)?;
     let measured: Vec<Result<Vec<Point>, CommError>> = std::thread::scope(|scope| {
         let handles: Vec<_> = ends
@@ -93,7 +80,8 @@ fn threads_once(ranks: usize, effort: Effort) -> Outcome<Vec<Point>> {
     Ok(first)
 }
 
-fn processes_once(ranks: usize, quick: bool, effort: Effort) -> Outcome<Vec<Point>> {
+/// What rank 0 saw of the collectives between processes, which are this executable again.
+pub(crate) fn between_processes(ranks: usize, quick: bool, effort: Effort) -> Outcome<Vec<Point>> {
     let file = Scratch::new()?;
     let executable = std::env::current_exe().or_fail(Kind::Resource)?;
     let command = |_| {

@@ -1,8 +1,8 @@
 //! What was measured, as a profile and as tables.
 
-use super::Measurements;
 use super::fit::{Line, lines, ring};
 use super::links::{Carrier, Point};
+use super::{Measurements, ROUNDS};
 use crate::failure::{Classify, Failure, Kind, Outcome};
 use crate::output;
 use serde_json::{Value, json};
@@ -134,7 +134,7 @@ fn profile_text(m: &Measurements) -> String {
             let _ = writeln!(
                 text,
                 "protocol.{carrier}.{}.{ranks}.{index} = measured {0} ranks {ranks}{range} base {base:.3e} \
-                 bandwidth {1:.3e} | measured by tpshard calibrate: least of 3 medians at {2} sizes from {first} to {last} bytes",
+                 bandwidth {1:.3e} | measured by tpshard calibrate: median of {ROUNDS} rounds at {2} sizes from {first} to {last} bytes",
                 collective.name(),
                 1.0 / seconds_per_byte,
                 points.len(),

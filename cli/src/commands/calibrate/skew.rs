@@ -5,14 +5,14 @@
 //! the two with next to no products, which differ by what the collectives cost as such.
 
 use super::steps::{INPUT, filled, on_all, time_of};
-use super::{Effort, ROUNDS, median};
+use super::{Effort, median};
 use crate::failure::{Classify, Failure, Kind, Outcome};
 use std::collections::BTreeMap;
 use tpshard_ir::op::EinsumSpec;
 use tpshard_ir::weight::WeightExpr;
 use tpshard_ir::{
     AxisLayout, Conversion, DType, Dim, Graph, Layout, Op, Output, Spmd, SpmdOutput, Step, StepId, StepKind,
-    Type, ValueId,
+    Tensor, Type, ValueId,
 };
 
 /// Products, each followed by a collective.
@@ -20,28 +20,48 @@ const LINKS: usize = 12;
 /// Rows and width of products of about a millisecond, and of nearly nothing.
 const LARGE: (usize, usize) = (256, 512);
 const SMALL: (usize, usize) = (256, 8);
+/// How often the programs are timed in a round.
+const TIMES: usize = 3;
 /// Waiting of more than this share of the computing is some other work on the machine.
 const MOST: f64 = 0.5;
 
-/// The share of the computing time that ranks wait for one another.
-pub(crate) fn share(ranks: usize, effort: Effort) -> Outcome<f64> {
-    let mut programs = Vec::new();
-    for (rows, width) in [LARGE, SMALL] {
-        let given = BTreeMap::from([(INPUT.to_owned(), filled(DType::F32, vec![rows, width])?)]);
-        for meet in [false, true] {
-            programs.push((meeting((rows, width), ranks, meet)?, given.clone()));
+/// The four programs, and the shares that rounds gave.
+pub(crate) struct Skew {
+    ranks: usize,
+    programs: Vec<(Spmd, BTreeMap<String, Tensor>)>,
+    shares: Vec<f64>,
+}
+
+impl Skew {
+    pub(crate) fn new(ranks: usize) -> Outcome<Skew> {
+        let mut programs = Vec::new();
+        for (rows, width) in [LARGE, SMALL] {
+            let given = BTreeMap::from([(INPUT.to_owned(), filled(DType::F32, vec![rows, width])?)]);
+            for meet in [false, true] {
+                programs.push((meeting((rows, width), ranks, meet)?, given.clone()));
+            }
         }
+        Ok(Skew { ranks, programs, shares: Vec::new() })
     }
-    let mut samples: [Vec<f64>; 4] = Default::default();
-    for _ in 0..ROUNDS {
-        for ((program, given), samples) in programs.iter().zip(&mut samples) {
-            samples.push(time_of(program, given, ranks, effort.samples)?);
+
+    /// Times the programs right after one another some times: from one minute to the next the machine changes by more than
+    /// what is looked for.
+    pub(crate) fn round(&mut self, effort: Effort) -> Outcome<()> {
+        for _ in 0..TIMES {
+            let mut taken = [0.0; 4];
+            for ((program, given), taken) in self.programs.iter().zip(&mut taken) {
+                *taken = time_of(program, given, self.ranks, effort.samples)?;
+            }
+            let [apart, met, few, few_met] = taken;
+            self.shares.push(((met - apart) - (few_met - few)) / apart);
         }
+        Ok(())
     }
-    // Not the least of the rounds: the delays of a rank are what is looked for.
-    let [apart, met, few, few_met] = samples.map(median);
-    let waited = (met - apart) - (few_met - few);
-    Ok((waited / apart).clamp(0.0, MOST))
+
+    /// The share of the computing time that ranks wait for one another.
+    pub(crate) fn share(&self) -> f64 {
+        median(self.shares.clone()).clamp(0.0, MOST)
+    }
 }
 
 /// A chain of products; after each, one column of the result is dealt out and, if ranks are to `meet`, gathered again.
@@ -114,6 +134,8 @@ mod tests {
         let given = BTreeMap::from([(INPUT.to_owned(), filled(DType::F32, vec![SMALL.0, SMALL.1]).unwrap())]);
         assert!(time_of(&program, &given, 2, 1).unwrap() > 0.0);
         let effort = Effort { samples: 1, growth: 2, largest: 1024 };
-        assert!((0.0..=MOST).contains(&share(2, effort).unwrap()));
+        let mut skew = Skew::new(2).unwrap();
+        skew.round(effort).unwrap();
+        assert!((0.0..=MOST).contains(&skew.share()));
     }
 }

@@ -1,6 +1,6 @@
 //! Rates of the kernels, from the steps of small programs that every rank runs whole.
 
-use super::{Effort, ROUNDS, median};
+use super::{Effort, median};
 use crate::failure::{Classify, Failure, Kind, Outcome};
 use crate::runner::session_failure;
 use std::collections::BTreeMap;
@@ -35,50 +35,71 @@ pub(crate) struct Rates {
     pub(crate) step_seconds: f64,
 }
 
-pub(crate) fn rates(ranks: usize, effort: Effort) -> Outcome<Rates> {
-    let (rows, depth) = PRODUCT;
-    let product = slope(rows, depth, [1, 9], false, ranks, effort)?;
-    let row = slope(1, ROW, [1, 9], false, ranks, effort)?;
-    let tiny = slope(1, TINY, [8, 136], true, ranks, effort)?;
-    Ok(Rates {
-        operations_per_second: 2.0 * (rows * depth * depth) as f64 / product.per_link,
-        bytes_per_second: 4.0 * (ROW * ROW) as f64 / row.per_link,
-        launch_seconds: tiny.per_link / TINY_KERNELS,
-        step_seconds: tiny.rest,
-    })
+/// What one more product costs, and a step without any, in every round.
+#[derive(Default)]
+pub(crate) struct Slopes {
+    product: Slope,
+    row: Slope,
+    tiny: Slope,
 }
 
+impl Slopes {
+    pub(crate) fn round(&mut self, ranks: usize, effort: Effort) -> Outcome<()> {
+        let (rows, depth) = PRODUCT;
+        self.product.time((rows, depth), [1, 9], false, ranks, effort)?;
+        self.row.time((1, ROW), [1, 9], false, ranks, effort)?;
+        self.tiny.time((1, TINY), [8, 136], true, ranks, effort)
+    }
+
+    pub(crate) fn rates(self) -> Outcome<Rates> {
+        let (rows, depth) = PRODUCT;
+        let step_seconds = median(self.tiny.rest.clone()).max(1e-9);
+        let [product, row, tiny] = [self.product, self.row, self.tiny].map(Slope::per_link);
+        Ok(Rates {
+            operations_per_second: 2.0 * (rows * depth * depth) as f64 / product?,
+            bytes_per_second: 4.0 * (ROW * ROW) as f64 / row?,
+            launch_seconds: tiny? / TINY_KERNELS,
+            step_seconds,
+        })
+    }
+}
+
+/// From a short and a long chain, in every round.
+#[derive(Default)]
 struct Slope {
     /// Seconds for one link of a chain.
-    per_link: f64,
+    per_link: Vec<f64>,
     /// Seconds for none.
-    rest: f64,
+    rest: Vec<f64>,
 }
 
-/// What one more product costs, from a short and a long chain.
-fn slope(
-    rows: usize,
-    depth: usize,
-    lengths: [usize; 2],
-    sums: bool,
-    ranks: usize,
-    effort: Effort,
-) -> Outcome<Slope> {
-    let [short, long] = lengths;
-    let (mut first, mut second) = (f64::INFINITY, f64::INFINITY);
-    for _ in 0..ROUNDS {
-        first = first.min(step_time(rows, depth, short, sums, ranks, effort)?);
-        second = second.min(step_time(rows, depth, long, sums, ranks, effort)?);
+impl Slope {
+    fn time(
+        &mut self,
+        (rows, depth): (usize, usize),
+        lengths: [usize; 2],
+        sums: bool,
+        ranks: usize,
+        effort: Effort,
+    ) -> Outcome<()> {
+        let [short, long] = lengths;
+        let first = step_time(rows, depth, short, sums, ranks, effort)?;
+        let second = step_time(rows, depth, long, sums, ranks, effort)?;
+        let per_link = (second - first) / (long - short) as f64;
+        self.per_link.push(per_link);
+        self.rest.push(first - per_link * short as f64);
+        Ok(())
     }
-    let per_link = (second - first) / (long - short) as f64;
-    if !(per_link.is_finite() && per_link > 0.0) {
-        let message = format!(
-            "{long} products take no longer than {short} ({second:.3e} against {first:.3e} seconds)\n\
-             help: the machine is too busy to be measured; try again when it is idle"
-        );
-        return Err(Failure::new(Kind::Resource, message));
+
+    fn per_link(self) -> Outcome<f64> {
+        let seconds = median(self.per_link);
+        if seconds.is_finite() && seconds > 0.0 {
+            return Ok(seconds);
+        }
+        let message = "long chains of products take no longer than short ones\n\
+                       help: the machine is too busy to be measured; try again when it is idle";
+        Err(Failure::new(Kind::Resource, message))
     }
-    Ok(Slope { per_link, rest: (first - per_link * short as f64).max(1e-9) })
 }
 
 /// The median step of a chain of products, on all ranks at once.
