@@ -161,6 +161,9 @@ impl Graph {
     pub fn data_symbols(&self) -> BTreeSet<Arc<str>> {
         let mut defined: BTreeSet<Arc<str>> = self.symbols.keys().cloned().collect();
         for (_, _, ty) in self.inputs() {
+            if defined.is_empty() {
+                break;
+            }
             for symbol in ty.shape.iter().flat_map(Dim::symbols) {
                 defined.remove(&symbol);
             }

@@ -14,7 +14,7 @@ mod memory;
 pub use codec::{PART_PROGRAM, ProgramError, graph_part};
 pub use device::{DeviceCode, DeviceError, DeviceLowering};
 pub use lowering::{Kernel, Lowering, LoweringError, Region, Stage, lower, lower_keeping};
-pub use memory::{Buffer, MemoryPlan, PlanError};
+pub use memory::{Buffer, MemoryPlan, PlanError, plan_known};
 
 use crate::dtype::DType;
 use crate::graph::{Graph, SymbolRange, Type, ValueId};

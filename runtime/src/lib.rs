@@ -13,3 +13,4 @@ pub mod launch;
 mod placement;
 pub mod session;
 pub mod state;
+mod team;

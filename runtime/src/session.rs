@@ -23,11 +23,13 @@ use crate::comm::{Communicator, History};
 use crate::cpu::WeightSource;
 use crate::placement;
 use crate::state::{SlotId, StateOptions, StateStore, StepPart};
+use crate::team::Team;
 use bind::Signature;
 use request::{InputHeader, Request, RunPart, request_of, run_part};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::time::Duration;
 use tpshard_ir::border::{Present, handed_out};
 use tpshard_ir::deferred::SharedEvaluator;
 use tpshard_ir::program::RankProgram;
@@ -132,6 +134,9 @@ pub struct Results {
     pub traffic: crate::comm::CommStats,
 }
 
+/// Threads of a rank look out for work so long before they sleep: longer than there is none within a step.
+const LOOKOUT: Duration = Duration::from_micros(500);
+
 /// What rank 0 asks for, with the tensors that go with it: one set for each part of a run.
 type Asked = (Request, Vec<BTreeMap<String, Tensor>>);
 
@@ -147,7 +152,7 @@ pub fn entry_for(program: &RankProgram, inputs: &BTreeMap<String, Tensor>) -> Re
 /// One rank's end of a running program.
 pub struct Session {
     worker: Worker,
-    pool: rayon::ThreadPool,
+    team: Team,
     signatures: Vec<Signature>,
     poisoned: Option<String>,
     closed: bool,
@@ -175,16 +180,17 @@ impl Session {
         } else {
             Vec::new()
         };
-        let pool = rayon::ThreadPoolBuilder::new()
-            .num_threads(threads)
-            .start_handler(move |thread| {
-                processors.get(thread).copied().into_iter().for_each(placement::stay_on)
-            })
-            .build()
+        let own = move |thread: usize| {
+            processors.get(thread).copied().into_iter().for_each(placement::stay_on);
+        };
+        own(0);
+        // Where threads take turns on cores, one that looks out keeps another from working.
+        let lookout = if threads.saturating_mul(local) <= cores { LOOKOUT } else { Duration::ZERO };
+        let team = Team::new(threads, lookout, own)
             .map_err(|e| SessionError::Resources { what: format!("cannot start {threads} threads: {e}") })?;
         let signatures: Vec<Signature> = program.entries.iter().map(Signature::new).collect();
-        let worker = pool.install(|| Worker::open(program, weights, communicator, options, local))?;
-        Ok(Session { worker, pool, signatures, poisoned: None, closed: false })
+        let worker = team.install(|| Worker::open(program, weights, communicator, options, local))?;
+        Ok(Session { worker, team, signatures, poisoned: None, closed: false })
     }
 
     pub fn rank(&self) -> usize {
@@ -519,7 +525,7 @@ impl Session {
         let worker = &mut self.worker;
         let done = match request {
             Request::Refuse(message) => Err(SessionError::Refused { rank: 0, message: message.clone() }),
-            Request::Run { parts, taps } => self.pool.install(|| worker.run(parts, given, taps)),
+            Request::Run { parts, taps } => self.team.install(|| worker.run(parts, given, taps)),
             Request::Truncate { .. } | Request::Fork { .. } | Request::Drop { .. } => {
                 worker.change_state(&request_of(request)).map(|()| Results::default())
             }

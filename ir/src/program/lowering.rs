@@ -435,6 +435,6 @@ impl Lowering {
                 buffer.elements = ty.elements();
             }
         }
-        memory::plan(&memory::known(buffers, bindings), bindings)
+        memory::plan_known(&buffers, bindings)
     }
 }

@@ -131,10 +131,18 @@ struct Slot {
     busy_until: usize,
 }
 
-/// The buffers whose sizes the bindings give.
-pub(super) fn known(buffers: Vec<Buffer>, bindings: &Bindings) -> Vec<Buffer> {
-    let known = |b: &Buffer| !matches!(b.elements.eval(bindings), Err(EvalError::Unbound(_)));
-    buffers.into_iter().filter(known).collect()
+/// Where the buffers lie whose sizes the bindings give; others have no slot.
+///
+/// # Errors
+/// A size that cannot be addressed.
+pub fn plan_known(buffers: &[Buffer], bindings: &Bindings) -> Result<MemoryPlan, PlanError> {
+    match plan(buffers, bindings) {
+        Err(PlanError::Dim { error: EvalError::Unbound(_), .. }) => {}
+        all_known => return all_known,
+    }
+    let known = |b: &&Buffer| !matches!(b.elements.eval(bindings), Err(EvalError::Unbound(_)));
+    let known: Vec<Buffer> = buffers.iter().filter(known).cloned().collect();
+    plan(&known, bindings)
 }
 
 pub(super) fn plan(buffers: &[Buffer], bindings: &Bindings) -> Result<MemoryPlan, PlanError> {

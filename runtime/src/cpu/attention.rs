@@ -8,7 +8,7 @@ use super::gemm::{Matrix, Right, multiply};
 use super::rows::softmax_row;
 use super::value::Value;
 use super::vector::{LANES, Lanes, dot, dots, functions, turned, vectorised};
-use rayon::prelude::*;
+use crate::team;
 
 /// Scores kept per task, about.
 const SCORES: usize = 64 * 1024;
@@ -54,7 +54,7 @@ impl Attention<'_> {
                 out.chunks_mut(rows * width).enumerate().map(move |(block, out)| (head * blocks + block, out))
             })
             .collect();
-        tasks.into_par_iter().try_for_each_init(Vec::new, |scores, (task, out)| {
+        team::try_for_each_init(tasks.into_iter(), Vec::new, |scores, (task, out)| {
             let (head, first) = (task / blocks, task % blocks * rows);
             let (b, h) = (head / heads, head % heads);
             let kv = self.kv_of_head.get(h).map_or(0, |&h| h as usize);

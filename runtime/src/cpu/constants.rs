@@ -305,7 +305,8 @@ fn compute(op: &Op, ty: &Type, args: &[Value]) -> Result<Value, String> {
     let region = lowering.regions.last().ok_or("a constant without region")?;
     let bindings = Bindings::new();
     let context = Context { bindings: &bindings, graph: &graph };
-    run_kernel(&context, region, args, Vec::new(), Made::default()).map_err(|error| match error {
+    let shape = context.shape(ty)?;
+    run_kernel(&context, region, &shape, args, Vec::new(), Made::default()).map_err(|error| match error {
         StepError::Local(what) => what,
         StepError::Index { index, extent } => format!("index {index} is outside of a table of {extent}"),
         StepError::Collective(error) => error.to_string(),

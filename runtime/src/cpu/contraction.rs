@@ -9,7 +9,7 @@
 use super::dequant;
 use super::gemm::{Half, Matrix, Packed, Right, multiply};
 use super::value::{Value, merged};
-use rayon::prelude::*;
+use crate::team;
 use tpshard_ir::DType;
 use tpshard_ir::op::EinsumSpec;
 use tpshard_ir::tensor::Element;
@@ -141,10 +141,10 @@ impl Contraction {
                 self.letters(c),
                 [&self.batch, &self.depth, &self.columns],
             )?;
-            let one = size(&rows) * size(&columns);
-            out.par_chunks_mut(one)
-                .enumerate()
-                .try_for_each(|(i, out)| multiply(out, left.matrix(i)?, Right::Matrix(right.matrix(i)?)))?;
+            let one = |(): &mut (), (i, out): (usize, &mut [f32])| {
+                multiply(out, left.matrix(i)?, Right::Matrix(right.matrix(i)?))
+            };
+            team::try_for_each_init(out.chunks_mut(size(&rows) * size(&columns)).enumerate(), || (), one)?;
         }
         let result = Value::from_vec(&shape, out)?;
         let order: Vec<u8> = [&self.batch[..], &self.rows, &self.columns].concat();

@@ -2,7 +2,8 @@
 
 use super::gemm::{Matrix, Rectangle, Right, multiply, rectangles};
 use super::value::Value;
-use rayon::prelude::*;
+use crate::team;
+use std::ops::Range;
 use tpshard_ir::op::{PoolKind, Window};
 
 /// Gathered elements per task, about.
@@ -15,6 +16,16 @@ struct Plane<'a> {
     output: &'a [usize],
 }
 
+/// Neighbouring output positions at which one kernel element shows padding, then input, then padding.
+#[derive(Debug, PartialEq)]
+struct Run {
+    length: usize,
+    before: usize,
+    inside: usize,
+    /// The flat input position that the first within the input shows.
+    first: usize,
+}
+
 impl Plane<'_> {
     fn taps(&self) -> usize {
         self.window.kernel.iter().product()
@@ -22,9 +33,14 @@ impl Plane<'_> {
 
     /// The flat input position of kernel element `tap` at output position `at`; `None` in the padding.
     fn position(&self, at: usize, tap: usize) -> Option<usize> {
+        self.position_of(at, tap, self.input.len())
+    }
+
+    /// As [`Plane::position`], of the first dims only.
+    fn position_of(&self, at: usize, tap: usize, dims: usize) -> Option<usize> {
         let (mut at, mut tap) = (at, tap);
         let (mut flat, mut stride) = (0, 1);
-        for d in (0..self.input.len()).rev() {
+        for d in (0..dims).rev() {
             let (o, k) = (at % self.output[d], tap % self.window.kernel[d]);
             at /= self.output[d];
             tap /= self.window.kernel[d];
@@ -37,6 +53,50 @@ impl Plane<'_> {
             stride *= self.input[d];
         }
         Some(flat)
+    }
+
+    /// True if every output position shows the same input position and no other.
+    fn is_identity(&self) -> bool {
+        let Window { kernel, strides, pads_low, pads_high, .. } = self.window;
+        let all = |values: &[usize], wanted: usize| values.iter().all(|&value| value == wanted);
+        all(kernel, 1)
+            && all(strides, 1)
+            && all(pads_low, 0)
+            && all(pads_high, 0)
+            && self.input == self.output
+    }
+
+    /// What kernel element `tap` shows at some output positions, in runs along the last dim.
+    fn runs(&self, positions: Range<usize>, tap: usize) -> Vec<Run> {
+        let Window { kernel, strides, dilations, pads_low, .. } = self.window;
+        let Some(last) = self.input.len().checked_sub(1) else {
+            return vec![Run { length: positions.len(), before: 0, inside: positions.len(), first: 0 }];
+        };
+        let (width, extent, stride) = (self.output[last], self.input[last], strides[last]);
+        let (offset, pad) = (tap % kernel[last] * dilations[last], pads_low[last]);
+        // Below `low` lies padding, and from `high` on.
+        let low = pad.saturating_sub(offset).div_ceil(stride);
+        let high = (extent + pad).saturating_sub(offset).div_ceil(stride);
+        let mut runs = Vec::new();
+        let mut at = positions.start;
+        while at < positions.end {
+            let from = at % width;
+            let to = width.min(from + (positions.end - at));
+            let (low, high) = (low.clamp(from, to), high.clamp(from, to));
+            let row = self.position_of(at / width, tap / kernel[last], last);
+            let run = match row {
+                Some(row) if low < high => Run {
+                    length: to - from,
+                    before: low - from,
+                    inside: high - low,
+                    first: row * extent + low * stride + offset - pad,
+                },
+                _ => Run { length: to - from, before: to - from, inside: 0, first: 0 },
+            };
+            runs.push(run);
+            at += to - from;
+        }
+        runs
     }
 
     /// True if kernel element `tap` at output position `at` lies within data or declared padding.
@@ -84,7 +144,7 @@ pub(crate) fn conv(
     }
     // Where images and groups are fewer than threads, positions are shared out among them too.
     let chunks = out.len() / (group_out * out_size);
-    let shares = (2 * rayon::current_num_threads()).div_ceil(chunks);
+    let shares = (2 * team::threads()).div_ceil(chunks);
     let block = (COLUMNS / depth).clamp(1, out_size.div_ceil(shares));
     let tasks: Vec<(usize, Rectangle<'_>)> = out
         .chunks_mut(group_out * out_size)
@@ -93,7 +153,8 @@ pub(crate) fn conv(
             rectangles(out, out_size, group_out, block).into_iter().map(move |part| (chunk, part))
         })
         .collect();
-    tasks.into_par_iter().try_for_each_init(
+    team::try_for_each_init(
+        tasks.into_iter(),
         || (Vec::new(), Vec::new()),
         |(columns, product), (chunk, mut out)| -> Result<(), String> {
             let (image, group) = (chunk / groups, chunk % groups);
@@ -103,11 +164,17 @@ pub(crate) fn conv(
             let weights = w.get(from..from + group_out * depth).ok_or("filters leave their tensor")?;
             let positions = out.columns.clone();
             let count = positions.len();
-            columns.resize(depth * count, 0.0);
-            gather_columns(&plane, source, positions.start, count, columns);
             product.resize(group_out * count, 0.0);
             let left = Matrix::new(weights, [group_out, depth], [depth, 1])?;
-            let right = Right::Matrix(Matrix::new(columns, [depth, count], [count, 1])?);
+            let right = if plane.is_identity() {
+                let source = source.get(positions.start..).ok_or("an image leaves its tensor")?;
+                Matrix::new(source, [depth, count], [in_size, 1])?
+            } else {
+                columns.resize(depth * count, 0.0);
+                gather_columns(&plane, source, positions.clone(), columns);
+                Matrix::new(columns, [depth, count], [count, 1])?
+            };
+            let right = Right::Matrix(right);
             multiply(product, left, right)?;
             for (row, product) in product.chunks(count).enumerate() {
                 out.row(row, positions.clone()).copy_from_slice(product);
@@ -118,22 +185,32 @@ pub(crate) fn conv(
     Value::from_vec(shape, out)
 }
 
-/// `columns[(channel, tap), position]` for `count` positions from `start`.
-fn gather_columns(plane: &Plane<'_>, source: &[f32], start: usize, count: usize, columns: &mut [f32]) {
-    let in_size: usize = plane.input.iter().product();
-    let taps = plane.taps();
-    let mut positions: Vec<Option<usize>> = Vec::with_capacity(count);
-    for tap in 0..taps {
-        positions.clear();
-        positions.extend((start..start + count).map(|at| plane.position(at, tap)));
-        for (channel, source) in source.chunks(in_size.max(1)).enumerate() {
-            let at = (channel * taps + tap) * count;
-            for (c, p) in columns[at..at + count].iter_mut().zip(&positions) {
-                *c = p.map_or(0.0, |p| source[p]);
+/// `columns[(channel, tap), position]` for some positions, row-major.
+fn gather_columns(plane: &Plane<'_>, source: &[f32], positions: Range<usize>, columns: &mut [f32]) {
+    let (in_size, taps, count) = (plane.input.iter().product::<usize>(), plane.taps(), positions.len());
+    if in_size == 0 || count == 0 {
+        columns.fill(0.0);
+        return;
+    }
+    let stride = plane.window.strides.last().copied().unwrap_or(1);
+    let runs: Vec<Vec<Run>> = (0..taps).map(|tap| plane.runs(positions.clone(), tap)).collect();
+    for (source, columns) in source.chunks(in_size).zip(columns.chunks_mut(taps * count)) {
+        for (runs, column) in runs.iter().zip(columns.chunks_mut(count)) {
+            let mut rest = column;
+            for run in runs {
+                let (to, after) = rest.split_at_mut(run.length);
+                rest = after;
+                let (before, to) = to.split_at_mut(run.before);
+                let (inside, after) = to.split_at_mut(run.inside);
+                before.fill(0.0);
+                after.fill(0.0);
+                let from = &source[run.first.min(in_size)..];
+                if stride == 1 {
+                    inside.copy_from_slice(&from[..run.inside]);
+                } else {
+                    inside.iter_mut().zip(from.iter().step_by(stride)).for_each(|(to, from)| *to = *from);
+                }
             }
-        }
-        if in_size == 0 {
-            columns.fill(0.0);
         }
     }
 }
@@ -157,7 +234,7 @@ pub(crate) fn pool(
     if out.is_empty() {
         return Value::from_vec(shape, out);
     }
-    out.par_chunks_mut(out_size).enumerate().for_each(|(channel, out)| {
+    team::for_each(out.chunks_mut(out_size).enumerate(), |(channel, out)| {
         let source = x.get(channel * in_size..(channel + 1) * in_size).unwrap_or_default();
         for (at, out) in out.iter_mut().enumerate() {
             let values = (0..plane.taps()).filter_map(|tap| plane.position(at, tap)).map(|p| source[p]);
@@ -177,4 +254,61 @@ pub(crate) fn pool(
         }
     });
     Value::from_vec(shape, out)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Every window over small planes, against the position of each element by definition.
+    #[test]
+    fn gathered_columns_are_the_elements_at_their_positions() {
+        let mut seen = 0;
+        for (kernel, stride, dilation) in [(1, 1, 1), (3, 1, 1), (3, 2, 1), (2, 3, 2), (5, 1, 1)] {
+            for (low, high) in [(0, 0), (1, 1), (2, 0), (4, 3)] {
+                for input in [vec![7], vec![5, 6], vec![3, 4, 5], vec![1, 9]] {
+                    let dims = input.len();
+                    let window = Window {
+                        kernel: vec![kernel; dims],
+                        strides: vec![stride; dims],
+                        dilations: vec![dilation; dims],
+                        pads_low: vec![low; dims],
+                        pads_high: vec![high; dims],
+                        ceil: false,
+                    };
+                    let reach = dilation * (kernel - 1);
+                    let out = |extent: usize| {
+                        (extent + low + high).checked_sub(reach + 1).map(|room| room / stride + 1)
+                    };
+                    let Some(output) = input.iter().map(|&extent| out(extent)).collect::<Option<Vec<_>>>()
+                    else {
+                        continue;
+                    };
+                    let plane = Plane { window: &window, input: &input, output: &output };
+                    let (in_size, out_size) =
+                        (input.iter().product::<usize>(), output.iter().product::<usize>());
+                    let source: Vec<f32> = (1..=2 * in_size).map(|i| i as f32).collect();
+                    for positions in [0..out_size, out_size / 3..out_size, out_size / 2..out_size / 2 + 1] {
+                        let (taps, count) = (plane.taps(), positions.len());
+                        let mut columns = vec![f32::NAN; 2 * taps * count];
+                        gather_columns(&plane, &source, positions.clone(), &mut columns);
+                        for (i, &found) in columns.iter().enumerate() {
+                            let (channel, tap, at) = (i / count / taps, i / count % taps, i % count);
+                            let position = plane.position(positions.start + at, tap);
+                            let wanted = position.map_or(0.0, |p| source[channel * in_size + p]);
+                            assert_eq!(found, wanted, "{window:?} over {input:?}, {tap} at {at}");
+                            seen += usize::from(position.is_some());
+                        }
+                    }
+                    assert_eq!(
+                        plane.is_identity(),
+                        (0..out_size).all(|at| plane.position(at, 0) == Some(at))
+                            && kernel == 1
+                            && input == output
+                    );
+                }
+            }
+        }
+        assert!(seen > 10_000);
+    }
 }

@@ -16,11 +16,13 @@ use super::step::{self, Failed, Held};
 use super::value::Value;
 use crate::comm::{CommError, Communicator, Tag};
 use crate::session::now;
+use std::cell::RefCell;
 use std::collections::BTreeMap;
+use std::rc::Rc;
 use std::sync::Arc;
-use tpshard_ir::dim::Bindings;
+use tpshard_ir::dim::{Bindings, Dim};
 use tpshard_ir::layout::Mesh;
-use tpshard_ir::program::{Entry, Family, Kernel, Lowering, MemoryPlan, Region, Stage};
+use tpshard_ir::program::{Buffer, Entry, Family, Kernel, Lowering, MemoryPlan, Region, Stage};
 use tpshard_ir::{AxisLayout, Data, Graph, Op, ValueId};
 
 /// An entry made ready to run.
@@ -31,6 +33,10 @@ pub(crate) struct Prepared {
     /// The last region that reads a value itself, views aside.
     last_read: Vec<usize>,
     constants: Vec<Option<usize>>,
+    /// What its regions write.
+    pub(crate) buffers: Vec<Buffer>,
+    /// By value: the number of its shape. Many have the same.
+    shape_of: Vec<usize>,
 }
 
 struct PreparedRegion {
@@ -59,7 +65,12 @@ pub(crate) struct Run<'a> {
     /// Steps are to be timed.
     pub(crate) timed: bool,
     pub(crate) deferred: Deferred<'a>,
+    pub(crate) shapes: Shapes,
 }
+
+/// The shapes of a run by their number, as far as somebody asked.
+#[derive(Default)]
+pub(crate) struct Shapes(RefCell<BTreeMap<usize, Rc<[usize]>>>);
 
 /// Memory that outlives runs: one vector per slot of the plan.
 #[derive(Default)]
@@ -152,7 +163,14 @@ impl Prepared {
                 region.dropped.push(ValueId(value as u32));
             }
         }
-        Ok(Prepared { regions, lowering, last_read, constants: ids })
+        let buffers = lowering.buffers(graph);
+        let mut shapes: BTreeMap<&[Dim], usize> = BTreeMap::new();
+        let shape_of = graph.nodes().iter().map(|node| {
+            let next = shapes.len();
+            *shapes.entry(&node.ty.shape).or_insert(next)
+        });
+        let shape_of = shape_of.collect();
+        Ok(Prepared { regions, lowering, last_read, constants: ids, buffers, shape_of })
     }
 }
 
@@ -199,7 +217,8 @@ impl<'a> Run<'a> {
                 if self.timed {
                     finished.times.push((result, start, now()));
                 }
-                let value = match made.and_then(|v| step::checked(graph, &self.bindings, result, v)) {
+                let checked = |v| step::of_shape(graph, &self.shape(result)?, result, v);
+                let value = match made.and_then(checked) {
                     Ok(value) => value,
                     Err(StepError::Collective(error)) => return Err(error),
                     Err(error) => {
@@ -244,6 +263,8 @@ impl<'a> Run<'a> {
             .iter()
             .map(|&arg| values[arg.index()].clone().ok_or_else(|| format!("{arg} is not there")))
             .collect();
+        // Sizes may be others from now on.
+        self.shapes = Shapes::default();
         self.deferred.run(self.entry, &prepared.lowering, result, args, &mut self.bindings)
     }
 
@@ -320,7 +341,7 @@ impl<'a> Run<'a> {
                     contraction: prepared.contraction.as_ref().map(|(c, packed)| (c, packed.as_deref())),
                     table: prepared.table.as_deref(),
                 };
-                Ok(run_kernel(&context, region, &args, spare, made)?)
+                Ok(run_kernel(&context, region, &self.shape(result)?, &args, spare, made)?)
             }
         }
     }
@@ -340,9 +361,20 @@ impl<'a> Run<'a> {
 
     /// A value of the right shape and no elements of its own.
     fn shape_only(&self, value: ValueId) -> Result<Value, String> {
+        Value::from_vec(&[1], vec![0f32])?.reshaped(&[])?.stretched(&self.shape(value)?)
+    }
+
+    /// The shape that a value has in this run.
+    fn shape(&self, value: ValueId) -> Result<Rc<[usize]>, String> {
+        let number = self.prepared.shape_of.get(value.index()).copied();
+        let number = number.ok_or_else(|| format!("{value} is not in the graph"))?;
+        if let Some(shape) = self.shapes.0.borrow().get(&number) {
+            return Ok(shape.clone());
+        }
         let context = Context { bindings: &self.bindings, graph: self.graph() };
-        let shape = context.shape(self.graph().ty(value))?;
-        Value::from_vec(&[1], vec![0f32])?.reshaped(&[])?.stretched(&shape)
+        let shape: Rc<[usize]> = context.shape(self.graph().ty(value))?.into();
+        self.shapes.0.borrow_mut().insert(number, shape.clone());
+        Ok(shape)
     }
 }
 

@@ -46,27 +46,29 @@ pub(crate) struct Made<'a> {
     pub(crate) table: Option<&'a Packed>,
 }
 
-/// Executes a region; `args` are the operands of its node (of the region, if it is elementwise), `spare` is memory it
-/// may use for its result.
+/// Executes a region; `args` are the operands of its node (of the region, if it is elementwise), `shape` is that of its
+/// result, for which it may use the memory of `spare`.
 pub(crate) fn run_kernel(
     context: &Context<'_>,
     region: &Region,
+    shape: &[usize],
     args: &[Value],
     spare: Vec<f32>,
     made: Made<'_>,
 ) -> Result<Value, StepError> {
     let node = context.graph.node(region.result());
-    let shape = context.shape(&node.ty)?;
     if shape.contains(&0) {
         // Nothing to compute; local forms on empty shards need not make sense otherwise.
-        return Tensor::zeros(node.ty.dtype, shape).map(Value::new).map_err(|e| e.to_string().into());
+        return Tensor::zeros(node.ty.dtype, shape.to_vec())
+            .map(Value::new)
+            .map_err(|e| e.to_string().into());
     }
     let value = match (region.kernel, &node.op) {
         (Kernel::Pointwise, _) => match made.program {
-            Some(program) => program.run(args, &shape, spare)?,
-            None => Program::compile(context.graph, region, true)?.run(args, &shape, spare)?,
+            Some(program) => program.run(args, shape, spare)?,
+            None => Program::compile(context.graph, region, true)?.run(args, shape, spare)?,
         },
-        (Kernel::View, op) => view(context, op, args, &shape)?,
+        (Kernel::View, op) => view(context, op, args, shape)?,
         (Kernel::Einsum, Op::Einsum(spec)) => {
             let [a, b] = args else { return Err("a contraction of other than two operands".into()) };
             match made.contraction {
@@ -88,11 +90,11 @@ pub(crate) fn run_kernel(
         (Kernel::Move | Kernel::Append, op) => movement(context, op, args, spare, made.table)?,
         (Kernel::Conv, Op::Conv { window, groups }) => {
             let [x, w] = args else { return Err("a convolution of other than two operands".into()) };
-            conv::conv(window, *groups, [x, w], &shape, spare)?
+            conv::conv(window, *groups, [x, w], shape, spare)?
         }
-        (Kernel::Pool, Op::Pool { kind, window }) => conv::pool(*kind, window, first(args)?, &shape, spare)?,
+        (Kernel::Pool, Op::Pool { kind, window }) => conv::pool(*kind, window, first(args)?, shape, spare)?,
         (Kernel::Dequant, Op::Dequant { axis, block }) => dequant::dequant(*axis, *block, args)?,
-        (Kernel::Reference, _) => reference::evaluate(node, args, context.bindings, &shape)?,
+        (Kernel::Reference, _) => reference::evaluate(node, args, context.bindings, shape)?,
         (kernel, op) => {
             return Err(format!("the kernel {} does not execute {}", kernel.name(), op.name()).into());
         }

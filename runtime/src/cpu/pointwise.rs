@@ -8,8 +8,9 @@
 use super::scalar::{self, FloatOp};
 use super::value::{Value, wrap};
 use super::vector::vectorised;
+use crate::team;
 use half::{bf16, f16};
-use rayon::prelude::*;
+use std::cell::Cell;
 use tpshard_ir::program::Region;
 use tpshard_ir::tensor::Element;
 use tpshard_ir::{DType, Data, Graph, Op, Scalar, ValueId};
@@ -145,12 +146,13 @@ impl Program {
             return Ok(());
         }
         let walk = Walk::new(operands, shape);
-        out.par_chunks_mut(CHUNK).enumerate().try_for_each_init(
-            || Blocks::new(self.counts),
-            |blocks, (chunk, out)| {
+        team::try_for_each_init(
+            out.chunks_mut(CHUNK).enumerate(),
+            || Registers::new(self.counts),
+            |registers, (chunk, out)| {
                 vectorised(
                     #[inline(always)]
-                    |_| self.chunk(operands, &walk, blocks, chunk * CHUNK, out),
+                    |_| self.chunk(operands, &walk, &mut registers.0, chunk * CHUNK, out),
                 )
             },
         )
@@ -236,7 +238,36 @@ impl Walk {
     }
 }
 
-/// The registers of one task.
+/// The registers of one task, used again by the next of the same thread.
+struct Registers(Blocks);
+
+thread_local! {
+    static LAST: Cell<Blocks> = const { Cell::new(Blocks::EMPTY) };
+}
+
+impl Registers {
+    fn new(counts: [usize; 3]) -> Registers {
+        let mut blocks = LAST.replace(Blocks::EMPTY);
+        grow(&mut blocks.floats, counts[0]);
+        grow(&mut blocks.ints, counts[1]);
+        grow(&mut blocks.bools, counts[2]);
+        Registers(blocks)
+    }
+}
+
+impl Drop for Registers {
+    fn drop(&mut self) {
+        LAST.set(std::mem::replace(&mut self.0, Blocks::EMPTY));
+    }
+}
+
+/// What is in a register before it is written makes no difference.
+fn grow<T: Copy + Default>(bank: &mut Vec<Vec<T>>, count: usize) {
+    if bank.len() < count {
+        bank.resize_with(count, || vec![T::default(); BLOCK]);
+    }
+}
+
 struct Blocks {
     floats: Vec<Vec<f32>>,
     ints: Vec<Vec<i64>>,
@@ -244,13 +275,7 @@ struct Blocks {
 }
 
 impl Blocks {
-    fn new(counts: [usize; 3]) -> Blocks {
-        Blocks {
-            floats: vec![vec![0.0; BLOCK]; counts[0]],
-            ints: vec![vec![0; BLOCK]; counts[1]],
-            bools: vec![vec![false; BLOCK]; counts[2]],
-        }
-    }
+    const EMPTY: Blocks = Blocks { floats: Vec::new(), ints: Vec::new(), bools: Vec::new() };
 
     /// Loads `run` elements from `offset` on, `step` apart.
     fn load(

@@ -6,7 +6,7 @@
 use super::scalar::{maximum, minimum};
 use super::value::Value;
 use super::vector::{self, functions, vectorised};
-use rayon::prelude::*;
+use crate::team;
 use tpshard_ir::layout::Monoid;
 use tpshard_ir::op::NormKind;
 
@@ -19,7 +19,7 @@ fn for_each_row(out: &mut [f32], row: usize, kernel: impl Fn(usize, &mut [f32]) 
         return;
     }
     let rows = (CHUNK / row).max(1);
-    out.par_chunks_mut(rows * row).enumerate().for_each(|(task, chunk)| {
+    team::for_each(out.chunks_mut(rows * row).enumerate(), |(task, chunk)| {
         vectorised(
             #[inline(always)]
             |_| {
@@ -142,7 +142,7 @@ pub(crate) fn reduce(x: &Value, monoid: Monoid, axes: &[usize]) -> Result<Value,
     let rows = moved.to_f32()?;
     let mut out = vec![0.0f32; shape.iter().product()];
     let per_task = (CHUNK / length.max(1)).max(1);
-    out.par_chunks_mut(per_task).enumerate().for_each(|(task, chunk)| {
+    team::for_each(out.chunks_mut(per_task).enumerate(), |(task, chunk)| {
         vectorised(
             #[inline(always)]
             |_| {

@@ -70,6 +70,20 @@ pub(crate) fn zeros(graph: &Graph, bindings: &Bindings, value: ValueId) -> Value
     }
 }
 
+/// Refuses a value that is not of the type its node has, or not of this shape.
+pub(crate) fn of_shape(
+    graph: &Graph,
+    shape: &[usize],
+    id: ValueId,
+    value: Value,
+) -> Result<Value, StepError> {
+    let ty = graph.ty(id);
+    if value.dtype() == ty.dtype && value.shape() == shape {
+        return Ok(value);
+    }
+    Err(StepError::Local(format!("made {}{:?} instead of {ty}", value.dtype(), value.shape())))
+}
+
 /// Refuses a value that is not of the type its node has.
 pub(crate) fn checked(
     graph: &Graph,
@@ -77,16 +91,6 @@ pub(crate) fn checked(
     id: ValueId,
     value: Value,
 ) -> Result<Value, StepError> {
-    let ty = graph.ty(id);
-    let fits = value.dtype() == ty.dtype
-        && value.shape().len() == ty.rank()
-        && value
-            .shape()
-            .iter()
-            .zip(&ty.shape)
-            .all(|(&extent, dim)| dim.eval(bindings).ok() == i64::try_from(extent).ok());
-    if fits {
-        return Ok(value);
-    }
-    Err(StepError::Local(format!("made {}{:?} instead of {ty}", value.dtype(), value.shape())))
+    let shape = Context { bindings, graph }.shape(graph.ty(id))?;
+    of_shape(graph, &shape, id, value)
 }

@@ -3,17 +3,22 @@
 //! Transposes, slices and stretches only change strides; a tensor is copied when a kernel or a collective needs its
 //! elements in row-major order and the strides say otherwise.
 
+use smallvec::{SmallVec, smallvec};
 use std::borrow::Cow;
 use std::sync::Arc;
 use tpshard_ir::tensor::{Element, element_count};
 use tpshard_ir::{DType, Data, Tensor};
 
+/// Of as many dims as nearly all values have, in the value itself: a step makes hundreds of views.
+type Extents = SmallVec<[usize; 6]>;
+type Strides = SmallVec<[isize; 6]>;
+
 /// A view of a tensor's elements; every index within `shape` lies in the tensor.
 #[derive(Clone, Debug)]
 pub(crate) struct Value {
     tensor: Arc<Tensor>,
-    shape: Vec<usize>,
-    strides: Vec<isize>,
+    shape: Extents,
+    strides: Strides,
     offset: usize,
 }
 
@@ -41,8 +46,8 @@ macro_rules! with_elements {
 pub(crate) use with_elements;
 
 /// Row-major strides of `shape`.
-pub(crate) fn row_major(shape: &[usize]) -> Vec<isize> {
-    let mut strides = vec![1isize; shape.len()];
+pub(crate) fn row_major(shape: &[usize]) -> Strides {
+    let mut strides: Strides = smallvec![1; shape.len()];
     for i in (1..shape.len()).rev() {
         strides[i - 1] = strides[i] * shape[i].max(1) as isize;
     }
@@ -68,7 +73,7 @@ impl Value {
     }
 
     pub(crate) fn shared(tensor: Arc<Tensor>) -> Value {
-        let shape = tensor.shape().to_vec();
+        let shape = Extents::from_slice(tensor.shape());
         Value { strides: row_major(&shape), tensor, shape, offset: 0 }
     }
 
@@ -102,6 +107,7 @@ impl Value {
     }
 
     /// The tensor behind the view, if nothing else holds it.
+    #[allow(clippy::result_large_err, reason = "the error is the value itself, to go on with")]
     pub(crate) fn into_unique(self) -> Result<Tensor, Value> {
         let Value { tensor, shape, strides, offset } = self;
         Arc::try_unwrap(tensor).map_err(|tensor| Value { tensor, shape, strides, offset })
@@ -176,7 +182,7 @@ impl Value {
 
     /// The value as a tensor of its own shape; shares the storage where that is possible.
     pub(crate) fn tensor(&self) -> Result<Arc<Tensor>, String> {
-        if self.offset == 0 && self.shape == self.tensor.shape() && self.is_contiguous() {
+        if self.offset == 0 && *self.shape == *self.tensor.shape() && self.is_contiguous() {
             return Ok(self.tensor.clone());
         }
         self.copied().map(Arc::new)
@@ -188,7 +194,7 @@ impl Value {
         if !whole {
             return self.copied();
         }
-        let shape = self.shape.clone();
+        let shape = self.shape.to_vec();
         match self.into_unique() {
             Ok(tensor) => tensor.reshaped(shape).map_err(|e| e.to_string()),
             Err(shared) => shared.copied(),
@@ -199,7 +205,7 @@ impl Value {
         let data = with_elements!(self.data(),
             v => wrap(gather_elements(self, v)),
             dtype, bytes => self.copied_raw(*dtype, bytes)?);
-        Tensor::new(self.shape.clone(), data).map_err(|e| e.to_string())
+        Tensor::new(self.shape.to_vec(), data).map_err(|e| e.to_string())
     }
 
     /// Elements that share bytes are taken apart to be moved.
@@ -251,14 +257,15 @@ impl Value {
     pub(crate) fn stretched(&self, shape: &[usize]) -> Result<Value, String> {
         let mismatch = || format!("{:?} does not stretch to {shape:?}", self.shape);
         let added = shape.len().checked_sub(self.shape.len()).ok_or_else(mismatch)?;
-        let mut strides = vec![0isize; added];
+        let mut strides: Strides = smallvec![0; added];
         for (i, (&from, &to)) in self.shape.iter().zip(&shape[added..]).enumerate() {
             if from != to && from != 1 {
                 return Err(mismatch());
             }
             strides.push(if from == to { self.strides[i] } else { 0 });
         }
-        Ok(Value { tensor: self.tensor.clone(), shape: shape.to_vec(), strides, offset: self.offset })
+        let shape = Extents::from_slice(shape);
+        Ok(Value { tensor: self.tensor.clone(), shape, strides, offset: self.offset })
     }
 
     /// The same elements in the same order under another shape; a view where strides can say it.
@@ -268,7 +275,7 @@ impl Value {
         }
         if let Some(strides) = reshaped_strides(&self.shape, &self.strides, shape) {
             let (tensor, offset) = (self.tensor.clone(), self.offset);
-            return Ok(Value { tensor, shape: shape.to_vec(), strides, offset });
+            return Ok(Value { tensor, shape: Extents::from_slice(shape), strides, offset });
         }
         let tensor = self.copied()?.reshaped(shape.to_vec()).map_err(|e| e.to_string())?;
         Ok(Value::new(tensor))
@@ -280,12 +287,12 @@ pub(crate) fn wrap<T: Element>(values: Vec<T>) -> Data {
 }
 
 /// Strides that show `from` elements as `shape`, if there are any.
-fn reshaped_strides(from: &[usize], strides: &[isize], shape: &[usize]) -> Option<Vec<isize>> {
+fn reshaped_strides(from: &[usize], strides: &[isize], shape: &[usize]) -> Option<Strides> {
     if shape.contains(&0) {
         return Some(row_major(shape));
     }
     // Dims of the source that are walked in one run, outermost first.
-    let mut runs: Vec<(usize, isize)> = Vec::new();
+    let mut runs: SmallVec<[(usize, isize); 6]> = SmallVec::new();
     for (&extent, &stride) in from.iter().zip(strides).filter(|(e, _)| **e != 1) {
         match runs.last_mut() {
             Some((run, inner)) if *inner == stride * extent as isize => {
@@ -295,7 +302,7 @@ fn reshaped_strides(from: &[usize], strides: &[isize], shape: &[usize]) -> Optio
             _ => runs.push((extent, stride)),
         }
     }
-    let mut result = vec![0isize; shape.len()];
+    let mut result: Strides = smallvec![0; shape.len()];
     let (mut left, mut stride) = runs.pop().unwrap_or((1, 1));
     for (i, &extent) in shape.iter().enumerate().rev() {
         if extent == 1 {

@@ -5,7 +5,7 @@ use crate::comm::{CommError, Communicator};
 use crate::cpu::WeightSource;
 use crate::cpu::constants::Constants;
 use crate::cpu::deferred::Deferred;
-use crate::cpu::exec::{Finished, Prepared, Run, Slots};
+use crate::cpu::exec::{Finished, Prepared, Run, Shapes, Slots};
 use crate::cpu::value::Value;
 use crate::cuda;
 use crate::state::{Home, SlotGroup};
@@ -14,7 +14,7 @@ use std::sync::Arc;
 use tpshard_driver::SearchPath;
 use tpshard_ir::ValueId;
 use tpshard_ir::dim::Bindings;
-use tpshard_ir::program::{Determinism, MemoryPlan, RankProgram, lower_keeping};
+use tpshard_ir::program::{Determinism, MemoryPlan, RankProgram, lower_keeping, plan_known};
 
 pub(super) enum Engine {
     Cpu(Cpu),
@@ -219,9 +219,9 @@ impl Cpu {
             let prepared = Prepared::new(entry, lowering, &self.constants, round_each(program));
             Some(Box::new(prepared.map_err(|what| SessionError::Program { what })?))
         };
-        let lowering = &tapped.as_deref().unwrap_or(prepared).lowering;
+        let buffers = &tapped.as_deref().unwrap_or(prepared).buffers;
         // What data decides is counted when it is known.
-        let plan = lowering.plan_known(&entry.graph, bindings, &|_| None)?;
+        let plan = plan_known(buffers, bindings)?;
         let bytes = plan.bytes;
         Ok((Plan::Cpu(plan, tapped), bytes))
     }
@@ -251,6 +251,7 @@ impl Cpu {
             inputs: job.inputs,
             timed: job.timed,
             deferred: job.deferred,
+            shapes: Shapes::default(),
         };
         let mut states = job.state.map(SlotGroup::values).unwrap_or_default();
         run.run(&mut states, &mut self.slots, job.taps, communicator, sequence)

@@ -14,7 +14,7 @@ use super::plane::Rectangle;
 use super::tile::InPanel;
 use super::{BLOCK, Chains, DEPTH, FEW, LANES, Lanes, PANEL, VECTORS, add_panel, dot, vectors_of};
 use crate::cpu::vector::vectorised;
-use rayon::prelude::*;
+use crate::team;
 
 /// What quantised weights are made of, by step of the depth (or block of steps) and column.
 pub(crate) trait Quantised: Sync {
@@ -406,7 +406,7 @@ pub(super) fn in_panels<T: Copy + Send + Sync>(
     make: impl Fn(usize, usize) -> T + Sync,
 ) -> Vec<T> {
     let mut all = filled(empty, steps * vectors);
-    all.par_chunks_mut((steps * VECTORS).max(1)).enumerate().for_each(|(panel, to)| {
+    team::for_each(all.chunks_mut((steps * VECTORS).max(1)).enumerate(), |(panel, to)| {
         let first = panel * VECTORS;
         let count = (vectors - first).min(VECTORS);
         for (step, to) in to.chunks_exact_mut(count).enumerate() {

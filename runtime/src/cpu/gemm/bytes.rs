@@ -9,7 +9,7 @@
 use super::blocks::Blocks;
 use super::{LANES, Matrix, SHARED_FROM, dot};
 use crate::cpu::vector::{fold, sum, vectorised};
-use rayon::prelude::*;
+use crate::team;
 use std::borrow::Cow;
 
 /// The largest byte of every block.
@@ -175,12 +175,12 @@ impl Found {
                 scales.fill(1.0);
             }
         };
-        let rows = found.bytes.par_chunks_exact_mut(columns).zip(found.scales.par_chunks_exact_mut(blocks));
+        let rows = found.bytes.chunks_exact_mut(columns).zip(found.scales.chunks_exact_mut(blocks));
         let rows = rows.zip(&mut found.is_bytes).enumerate();
         if left.rows * columns < SHARED_FROM {
-            rows.with_min_len(left.rows).for_each(|(r, ((bytes, scales), is))| fill(r, bytes, scales, is));
-        } else {
             rows.for_each(|(r, ((bytes, scales), is))| fill(r, bytes, scales, is));
+        } else {
+            team::for_each(rows, |(r, ((bytes, scales), is))| fill(r, bytes, scales, is));
         }
         found.is_bytes.contains(&true).then_some(found)
     }

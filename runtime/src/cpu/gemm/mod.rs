@@ -24,11 +24,11 @@ pub(crate) use pack::Packed;
 pub(crate) use plane::{Rectangle, rectangles};
 
 use super::vector::{Isa, LANES, Lanes, vectorised};
+use crate::team;
 use blocks::{Blocks, Scaling};
 use bytes::Factors;
 use halves::InHalves;
 use pack::{Form, PANEL, VECTORS, pack_panel, vectors_of};
-use rayon::prelude::*;
 use std::ops::Range;
 use tile::{InPanel, InPlace, multiply_long_row, multiply_rows};
 
@@ -167,7 +167,7 @@ fn in_rectangles(
     [rows, depth, columns]: [usize; 3],
     fill: impl Fn(Rectangle<'_>) + Send + Sync,
 ) {
-    let threads = if rows * columns * depth < SHARED_FROM { 1 } else { rayon::current_num_threads() };
+    let threads = if rows * columns * depth < SHARED_FROM { 1 } else { team::threads() };
     if threads == 1 {
         rectangles(out, columns, rows, columns).into_iter().for_each(fill);
         return;
@@ -178,7 +178,7 @@ fn in_rectangles(
     let width = panels.div_ceil(4 * threads).max(1) * PANEL;
     let across = columns.div_ceil(width);
     let height = if across >= 2 * threads { rows } else { rows.div_ceil(threads).next_multiple_of(8) };
-    rectangles(out, columns, height, width).into_par_iter().for_each(fill);
+    team::for_each(rectangles(out, columns, height, width).into_iter(), fill);
 }
 
 /// Computes a rectangle panel by panel, or what `width` of the rest says, with some scratch memory.

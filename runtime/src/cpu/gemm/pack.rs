@@ -4,7 +4,7 @@ use super::blocks::{Blocks, Quantised, QuantisedShape, in_panels};
 use super::halves::{Half, Halves};
 use super::pages::filled;
 use super::{LANES, Lanes, Matrix};
-use rayon::prelude::*;
+use crate::team;
 use std::ops::Range;
 
 /// Columns per panel.
@@ -37,7 +37,7 @@ impl Packed {
     pub(crate) fn new(matrix: &Matrix<'_>) -> Packed {
         let (rows, columns) = (matrix.rows, matrix.columns);
         let mut panels = filled(Lanes::ZERO, rows * columns.div_ceil(LANES));
-        panels.par_chunks_mut((rows * VECTORS).max(1)).enumerate().for_each(|(panel, to)| {
+        team::for_each(panels.chunks_mut((rows * VECTORS).max(1)).enumerate(), |(panel, to)| {
             let first = panel * PANEL;
             copy_panel(matrix, 0..rows, first..(first + PANEL).min(columns), to);
         });

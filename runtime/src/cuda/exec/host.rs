@@ -95,7 +95,8 @@ impl<'a> Run<'a> {
             }
             _ => {
                 let region = self.prepared.alone(value).ok_or_else(|| format!("{value} has no kernel"))?;
-                run_kernel(&self.context(), region, args, Vec::new(), Made::default())
+                let shape = self.context().shape(self.graph().ty(value))?;
+                run_kernel(&self.context(), region, &shape, args, Vec::new(), Made::default())
             }
         }
     }
