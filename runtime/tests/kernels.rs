@@ -141,7 +141,11 @@ fn rows() {
 #[test]
 fn attention() {
     let mut random = Random::new(5);
-    let cases: [(usize, usize, usize, usize, &[u32]); 6] = [
+    let cases: [(usize, usize, usize, usize, &[u32]); 10] = [
+        (2, 1, 9, 2, &[0, 0, 0, 0, 1, 1, 1, 1]),
+        (1, 1, 33, 3, &[2, 2, 1, 1, 0, 0]),
+        (3, 1, 17, 1, &[0, 0, 0, 0, 0, 0]),
+        (1, 1, 5, 2, &[0, 0, 1]),
         (2, 3, 5, 3, &[0, 1, 2]),
         (1, 1, 9, 2, &[0, 0, 1, 1]),
         (2, 4, 0, 1, &[0, 0]),
@@ -161,6 +165,8 @@ fn attention() {
             check_op(op(), &[(F32, &q), (F32, &k), (F32, &v)], &mut random);
             check_op(op(), &[(F32, &q), (F32, &k), (F32, &v), (F32, &[b, 1, s, t])], &mut random);
             check_op(op(), &[(F32, &q), (F32, &k), (F32, &v), (F32, &[t])], &mut random);
+            let every = [b, heads.len(), s, t];
+            check_op(op(), &[(F32, &q), (F32, &k), (F32, &v), (F32, &every)], &mut random);
         }
     }
 }

@@ -10,6 +10,8 @@ use super::value::Value;
 use super::vector::{LANES, Lanes, dot, dots, functions, turned, vectorised};
 use crate::team;
 
+/// From so many rows on it pays to turn keys around.
+const FEW: usize = 8;
 /// Scores kept per task, about.
 const SCORES: usize = 64 * 1024;
 
@@ -45,17 +47,25 @@ impl Attention<'_> {
             out.fill(0.0);
             return Value::from_vec(&[batch, heads, queries, width], out);
         }
-        let rows = (SCORES / keys).clamp(1, queries);
-        let blocks = queries.div_ceil(rows);
+        // A task's rows are queries of one head, or heads that have one query each and read the same keys.
+        let (along, rows, heads_of_task) = match queries {
+            1 => {
+                let together = self.heads_together(batch);
+                (1, together, together)
+            }
+            _ => (2, (SCORES / keys).clamp(1, queries), 1),
+        };
+        let blocks = (heads_of_task * queries).div_ceil(rows);
         let tasks: Vec<(usize, &mut [f32])> = out
-            .chunks_mut(queries * width)
+            .chunks_mut(heads_of_task * queries * width)
             .enumerate()
-            .flat_map(|(head, out)| {
-                out.chunks_mut(rows * width).enumerate().map(move |(block, out)| (head * blocks + block, out))
+            .flat_map(|(heads, out)| {
+                let blocked = out.chunks_mut(rows * width).enumerate();
+                blocked.map(move |(block, out)| (heads * blocks + block, out))
             })
             .collect();
         team::try_for_each_init(tasks.into_iter(), Vec::new, |scores, (task, out)| {
-            let (head, first) = (task / blocks, task % blocks * rows);
+            let (head, first) = (task / blocks * heads_of_task, task % blocks * rows);
             let (b, h) = (head / heads, head % heads);
             let kv = self.kv_of_head.get(h).map_or(0, |&h| h as usize);
             let count = out.len() / width;
@@ -66,20 +76,32 @@ impl Attention<'_> {
                     + first as isize * value.strides()[2]
             };
             scores.resize(count * keys, 0.0);
-            let left = Rows::new(&q, part(&q, h, first), [count, depth])?;
-            let right = Rows::new(&k, part(&k, kv, 0), [keys, depth])?;
+            let left = Rows::new(&q, part(&q, h, first), along, [count, depth])?;
+            let right = Rows::new(&k, part(&k, kv, 0), 2, [keys, depth])?;
             vectorised(
                 #[inline(always)]
                 |_| products(&left, &right, scores),
             );
             for (i, row) in scores.chunks_mut(keys).enumerate() {
-                self.finish_row(row, bias.as_ref().map(|bias| (bias, part(bias, h, first + i))))?;
+                let (h, query) = if along == 1 { (h + i, 0) } else { (h, first + i) };
+                self.finish_row(row, bias.as_ref().map(|bias| (bias, part(bias, h, query))))?;
             }
             let left = Matrix::new(scores, [count, keys], [keys, 1])?;
             let right = sub_matrix(&v, part(&v, kv, 0), [keys, width], [2, 3])?;
             multiply(out, left, Right::Matrix(right))
         })?;
         Value::from_vec(&[batch, heads, queries, width], out)
+    }
+
+    /// How many neighbouring heads a task takes that all read the same keys: these come from memory once for all of them.
+    fn heads_together(&self, batch: usize) -> usize {
+        let heads = self.kv_of_head.len();
+        let alike = |count: &usize| {
+            let mut groups = self.kv_of_head.chunks(*count);
+            heads.is_multiple_of(*count) && groups.all(|group| group.iter().all(|kv| kv == &group[0]))
+        };
+        let enough = |count: &usize| *count == 1 || batch * heads / count >= 2 * team::threads();
+        (1..FEW).rev().filter(enough).find(alike).unwrap_or(1)
     }
 
     /// Scales, caps and biases a row of scores, then takes its softmax.
@@ -130,9 +152,15 @@ struct Rows<'a> {
 }
 
 impl<'a> Rows<'a> {
-    fn new(value: &'a Value, offset: isize, [count, length]: [usize; 2]) -> Result<Rows<'a>, String> {
+    /// Rows along a dim of a value.
+    fn new(
+        value: &'a Value,
+        offset: isize,
+        along: usize,
+        [count, length]: [usize; 2],
+    ) -> Result<Rows<'a>, String> {
         let elements = value.elements::<f32>()?.get(offset as usize..).ok_or("a head leaves its tensor")?;
-        let stride = value.strides()[2].unsigned_abs();
+        let stride = value.strides()[along].unsigned_abs();
         let end = count.saturating_sub(1).saturating_mul(stride).saturating_add(length);
         if count > 0 && end > elements.len() {
             return Err("a head leaves its tensor".into());
@@ -149,9 +177,12 @@ impl<'a> Rows<'a> {
 /// The product of every left row with every right one, row-major.
 #[inline(always)]
 fn products(left: &Rows<'_>, right: &Rows<'_>, out: &mut [f32]) {
-    if left.count < 4 {
-        for (i, out) in out.iter_mut().enumerate() {
-            *out = dot(left.row(i / right.count), right.row(i % right.count));
+    if left.count < FEW {
+        for key in 0..right.count {
+            let right_row = right.row(key);
+            for row in 0..left.count {
+                out[row * right.count + key] = dot(left.row(row), right_row);
+            }
         }
         return;
     }
