@@ -12,6 +12,8 @@ pub enum DriverError {
     NotFound { library: &'static str, names: String, places: String, reasons: String, help: &'static str },
     #[error("{} has no function `{symbol}`\n  help: install a newer version of it", library.display())]
     Symbol { library: PathBuf, symbol: &'static str },
+    #[error("{} is of version {found}, needed is {needed} or newer\n  help: install a newer version of it", library.display())]
+    Version { library: PathBuf, found: String, needed: String },
     #[error("{function} failed: {name} ({code}){detail}")]
     Call { function: &'static str, code: i32, name: String, detail: String },
     /// Kernel text that does not compile.

@@ -17,8 +17,9 @@ use std::time::{Duration, Instant};
 
 const NAMES: [&str; 2] = ["libnccl.so.2", "libnccl.so"];
 
-/// The oldest version that can be told not to wait.
-const OLDEST: (u32, u32) = (2, 14);
+/// The oldest version whose calls, told not to wait, can be made from several threads. Earlier ones keep the work under way
+/// in a variable of the calling thread: two cliques share it, and threads that look after a clique wait or crash.
+const OLDEST: (u32, u32) = (2, 27);
 
 /// Bytes of what the members of a clique recognise each other by.
 pub const ID_BYTES: usize = 128;
@@ -177,7 +178,8 @@ fn words(text: *const c_char) -> Option<String> {
     if text.is_null() {
         return None;
     }
-    // SAFETY: the library's texts end with zero and stay until its next call on this thread.
+    // SAFETY: the library's texts are constants, or one buffer that stays and whose last byte is always zero. Another thread
+    // may write a text there meanwhile; then this is made of both.
     let text = unsafe { CStr::from_ptr(text) }.to_string_lossy().trim().to_owned();
     (!text.is_empty()).then_some(text)
 }
@@ -188,7 +190,7 @@ impl Nccl {
     /// # Errors
     /// It is not there, or too old.
     pub fn load(search: &SearchPath) -> Result<Nccl, DriverError> {
-        let help = "install the Python package nvidia-nccl";
+        let help = "install the Python package nvidia-nccl-cu13 or nvidia-nccl-cu12, as the driver is for CUDA 13 or 12";
         let library = Library::find("the library of collectives libnccl", &NAMES, search, help)?;
         // SAFETY: the types are those of NCCL's header.
         let (error_text, last_error) =
@@ -199,10 +201,7 @@ impl Nccl {
         // SAFETY: the integer lives through the call.
         nccl.checked(unsafe { nccl.functions.version(&mut version) }, None)?;
         nccl.version = decoded(version);
-        if (nccl.version.0, nccl.version.1) < OLDEST {
-            let path = nccl.functions.path().to_path_buf();
-            return Err(DriverError::Symbol { library: path, symbol: "ncclCommInitRankConfig" });
-        }
+        new_enough(nccl.version, nccl.functions.path())?;
         Ok(nccl)
     }
 
@@ -246,9 +245,13 @@ impl Nccl {
         // SAFETY: handle and settings live through the call; the device is that of this thread.
         let begun =
             unsafe { self.functions.begin(&mut handle, number(ranks), Id(*id), number(rank), &mut settings) };
-        self.checked(begun, None)?;
-        let handle = Mutex::new(Some(handle as usize));
-        Ok(Clique { library: self.clone(), device: device.clone(), handle })
+        let made = (!handle.is_null()).then(|| {
+            let handle = Mutex::new(Some(handle as usize));
+            Clique { library: self.clone(), device: device.clone(), handle }
+        });
+        // What was made in spite of an error is ended by being dropped, after its text was asked for.
+        self.checked(begun, (!handle.is_null()).then_some(handle))?;
+        made.ok_or_else(|| ended("ncclCommInitRankConfig"))
     }
 
     /// The status of a call; that it goes on elsewhere is no error.
@@ -269,6 +272,15 @@ impl Nccl {
         let name = name.unwrap_or_else(|| "an unknown error".into());
         Err(DriverError::Call { function, code, name, detail })
     }
+}
+
+fn new_enough((major, minor, patch): (u32, u32, u32), library: &Path) -> Result<(), DriverError> {
+    if (major, minor) >= OLDEST {
+        return Ok(());
+    }
+    let found = format!("{major}.{minor}.{patch}");
+    let needed = format!("{}.{}", OLDEST.0, OLDEST.1);
+    Err(DriverError::Version { library: library.to_path_buf(), found, needed })
 }
 
 /// The parts of a version; the number has had two forms.
@@ -518,6 +530,18 @@ mod tests {
     }
 
     #[test]
+    fn versions_that_do_not_bear_several_threads_are_refused() {
+        let library = Path::new("libnccl.so.2");
+        for old in [2708, 21_400, 22_602, 22_699] {
+            let error = new_enough(decoded(old), library).unwrap_err().to_string();
+            assert!(error.contains("libnccl.so.2") && error.contains("needed is 2.27 or newer"), "{error}");
+        }
+        for new in [22_703, 22_809, 23_007, 30_000] {
+            assert_eq!(new_enough(decoded(new), library), Ok(()));
+        }
+    }
+
+    #[test]
     fn settings_are_laid_out_as_in_the_header() {
         use std::mem::offset_of;
         let offsets =
@@ -533,7 +557,7 @@ mod tests {
             Ok(nccl) => eprintln!("SKIPPED: this machine has {}", nccl.path().display()),
             Err(error) => {
                 let text = error.to_string();
-                for word in ["libnccl.so.2", "TPSHARD_CUDA_PATH", "nvidia-nccl"] {
+                for word in ["libnccl.so.2", "TPSHARD_CUDA_PATH", "nvidia-nccl-cu12", "nvidia-nccl-cu13"] {
                     assert!(text.contains(word), "{text}");
                 }
             }
@@ -544,7 +568,7 @@ mod tests {
     fn the_library_of_this_machine_says_its_version_and_makes_ids() {
         match Nccl::load(&SearchPath::from_environment()) {
             Ok(nccl) => {
-                assert!(nccl.version() >= (2, 14, 0), "{:?}", nccl.version());
+                assert!(nccl.version() >= (OLDEST.0, OLDEST.1, 0), "{:?}", nccl.version());
                 let ids = [nccl.unique_id().unwrap(), nccl.unique_id().unwrap()];
                 assert_ne!(ids[0], ids[1]);
             }

@@ -3,7 +3,7 @@
 
 use crate::memory;
 use crate::modules::{Kernel, Module};
-use crate::settings::{launch_succeeds, settings};
+use crate::settings::{launch_succeeds, settings, works};
 use crate::streams::{self, Stream};
 use std::cell::Cell;
 use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
@@ -159,6 +159,9 @@ pub unsafe extern "C" fn cuMemGetInfo_v2(free: *mut usize, total: *mut usize) ->
 /// See above.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuMemAlloc_v2(address: *mut u64, bytes: usize) -> c_int {
+    if !works() {
+        return LAUNCH_FAILED;
+    }
     match memory::allocate(bytes) {
         // SAFETY: see above.
         Some(found) => unsafe { put(address, found) },
@@ -199,6 +202,9 @@ pub unsafe extern "C" fn cuMemcpyHtoDAsync_v2(
     bytes: usize,
     stream: *mut c_void,
 ) -> c_int {
+    if !works() {
+        return LAUNCH_FAILED;
+    }
     streams::drain(stream.addr());
     if !memory::holds(to, bytes) {
         return INVALID_VALUE;
@@ -217,6 +223,9 @@ pub unsafe extern "C" fn cuMemcpyDtoHAsync_v2(
     bytes: usize,
     stream: *mut c_void,
 ) -> c_int {
+    if !works() {
+        return LAUNCH_FAILED;
+    }
     streams::drain(stream.addr());
     if !memory::holds(from, bytes) {
         return INVALID_VALUE;
@@ -235,6 +244,9 @@ pub unsafe extern "C" fn cuMemcpyDtoDAsync_v2(
     bytes: usize,
     stream: *mut c_void,
 ) -> c_int {
+    if !works() {
+        return LAUNCH_FAILED;
+    }
     streams::drain(stream.addr());
     if !memory::holds(to, bytes) || !memory::holds(from, bytes) {
         return INVALID_VALUE;
@@ -248,6 +260,9 @@ pub unsafe extern "C" fn cuMemcpyDtoDAsync_v2(
 /// See above.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuMemsetD8Async(to: u64, byte: u8, bytes: usize, stream: *mut c_void) -> c_int {
+    if !works() {
+        return LAUNCH_FAILED;
+    }
     streams::drain(stream.addr());
     if !memory::holds(to, bytes) {
         return INVALID_VALUE;
@@ -354,6 +369,9 @@ pub unsafe extern "C" fn cuStreamCreate(stream: *mut *mut c_void, _flags: c_uint
 /// See above.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuStreamSynchronize(stream: *mut c_void) -> c_int {
+    if !works() {
+        return LAUNCH_FAILED;
+    }
     streams::drain(stream.addr());
     SUCCESS
 }
@@ -362,6 +380,9 @@ pub unsafe extern "C" fn cuStreamSynchronize(stream: *mut c_void) -> c_int {
 /// See above.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuStreamQuery(stream: *mut c_void) -> c_int {
+    if !works() {
+        return LAUNCH_FAILED;
+    }
     match Stream::at(stream.addr()) {
         Some(stream) if !stream.is_done(stream.end()) => NOT_READY,
         Some(_) => SUCCESS,
@@ -398,6 +419,9 @@ unsafe fn event_state<'a>(event: *mut c_void) -> std::sync::MutexGuard<'a, Optio
 /// See above.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuEventRecord(event: *mut c_void, stream: *mut c_void) -> c_int {
+    if !works() {
+        return LAUNCH_FAILED;
+    }
     let Some(stream) = Stream::at(stream.addr()) else { return INVALID_VALUE };
     // SAFETY: see above.
     *unsafe { event_state(event) } = Some((stream, stream.end()));
@@ -408,6 +432,9 @@ pub unsafe extern "C" fn cuEventRecord(event: *mut c_void, stream: *mut c_void) 
 /// See above.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuEventQuery(event: *mut c_void) -> c_int {
+    if !works() {
+        return LAUNCH_FAILED;
+    }
     // SAFETY: see above.
     match *unsafe { event_state(event) } {
         Some((stream, end)) if !stream.is_done(end) => NOT_READY,

@@ -4,8 +4,8 @@
 use crate::combine::{Combining, combined, size_of_element};
 use crate::driver::current_device;
 use crate::memory;
-use crate::settings::{begin_collective, settings};
-use crate::streams::Stream;
+use crate::settings::{begin_collective, refuses, settings, works};
+use crate::streams::{Stream, drain_device};
 use crate::wires::{MOST_RANKS, Wires};
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
@@ -16,6 +16,7 @@ use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 const SUCCESS: c_int = 0;
+const UNHANDLED_CUDA_ERROR: c_int = 1;
 const SYSTEM_ERROR: c_int = 2;
 const INVALID_ARGUMENT: c_int = 4;
 const INVALID_USAGE: c_int = 5;
@@ -44,10 +45,14 @@ pub struct Settings {
 struct Clique {
     ranks: usize,
     rank: usize,
+    device: c_int,
     /// Once all have come.
     wires: OnceLock<Wires>,
     state: AtomicI32,
     late: AtomicU32,
+    /// Groups of work that are in the stream and not done.
+    pending: AtomicU32,
+    finalized: AtomicBool,
     aborted: AtomicBool,
     gone: AtomicBool,
 }
@@ -123,16 +128,24 @@ pub unsafe extern "C" fn ncclCommInitRankConfig(
     let made: &'static Clique = Box::leak(Box::new(Clique {
         ranks,
         rank,
+        device,
         wires: OnceLock::new(),
         state,
         late: AtomicU32::new(0),
+        pending: AtomicU32::new(0),
+        finalized: AtomicBool::new(false),
         aborted: AtomicBool::new(false),
         gone: AtomicBool::new(false),
     }));
     let name: String = id.0[..16].iter().map(|byte| format!("{byte:02x}")).collect();
-    std::thread::spawn(move || made.state.store(made.meet(&name, device as u32 + 1), SeqCst));
     // SAFETY: see above.
     unsafe { clique.write(std::ptr::from_ref(made).cast_mut().cast()) };
+    if let Some(at_once) = refuses() {
+        last_error("Network is unreachable".into());
+        made.state.store(SYSTEM_ERROR, SeqCst);
+        return if at_once { SYSTEM_ERROR } else { IN_PROGRESS };
+    }
+    std::thread::spawn(move || made.state.store(made.meet(&name, device as u32 + 1), SeqCst));
     IN_PROGRESS
 }
 
@@ -149,10 +162,6 @@ impl Clique {
 
     /// Waits for the others to come.
     fn meet(&self, name: &str, device: u32) -> c_int {
-        if settings().refuse {
-            last_error("Network is unreachable".into());
-            return SYSTEM_ERROR;
-        }
         let wires = match Wires::join(name, self.ranks, self.rank, device) {
             Ok(wires) => wires,
             Err(error) => {
@@ -181,14 +190,19 @@ impl Clique {
     /// Whether the clique can be called now.
     fn ready(&self) -> Result<(), c_int> {
         match self.state.load(SeqCst) {
+            SUCCESS if self.finalized.load(SeqCst) => Err(misused("a clique that was finalized is used")),
             SUCCESS if self.late.load(SeqCst) == 0 => Ok(()),
-            SUCCESS | IN_PROGRESS => {
-                last_error("the clique is still in progress".into());
-                Err(INVALID_ARGUMENT)
-            }
+            SUCCESS | IN_PROGRESS => Err(misused("the clique is still in progress")),
             error => Err(error),
         }
     }
+}
+
+/// What the library says to a caller who does not keep to its rules; said aloud too, because callers may be silent.
+fn misused(what: &str) -> c_int {
+    eprintln!("stand-in: {what}");
+    last_error(what.into());
+    INVALID_ARGUMENT
 }
 
 /// Takes work of one call: now, or with the group.
@@ -215,9 +229,17 @@ fn put_group() -> c_int {
         return INVALID_USAGE;
     }
     begin_collective();
+    if !works() {
+        last_error("Cuda failure 'unspecified launch failure'".into());
+        return UNHANDLED_CUDA_ERROR;
+    }
     clique.late.store(LATENESS, SeqCst);
+    clique.pending.fetch_add(1, SeqCst);
     let work: Vec<Work> = group.into_iter().map(|(_, _, work)| work).collect();
-    stream.put(Box::new(move || clique.perform(&work)));
+    stream.put(Box::new(move || {
+        clique.perform(&work);
+        clique.pending.fetch_sub(1, SeqCst);
+    }));
     IN_PROGRESS
 }
 
@@ -245,7 +267,9 @@ pub unsafe extern "C" fn ncclCommGetAsyncError(clique: *mut c_void, state: *mut 
     let Some(clique) = Clique::behind(clique) else { return INVALID_ARGUMENT };
     let mut found = clique.state.load(SeqCst);
     let earlier = clique.late.fetch_update(SeqCst, SeqCst, |late| late.checked_sub(1));
-    if found == SUCCESS && earlier.is_ok() {
+    // The end waits for what is in the stream.
+    let ending = clique.finalized.load(SeqCst) && clique.pending.load(SeqCst) > 0;
+    if found == SUCCESS && (earlier.is_ok() || ending) {
         found = IN_PROGRESS;
     }
     // SAFETY: see above.
@@ -257,40 +281,38 @@ pub unsafe extern "C" fn ncclCommGetAsyncError(clique: *mut c_void, state: *mut 
 /// See above.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ncclCommFinalize(clique: *mut c_void) -> c_int {
-    match Clique::behind(clique) {
-        Some(clique) => {
-            clique.late.store(LATENESS, SeqCst);
-            IN_PROGRESS
-        }
-        None => INVALID_ARGUMENT,
+    let Some(clique) = Clique::behind(clique) else { return INVALID_ARGUMENT };
+    if let Err(code) = clique.ready() {
+        return code;
     }
+    clique.finalized.store(true, SeqCst);
+    clique.late.store(LATENESS, SeqCst);
+    IN_PROGRESS
 }
 
 /// # Safety
 /// See above.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ncclCommDestroy(clique: *mut c_void) -> c_int {
-    match Clique::behind(clique) {
-        Some(clique) => {
-            clique.gone.store(true, SeqCst);
-            SUCCESS
-        }
-        None => INVALID_ARGUMENT,
+    let Some(clique) = Clique::behind(clique) else { return INVALID_ARGUMENT };
+    if clique.late.load(SeqCst) > 0 || clique.pending.load(SeqCst) > 0 {
+        return misused("a clique that is in progress is destroyed");
     }
+    clique.gone.store(true, SeqCst);
+    SUCCESS
 }
 
+/// Waits for the whole device, as freeing its memory does: also for what other cliques have there.
+///
 /// # Safety
 /// See above.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ncclCommAbort(clique: *mut c_void) -> c_int {
-    match Clique::behind(clique) {
-        Some(clique) => {
-            clique.aborted.store(true, SeqCst);
-            clique.gone.store(true, SeqCst);
-            SUCCESS
-        }
-        None => INVALID_ARGUMENT,
-    }
+    let Some(clique) = Clique::behind(clique) else { return INVALID_ARGUMENT };
+    clique.aborted.store(true, SeqCst);
+    clique.gone.store(true, SeqCst);
+    drain_device(clique.device);
+    SUCCESS
 }
 
 /// # Safety
@@ -299,6 +321,7 @@ pub unsafe extern "C" fn ncclCommAbort(clique: *mut c_void) -> c_int {
 pub unsafe extern "C" fn ncclGetErrorString(code: c_int) -> *const c_char {
     let text: &CStr = match code {
         SUCCESS => c"no error",
+        UNHANDLED_CUDA_ERROR => c"unhandled cuda error",
         SYSTEM_ERROR => c"unhandled system error",
         INVALID_ARGUMENT => c"invalid argument",
         INVALID_USAGE => c"invalid usage",

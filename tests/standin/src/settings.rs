@@ -2,7 +2,7 @@
 //! spaces.
 
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 pub(crate) struct Settings {
     /// `devices=N`: devices that are seen; 1.
@@ -13,6 +13,8 @@ pub(crate) struct Settings {
     pub(crate) memory: u64,
     /// `fail=N`: launch number N, counted from 1, fails.
     fail: Option<u64>,
+    /// `break=N`: launch number N fails, and from then on everything that the device is asked for.
+    break_at: Option<u64>,
     /// `end=N`: the process ends at launch number N.
     end: Option<u64>,
     /// `stop=N`: launch number N is never done.
@@ -21,8 +23,8 @@ pub(crate) struct Settings {
     end_collective: Option<u64>,
     /// `nccl=22809`: the version of the library of collectives as it says it.
     pub(crate) nccl: u64,
-    /// `refuse=1`: no clique comes about.
-    pub(crate) refuse: bool,
+    /// `refuse=1`: no clique comes about; `refuse=2`: and that is said at once.
+    refuse: Option<u64>,
     /// `rank=R`: only on this rank does anything go wrong.
     rank: Option<u64>,
 }
@@ -41,11 +43,12 @@ pub(crate) fn settings() -> &'static Settings {
             driver: number("driver").unwrap_or(12080),
             memory: number("memory").unwrap_or(1 << 30),
             fail: number("fail"),
+            break_at: number("break"),
             end: number("end"),
             stop: number("stop"),
             end_collective: number("end-collective"),
             nccl: number("nccl").unwrap_or(22809),
-            refuse: number("refuse").is_some(),
+            refuse: number("refuse"),
             rank: number("rank"),
         }
     })
@@ -73,7 +76,22 @@ pub(crate) fn launch_succeeds() -> bool {
             std::thread::park();
         }
     }
-    settings.fail != number
+    if settings.break_at == number {
+        BROKEN.store(true, Ordering::SeqCst);
+    }
+    settings.fail != number && works()
+}
+
+static BROKEN: AtomicBool = AtomicBool::new(false);
+
+/// Whether the device does anything any more.
+pub(crate) fn works() -> bool {
+    !BROKEN.load(Ordering::SeqCst)
+}
+
+/// Whether no clique comes about, and whether that is said at once.
+pub(crate) fn refuses() -> Option<bool> {
+    settings().refuse.filter(|_| concerned()).map(|how| how == 2)
 }
 
 /// Counts a collective.
