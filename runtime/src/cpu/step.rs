@@ -18,6 +18,17 @@ pub(crate) enum Failed {
     },
 }
 
+impl std::fmt::Display for Failed {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Failed::Step(what) => f.write_str(what),
+            Failed::Index { node, index, extent } => {
+                write!(f, "{node}: index {index} is outside of a table of {extent}")
+            }
+        }
+    }
+}
+
 /// An output of a run, as this rank holds it.
 pub(crate) enum Held {
     Here(Value),

@@ -2,13 +2,14 @@
 
 use super::exec::{FAULT_BYTES, Run};
 use super::gpu::{Gpu, Surroundings};
-use super::links::Links;
+use super::links::{Links, carries, staged};
 use super::plan::Plan;
 use super::prepared::Prepared;
 use super::tensor::DeviceTensor;
 use crate::comm::{CommError, Communicator, bytes};
 use crate::cpu::WeightSource;
 use crate::cpu::constants::Constants;
+use crate::cpu::convert::Place;
 use crate::cpu::deferred::Deferred;
 use crate::cpu::exec::Finished;
 use crate::cpu::value::Value;
@@ -161,7 +162,11 @@ impl Engine {
             Op::Input { name } => names.contains(&**name),
             _ => false,
         };
-        Ok(Plan::new(&ready.prepared, bindings, &given, keep)?)
+        let mut plan = Plan::new(&ready.prepared, bindings, &given, keep)?;
+        if self.links.is_some() {
+            plan.staging = staging(program, entry, &plan.bindings);
+        }
+        Ok(plan)
     }
 
     /// Makes sure of the memory of a plan; `limit` is said if there is too little.
@@ -169,20 +174,24 @@ impl Engine {
     /// # Errors
     /// There is too little memory.
     pub(crate) fn make_room(&mut self, plan: &Plan, rank: usize) -> Result<(), SessionError> {
-        if plan.bytes <= self.arena.len() {
-            return Ok(());
-        }
-        // What was there is given back first, so that the two need not fit together.
-        self.arena = Arc::new(self.gpu.device.allocate(0).map_err(failed)?);
-        self.arena = match self.gpu.device.allocate(plan.bytes) {
-            Ok(memory) => Arc::new(memory),
-            Err(error) if error.is_out_of_memory() => {
-                let limit = self.gpu.device.memory().map_or(0, |(free, _)| free);
-                return Err(SessionError::Memory { rank, needed: plan.bytes, limit });
+        let device = self.gpu.device.clone();
+        let refused = |needed: u64, error: DriverError| {
+            if !error.is_out_of_memory() {
+                return failed(error);
             }
-            Err(error) => return Err(failed(error)),
+            let limit = device.memory().map_or(0, |(free, _)| free);
+            SessionError::Memory { rank, needed, limit }
         };
-        Ok(())
+        if plan.bytes > self.arena.len() {
+            // What was there is given back first, so that the two need not fit together.
+            self.arena = Arc::new(device.allocate(0).map_err(failed)?);
+            let arena = device.allocate(plan.bytes).map_err(|error| refused(plan.bytes, error))?;
+            self.arena = Arc::new(arena);
+        }
+        match &self.links {
+            Some(links) => links.make_room(plan.staging).map_err(|error| refused(plan.staging, error)),
+            None => Ok(()),
+        }
     }
 
     /// Runs an entry.
@@ -227,6 +236,19 @@ impl Engine {
         };
         run.run(request.taps, communicator, sequence)
     }
+}
+
+/// The most bytes that any collective of an entry has on their way, as far as its sizes are known.
+fn staging(program: &RankProgram, entry: &Entry, bindings: &Bindings) -> u64 {
+    let place = Place { mesh: &program.mesh, rank: program.rank, bindings };
+    let bytes = entry.graph.values().filter_map(|(to, node)| {
+        let Op::Convert(conversion) = &node.op else { return None };
+        let from = *node.args.first()?;
+        carries(conversion, node.ty.dtype).then_some(())?;
+        let families = [entry.families.get(from.index())?, entry.families.get(to.index())?];
+        staged(conversion, families, &place).ok()
+    });
+    bytes.max().unwrap_or(0)
 }
 
 /// Constants that stay on the host, and those on the device by their number.

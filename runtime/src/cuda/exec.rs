@@ -110,8 +110,11 @@ impl<'a> Run<'a> {
         sequence: &mut u64,
     ) -> Result<Finished, CommError> {
         let mut times = Vec::new();
+        if let Some(links) = self.links {
+            links.blame(None);
+        }
         if let Err(error) = self.fault.clear(0, FAULT_BYTES) {
-            self.failure = Some(Failed::Step(error.to_string()));
+            self.keep(Failed::Step(error.to_string()));
         }
         for (value, memory) in self.constants {
             self.put_spot(*value, Some(Spot { memory: memory.clone(), offset: 0 }));
@@ -129,11 +132,11 @@ impl<'a> Run<'a> {
                 Ok(()) => {}
                 Err(StepError::Collective(error)) => return Err(self.ended(communicator, error)),
                 Err(error) => {
-                    if let Some(failure) = self.links.and_then(Links::failure) {
-                        return Err(self.ended(communicator, failure));
-                    }
                     let failed = step::describe(self.graph(), step.value, error);
-                    self.failure.get_or_insert(failed);
+                    if let Some(failure) = self.links.and_then(Links::failure) {
+                        return Err(self.ended(communicator, self.explained(failure, &failed)));
+                    }
+                    self.keep(failed);
                     self.put_zeros(index, step.value);
                 }
             }
@@ -194,10 +197,30 @@ impl<'a> Run<'a> {
             }
             How::Convert => self.convert(index, value, communicator, sequence),
             How::Host => {
-                let made = self.on_host(value)?;
+                let made = self.on_host(value, communicator)?;
                 let made = step::checked(self.graph(), &self.bindings, value, made)?;
                 Ok(self.store(index, value, made)?)
             }
+        }
+    }
+
+    /// Remembers the first failure, also for those who look after the collectives.
+    fn keep(&mut self, failed: Failed) {
+        if self.failure.is_none() {
+            if let Some(links) = self.links {
+                links.blame(Some(failed.to_string()));
+            }
+            self.failure = Some(failed);
+        }
+    }
+
+    /// What ended the collectives, if that is what a step of this rank met as well and nobody knew it before.
+    fn explained(&self, failure: CommError, failed: &Failed) -> CommError {
+        match failure {
+            CommError::Device { rank, what } if rank == self.rank && self.failure.is_none() => {
+                CommError::Device { rank, what: format!("{failed}; after that, {what}") }
+            }
+            other => other,
         }
     }
 

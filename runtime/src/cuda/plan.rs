@@ -19,6 +19,8 @@ pub(crate) struct Plan {
     /// Of every step: its scratch memory.
     pub(super) scratch: Vec<Option<u64>>,
     pub(crate) bytes: u64,
+    /// Bytes of values on their way between devices.
+    pub(crate) staging: u64,
     /// The dims, and how much room state has.
     pub(super) bindings: Bindings,
 }

@@ -139,7 +139,7 @@ impl Engine {
             Engine::Cpu(cpu) => cpu.plan(program, index, bindings, taps),
             Engine::Cuda(engine) => {
                 let plan = engine.plan(program, index, bindings, capacity, !taps.is_empty())?;
-                let bytes = plan.bytes;
+                let bytes = plan.bytes.saturating_add(plan.staging);
                 Ok((Plan::Cuda(plan), bytes))
             }
         }

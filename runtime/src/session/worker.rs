@@ -56,7 +56,13 @@ impl Worker {
             crate::cpu::check_instructions().map_err(|what| SessionError::Usage { what })?;
             check(&program, weights, &*communicator)?;
             check_evaluator(&program, &options.evaluator)?;
-            let engine = Engine::open(&program, weights, options, &|| communicator.progress())?;
+            Engine::open(&program, weights, options, &|| communicator.progress())
+        };
+        let loaded = loading::at_work(&*communicator.monitor(), load);
+        let mut engine = agree(&*communicator, &mut sequence, loaded)?;
+        // It takes memory too, which is not there for anything else.
+        engine.link(&program, options, &*communicator, &mut sequence)?;
+        let make_room = || -> Result<_, SessionError> {
             let memory_limit = match options.memory_limit {
                 Some(limit) => limit,
                 None => engine.memory_share(local_ranks)?,
@@ -65,11 +71,10 @@ impl Worker {
                 Some(settings) => Some(StateStore::new(&program, settings, engine.home(), memory_limit)?),
                 None => None,
             };
-            Ok((engine, memory_limit, state))
+            Ok((memory_limit, state))
         };
-        let loaded = loading::at_work(&*communicator.monitor(), load);
-        let (mut engine, memory_limit, state) = agree(&*communicator, &mut sequence, loaded)?;
-        engine.link(&program, options, &*communicator, &mut sequence)?;
+        let made = loading::at_work(&*communicator.monitor(), make_room);
+        let (memory_limit, state) = agree(&*communicator, &mut sequence, made)?;
         let common_limit = least_limit(&program, &*communicator, &mut sequence, memory_limit)?;
         let evaluator = options.evaluator.clone();
         let timeline = options.timeline.then(Timeline::default);

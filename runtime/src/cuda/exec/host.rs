@@ -2,6 +2,7 @@
 //! were to be looked at.
 
 use super::{Run, Spot};
+use crate::comm::Communicator;
 use crate::cpu::convert::{Place, StepError, convert_alone};
 use crate::cpu::kernels::{Made, run_kernel};
 use crate::cpu::step;
@@ -101,11 +102,26 @@ impl<'a> Run<'a> {
         }
     }
 
-    pub(super) fn on_host(&mut self, value: ValueId) -> Result<Value, StepError> {
+    pub(super) fn on_host(
+        &mut self,
+        value: ValueId,
+        communicator: &dyn Communicator,
+    ) -> Result<Value, StepError> {
         let node = self.graph().node(value);
         let args = node.args.iter().map(|&arg| self.fetch(arg)).collect::<Result<Vec<_>, _>>();
         if !matches!(node.op, Op::Deferred { .. }) {
             return self.computed(value, &args?);
+        }
+        if let Some(links) = self.links
+            && (self.failure.is_some() || args.is_err())
+        {
+            // It may decide other sizes here than on other ranks, and collectives between devices do not compare them.
+            let name = step::name(self.graph(), value);
+            let what = match args {
+                Ok(_) => format!("{name} has no operands that it could decide sizes from"),
+                Err(what) => format!("{name}: {what}"),
+            };
+            return Err(links.give_up(communicator, what).into());
         }
         let made = self.deferred.run(self.entry, &self.entry.lowering, value, args, &mut self.bindings);
         // It may have decided sizes, also by failing.

@@ -5,6 +5,7 @@
 //! the device, before or after; pieces of different sizes are sent from rank to rank, and where they are combined, padded
 //! to the largest.
 
+use super::staging::{Blocks, dealing, gathering, scattering};
 use super::{Links, Members, Trouble};
 use crate::comm::{CommError, Communicator, Group, Kind, Monoid, Record, Tag};
 use crate::cpu::convert::{Place, carried, extents, held};
@@ -91,13 +92,13 @@ pub(in crate::cuda) fn carries(conversion: &Conversion, dtype: DType) -> bool {
 
 /// A tensor seen along one dim: `outer` rows of runs, `inner` bytes for each index of the dim.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Cut {
+pub(super) struct Cut {
     outer: u64,
     inner: u64,
 }
 
 impl Cut {
-    fn of(dtype: DType, shape: &[usize], dim: usize) -> Result<Cut, String> {
+    pub(super) fn of(dtype: DType, shape: &[usize], dim: usize) -> Result<Cut, String> {
         let (before, rest) = shape.split_at_checked(dim).ok_or_else(|| no_dim(dim, shape))?;
         let (_, after) = rest.split_first().ok_or_else(|| no_dim(dim, shape))?;
         let product = |dims: &[usize]| dims.iter().try_fold(1u64, |n, &d| n.checked_mul(d as u64));
@@ -107,8 +108,13 @@ impl Cut {
         Ok(Cut { outer: product(before).ok_or_else(whole)?, inner: inner.ok_or_else(whole)? })
     }
 
+    /// Whether rows lie end to end, since there is one.
+    pub(super) fn is_dense(&self) -> bool {
+        self.outer == 1
+    }
+
     /// Bytes of a run of this extent, all rows together.
-    fn piece(&self, extent: usize) -> Result<u64, String> {
+    pub(super) fn piece(&self, extent: usize) -> Result<u64, String> {
         let bytes = self.outer.checked_mul(self.inner).and_then(|n| n.checked_mul(extent as u64));
         bytes.ok_or_else(|| format!("a piece of {extent} is larger than memory"))
     }
@@ -131,7 +137,7 @@ fn no_dim(dim: usize, shape: &[usize]) -> String {
 }
 
 /// Where every member's run begins, and the sum of all.
-fn starts(extents: &[usize]) -> (Vec<usize>, usize) {
+pub(super) fn starts(extents: &[usize]) -> (Vec<usize>, usize) {
     let mut total = 0usize;
     let mut starts = Vec::with_capacity(extents.len());
     for &extent in extents {
@@ -141,7 +147,7 @@ fn starts(extents: &[usize]) -> (Vec<usize>, usize) {
     (starts, total)
 }
 
-fn are_equal(extents: &[usize]) -> bool {
+pub(super) fn are_equal(extents: &[usize]) -> bool {
     extents.windows(2).all(|pair| pair[0] == pair[1])
 }
 
@@ -248,7 +254,7 @@ impl Links {
         let (from, to) = (task.from.span()?, task.to.span()?);
         fitting(cut.piece(starts(extents).1)?, &to)?;
         self.run(task, Kind::AllGather, None, to.bytes.saturating_sub(from.bytes), |members| {
-            let staged = if cut.outer == 1 || members.is_alone() { 0 } else { to.bytes };
+            let staged = gathering(&cut, to.bytes, members.is_alone());
             let staging = self.staging(staged)?;
             self.gather(
                 members,
@@ -276,7 +282,7 @@ impl Links {
             return Ok(to.memory.copy(to.offset, from.memory, from.offset, from.bytes)?);
         }
         // Where rows lie end to end, every piece has its place in the result already.
-        let dense = cut.outer == 1;
+        let dense = cut.is_dense();
         let gathered = if dense { to } else { staging };
         if are_equal(extents) {
             members.call(|clique| clique.all_gather(extents.len(), from, gathered))?;
@@ -325,13 +331,12 @@ impl Links {
             }
             let even = are_equal(extents);
             let ranks = extents.len();
-            if even && cut.outer == 1 {
+            let Some(layout) = scattering(&cut, extents)? else {
                 return members.call(|clique| clique.reduce_scatter(ranks, element, operation, from, to));
-            }
-            let block = cut.piece(extents.iter().copied().max().unwrap_or(0))?;
-            let blocks = block.checked_mul(ranks as u64).ok_or_else(|| "pieces beyond memory".to_owned())?;
+            };
             // Behind the blocks, what comes back, of which a smaller share is the beginning.
-            let staging = self.staging(blocks.saturating_add(block))?;
+            let staging = self.staging(layout.bytes())?;
+            let Blocks { block, sent: blocks } = layout;
             if !even {
                 staging.clear(0, blocks)?;
             }
@@ -419,10 +424,10 @@ impl Links {
             return Err(format!("a run of {length} from {start} on leaves {total}").into());
         }
         self.run(task, Kind::AllGather, None, whole.saturating_sub(from.bytes), |members| {
-            let apart = if cut.outer == 1 { 0 } else { whole };
-            let staging = self.staging(whole.saturating_add(apart))?;
+            let staged = dealing(&cut, whole);
+            let staging = self.staging(staged)?;
             let gathered = Span { memory: &staging, offset: 0, bytes: whole };
-            let pieces = Span { memory: &staging, offset: whole, bytes: apart };
+            let pieces = Span { memory: &staging, offset: whole, bytes: staged - whole };
             self.gather(members, cut, extents, [from, gathered], pieces)?;
             let rows = cut.packing(length, total);
             Ok(to.memory.copy_rows(to.offset, &staging, cut.inner * start as u64, rows)?)

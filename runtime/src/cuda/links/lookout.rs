@@ -5,9 +5,9 @@
 //! library say, and at the time. When something is wrong it says so, and ends the collectives, after which whoever waits
 //! goes on.
 
+use super::ending::Ending;
 use crate::comm::{CommError, Kind, Missing, Monitor, Tag};
 use std::collections::VecDeque;
-use std::fmt;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -17,8 +17,6 @@ use tpshard_driver::nccl::Clique;
 
 /// How often the thread looks while something is in the queue.
 const ROUND: Duration = Duration::from_millis(5);
-/// How long ending the collectives may take before it is left alone.
-const ENDING: Duration = Duration::from_millis(300);
 /// Most events that are kept for use again.
 const MOST_SPARE: usize = 1024;
 
@@ -27,8 +25,13 @@ struct Pending {
     kind: Kind,
     tag: Tag,
     ranks: Vec<usize>,
+    /// What comes before it is done; nothing once that is known.
+    begun: Option<Event>,
     passed: Event,
 }
+
+/// The beginning of a collective in the queue.
+pub(super) struct Begun(Event);
 
 #[derive(Default)]
 struct State {
@@ -43,20 +46,21 @@ struct Shared {
     monitor: Arc<dyn Monitor>,
     rank: usize,
     cliques: Vec<Arc<Clique>>,
+    ending: Ending,
     state: Mutex<State>,
     changed: Condvar,
-    failure: OnceLock<CommError>,
+    failure: Failure,
+    /// What failed on this rank before any collective did.
+    first: Mutex<Option<String>>,
 }
 
-impl fmt::Debug for Shared {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Lookout").field("failure", &self.failure.get()).finish_non_exhaustive()
-    }
-}
+/// What ended the collectives, if anything has: all that a device knows of them, since it may outlive them.
+#[derive(Clone, Debug, Default)]
+struct Failure(Arc<OnceLock<CommError>>);
 
-impl Watch for Shared {
+impl Watch for Failure {
     fn broken(&self) -> Option<String> {
-        self.failure.get().map(ToString::to_string)
+        self.0.get().map(ToString::to_string)
     }
 }
 
@@ -74,8 +78,16 @@ impl Lookout {
         device: Device,
         cliques: Vec<Arc<Clique>>,
     ) -> std::io::Result<Lookout> {
-        let (state, changed, failure) = (Mutex::default(), Condvar::new(), OnceLock::new());
-        let shared = Arc::new(Shared { monitor, rank, cliques, state, changed, failure });
+        let shared = Arc::new(Shared {
+            monitor,
+            rank,
+            ending: Ending::prepare(cliques.iter().cloned())?,
+            cliques,
+            state: Mutex::default(),
+            changed: Condvar::new(),
+            failure: Failure::default(),
+            first: Mutex::default(),
+        });
         let looking = shared.clone();
         let thread = std::thread::Builder::new().name("tpshard-lookout".into());
         let thread = Some(thread.spawn(move || looking.look_out())?);
@@ -83,19 +95,46 @@ impl Lookout {
     }
 
     pub(super) fn watch(&self) -> Arc<dyn Watch> {
-        self.shared.clone()
+        Arc::new(self.shared.failure.clone())
     }
 
     pub(super) fn failure(&self) -> Option<CommError> {
-        self.shared.failure.get().cloned()
+        self.shared.failure.0.get().cloned()
+    }
+
+    /// Says what failed first on this rank, before a collective; nothing when a run begins.
+    pub(super) fn blame(&self, first: Option<String>) {
+        *self.shared.first.lock().unwrap_or_else(PoisonError::into_inner) = first;
+    }
+
+    /// `what` keeps this rank from taking part.
+    pub(super) fn because(&self, what: String) -> CommError {
+        self.shared.because(what)
+    }
+
+    fn event(&self) -> Result<Event, DriverError> {
+        let spare = self.shared.state().spare.pop();
+        let event = spare.map_or_else(|| self.device.event(), Ok)?;
+        event.record()?;
+        Ok(event)
+    }
+
+    /// Marks the beginning of a collective in the queue.
+    pub(super) fn begin(&self) -> Result<Begun, DriverError> {
+        self.event().map(Begun)
     }
 
     /// Marks the end of a collective in the queue.
-    pub(super) fn mark(&self, kind: Kind, tag: Tag, ranks: &[usize]) -> Result<(), DriverError> {
-        let spare = self.shared.state().spare.pop();
-        let passed = spare.map_or_else(|| self.device.event(), Ok)?;
-        passed.record()?;
-        self.shared.state().pending.push_back(Pending { kind, tag, ranks: ranks.to_vec(), passed });
+    pub(super) fn mark(
+        &self,
+        kind: Kind,
+        tag: Tag,
+        ranks: &[usize],
+        Begun(begun): Begun,
+    ) -> Result<(), DriverError> {
+        let passed = self.event()?;
+        let pending = Pending { kind, tag, ranks: ranks.to_vec(), begun: Some(begun), passed };
+        self.shared.state().pending.push_back(pending);
         self.shared.changed.notify_one();
         Ok(())
     }
@@ -104,7 +143,7 @@ impl Lookout {
     pub(super) fn take_settled(&self) -> Vec<u64> {
         let mut state = self.shared.state();
         // What was ended passes too, and is not done.
-        if self.shared.failure.get().is_none() {
+        if self.failure().is_none() {
             // What the driver has to say against it is said to whoever waits.
             let _ = state.reap();
         }
@@ -121,7 +160,17 @@ impl Lookout {
     /// From now on, nobody waits for the device.
     pub(super) fn break_off(&self) {
         let what = "the session ended".into();
-        let _ = self.shared.failure.set(CommError::Device { rank: self.shared.rank, what });
+        let _ = self.shared.failure.0.set(CommError::Device { rank: self.shared.rank, what });
+    }
+
+    /// Ends all cliques, whatever they are at.
+    pub(super) fn abort(&self) {
+        self.shared.ending.abort();
+    }
+
+    /// Nothing is left that would have to be ended.
+    pub(super) fn dismiss(&self) {
+        self.shared.ending.dismiss();
     }
 
     /// Ends the thread; true if nothing was wrong and nothing is under way.
@@ -134,12 +183,12 @@ impl Lookout {
         let mut state = self.shared.state();
         let quiet = state.reap().is_ok() && state.pending.is_empty();
         state.spare.clear();
-        quiet && self.shared.failure.get().is_none()
+        quiet && self.failure().is_none()
     }
 }
 
 impl State {
-    /// Takes out what is done.
+    /// Takes out what is done; true if the queue has got anywhere.
     fn reap(&mut self) -> Result<bool, DriverError> {
         let mut some = false;
         while let Some(front) = self.pending.front() {
@@ -148,13 +197,27 @@ impl State {
             }
             if let Some(done) = self.pending.pop_front() {
                 self.settled.push(done.tag.sequence);
-                if self.spare.len() < MOST_SPARE {
-                    self.spare.push(done.passed);
-                }
+                self.keep(done.passed);
+                done.begun.into_iter().for_each(|begun| self.keep(begun));
                 some = true;
             }
         }
+        // The queue has come to the next.
+        if let Some(front) = self.pending.front_mut()
+            && let Some(begun) = &front.begun
+            && begun.has_passed()?
+        {
+            let begun = front.begun.take();
+            begun.into_iter().for_each(|begun| self.keep(begun));
+            some = true;
+        }
         Ok(some)
+    }
+
+    fn keep(&mut self, event: Event) {
+        if self.spare.len() < MOST_SPARE {
+            self.spare.push(event);
+        }
     }
 }
 
@@ -165,6 +228,8 @@ impl Shared {
 
     fn look_out(&self) {
         let mut patience = Patience::new(&*self.monitor, &[]);
+        // The collective that is looked at, and whether the queue has come to it.
+        let mut looked_at = None;
         let mut state = self.state();
         while !state.stop {
             state = if state.pending.is_empty() {
@@ -173,37 +238,45 @@ impl Shared {
                 self.changed.wait_timeout(state, ROUND).unwrap_or_else(PoisonError::into_inner).0
             };
             match state.reap() {
-                Ok(true) => {
-                    self.monitor.progress();
-                    patience = Patience::new(&*self.monitor, &[]);
-                }
+                Ok(true) => self.monitor.progress(),
                 Ok(false) => {}
                 Err(error) => {
-                    let what = error.to_string();
                     drop(state);
-                    return self.fail(CommError::Device { rank: self.rank, what });
+                    return self.fail(self.because(error.to_string()));
                 }
             }
             let Some(front) = state.pending.front() else { continue };
             let (kind, tag, ranks) = (front.kind, front.tag, front.ranks.clone());
+            // What this rank computes before may take as long as it likes.
+            let waits = front.begun.is_none();
             drop(state);
-            if let Some(failure) = self.trouble(kind, tag, &ranks, &mut patience) {
+            if looked_at != Some((tag.sequence, waits)) {
+                looked_at = Some((tag.sequence, waits));
+                patience = Patience::new(&*self.monitor, &[]);
+            }
+            if let Some(failure) = self.trouble(kind, tag, &ranks, waits.then_some(&mut patience)) {
                 return self.fail(failure);
             }
             state = self.state();
         }
     }
 
-    /// What keeps a collective from ever being done.
-    fn trouble(&self, kind: Kind, tag: Tag, ranks: &[usize], patience: &mut Patience) -> Option<CommError> {
+    /// What keeps a collective from ever being done. Without `patience`, the others are not waited for yet.
+    fn trouble(
+        &self,
+        kind: Kind,
+        tag: Tag,
+        ranks: &[usize],
+        patience: Option<&mut Patience>,
+    ) -> Option<CommError> {
         if let Some(failure) = self.monitor.failure(ranks) {
             return Some(failure);
         }
         if let Some(error) = self.cliques.iter().find_map(|clique| clique.settled().err()) {
-            return Some(CommError::Device { rank: self.rank, what: error.to_string() });
+            return Some(self.because(error.to_string()));
         }
         let others: Vec<usize> = ranks.iter().copied().filter(|&rank| rank != self.rank).collect();
-        if !patience.is_over(&*self.monitor, &others) {
+        if others.is_empty() || !patience?.is_over(&*self.monitor, &others) {
             return None;
         }
         let found: Vec<Missing> = others.iter().map(|&rank| self.monitor.whereabouts(rank)).collect();
@@ -221,18 +294,19 @@ impl Shared {
         {
             // Nobody takes for done what is ended below.
             let _state = self.state();
-            let _ = self.failure.set(error);
+            let _ = self.failure.0.set(error);
         }
-        // The library may wait for its device; then the process ends without it.
-        let (done, ended) = std::sync::mpsc::channel();
-        let cliques = self.cliques.clone();
-        let ending = std::thread::Builder::new().name("tpshard-abort".into()).spawn(move || {
-            cliques.iter().for_each(|clique| clique.abort());
-            let _ = done.send(());
-        });
-        if ending.is_ok() {
-            let _ = ended.recv_timeout(ENDING);
-        }
+        self.ending.abort();
+    }
+
+    /// What keeps this rank from taking part, and what it comes from.
+    fn because(&self, what: String) -> CommError {
+        let first = self.first.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let what = match first {
+            Some(first) => format!("{first}; after that, {what}"),
+            None => what,
+        };
+        CommError::Device { rank: self.rank, what }
     }
 }
 

@@ -11,18 +11,22 @@
 
 mod choose;
 mod convert;
+mod ending;
 mod lookout;
+mod staging;
 #[cfg(test)]
 mod tests;
 
 pub(super) use convert::{Operand, carries};
+pub(super) use staging::staged;
 
 use crate::comm::{CommError, Communicator, Group, Kind, Monitor, Record, Tag};
 use crate::session::{CommChoice, SessionError};
 use choose::{Brought, Decision, decide};
-use lookout::Lookout;
-use std::cell::{Ref, RefCell};
+use lookout::{Begun, Lookout};
+use std::cell::{Cell, Ref, RefCell};
 use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::OsStr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tpshard_driver::cuda::{Device, Memory};
@@ -34,6 +38,12 @@ use tpshard_ir::program::RankProgram;
 /// How long a wait for the library gives up the core before it sleeps in between.
 const LIVELY: Duration = Duration::from_millis(1);
 const NAP: Duration = Duration::from_micros(100);
+
+/// How long the library may take to make a clique, as long as all ranks are at work on it.
+const MEETING: Duration = Duration::from_secs(180);
+
+/// NCCL takes it over what it is told in a call.
+const BLOCKING: &str = "NCCL_COMM_BLOCKING";
 
 /// One rank's ends of the collectives between devices.
 pub(super) struct Links {
@@ -97,7 +107,8 @@ impl Links {
         }
         let library = match choice {
             CommChoice::Shm => Err("not asked for".to_owned()),
-            CommChoice::Auto | CommChoice::Nccl => Nccl::load(search).map_err(|error| error.to_string()),
+            CommChoice::Auto | CommChoice::Nccl => told_not_to_wait(std::env::var_os(BLOCKING).as_deref())
+                .and_then(|()| Nccl::load(search).map_err(|error| error.to_string())),
         };
         let own = Brought {
             choice,
@@ -163,13 +174,24 @@ impl Links {
         }
     }
 
+    /// What failed first on this rank, if anything has: what goes wrong with collectives then comes from it.
+    pub(super) fn blame(&self, first: Option<String>) {
+        self.lookout.blame(first);
+    }
+
     /// Ends the run on all ranks because this one cannot do its part.
     pub(super) fn give_up(&self, communicator: &dyn Communicator, what: String) -> CommError {
         self.note(communicator);
-        if let Some(failure) = self.failure().or_else(|| self.monitor.failure(&[])) {
-            return failure;
-        }
-        given_up(communicator, what)
+        let known = self.failure().or_else(|| self.monitor.failure(&[]));
+        let error = known.unwrap_or_else(|| self.lookout.because(what));
+        self.ended(communicator, error)
+    }
+
+    fn ended(&self, communicator: &dyn Communicator, error: CommError) -> CommError {
+        communicator.abort(&error.to_string());
+        // What is in the queue may never be done, also if it is not looked after yet.
+        self.lookout.end(error.clone());
+        error
     }
 
     /// Counts a collective and puts it into the queue, between the copies before and after it.
@@ -194,24 +216,28 @@ impl Links {
         if clique.is_none() && group.len() > 1 {
             return Err(self.give_up(communicator, format!("no clique of the ranks {:?}", group.ranks())));
         }
-        let members = Members { links: self, group, me, clique, kind, tag };
-        let done = body(&members).and_then(|()| match clique {
-            Some(_) => Ok(()),
-            None => Ok(self.lookout.mark(kind, tag, group.ranks())?),
+        let done = self.lookout.begin().map_err(Trouble::from).and_then(|begun| {
+            let members =
+                Members { links: self, group, me, clique, kind, tag, begun: Cell::new(Some(begun)) };
+            body(&members)?;
+            // If nothing was called, the copies are all there is.
+            members.mark()
         });
-        done.map_err(|trouble| {
-            self.note(communicator);
-            let error = match trouble {
-                Trouble::Here(what) => self.give_up(communicator, what),
-                Trouble::Failed(error) => {
-                    communicator.abort(&error.to_string());
-                    error
-                }
-            };
-            // What is in the queue may never be done, also if it is not looked after yet.
-            self.lookout.end(error.clone());
-            error
+        done.map_err(|trouble| match trouble {
+            Trouble::Here(what) => self.give_up(communicator, what),
+            Trouble::Failed(error) => {
+                self.note(communicator);
+                self.ended(communicator, error)
+            }
         })
+    }
+
+    /// Makes sure of memory for values on their way.
+    ///
+    /// # Errors
+    /// There is too little memory.
+    pub(super) fn make_room(&self, bytes: u64) -> Result<(), DriverError> {
+        self.staging(bytes).map(drop)
     }
 
     /// Memory for values on their way.
@@ -228,12 +254,12 @@ impl Drop for Links {
     fn drop(&mut self) {
         // After a failure, the others do not take part in an end in peace.
         let healthy = self.lookout.stop() && self.monitor.failure(&[]).is_none();
-        for clique in self.cliques.values() {
-            if healthy { clique.finish() } else { clique.abort() }
-        }
         if healthy {
+            self.cliques.values().for_each(|clique| clique.finish());
+            self.lookout.dismiss();
             self.device.set_watch(None);
         } else {
+            self.lookout.abort();
             // What is not ended by now is not waited for.
             self.lookout.break_off();
         }
@@ -250,29 +276,55 @@ struct Members<'a> {
     clique: Option<&'a Arc<Clique>>,
     kind: Kind,
     tag: Tag,
+    /// Until its end is marked.
+    begun: Cell<Option<Begun>>,
 }
 
 impl Members<'_> {
+    /// Marks the end of the collective, once.
+    fn mark(&self) -> Result<(), Trouble> {
+        match self.begun.take() {
+            Some(begun) => Ok(self.links.lookout.mark(self.kind, self.tag, self.group.ranks(), begun)?),
+            None => Ok(()),
+        }
+    }
+
     /// Calls the library and waits until the work is in the queue, so that what comes next is behind it.
     fn call(&self, call: impl FnOnce(&Clique) -> Result<(), DriverError>) -> Result<(), Trouble> {
         let Some(clique) = self.clique else { return Err("a rank alone calls nobody".to_owned().into()) };
         call(clique)?;
-        settle(clique, &*self.links.monitor, self.group.ranks(), self.kind, self.tag)?;
+        let ranks = (self.links.rank, self.group.ranks());
+        settle(clique, &*self.links.monitor, ranks, (self.kind, self.tag), Stage::Calling)?;
         // Before anything else is put into the queue, for which the driver may wait.
-        Ok(self.links.lookout.mark(self.kind, self.tag, self.group.ranks())?)
+        self.mark()
     }
+}
+
+/// What the library is asked for.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Stage {
+    /// A clique: all its members are at work on it then, however long the library takes.
+    Meeting,
+    /// A collective.
+    Calling,
 }
 
 /// Waits until the library has done what was asked of it, or will not do it any more.
 fn settle(
     clique: &Clique,
     monitor: &dyn Monitor,
-    ranks: &[usize],
-    kind: Kind,
-    tag: Tag,
+    (rank, ranks): (usize, &[usize]),
+    (kind, tag): (Kind, Tag),
+    stage: Stage,
 ) -> Result<(), Unsettled> {
     let start = Instant::now();
-    let mut patience = lookout::Patience::new(monitor, ranks);
+    let others = ranks.iter().filter(|&&other| other != rank);
+    let awaited: Vec<Vec<usize>> = match stage {
+        Stage::Meeting => others.map(|&other| vec![other]).collect(),
+        Stage::Calling => vec![ranks.to_vec()],
+    };
+    let watched = awaited.into_iter().map(|ranks| (lookout::Patience::new(monitor, &ranks), ranks));
+    let mut watched: Vec<(lookout::Patience, Vec<usize>)> = watched.collect();
     loop {
         if clique.settled()? {
             return Ok(());
@@ -280,9 +332,17 @@ fn settle(
         if let Some(failure) = monitor.failure(ranks) {
             return Err(Unsettled::Failed(failure));
         }
-        if patience.is_over(monitor, ranks) {
-            let missing = ranks.iter().map(|&rank| monitor.whereabouts(rank)).collect();
-            let seconds = monitor.stall().as_secs_f64();
+        let mut late = watched.iter_mut().find_map(|(patience, ranks)| {
+            patience.is_over(monitor, ranks).then(|| (monitor.stall(), ranks.clone()))
+        });
+        if stage == Stage::Meeting {
+            monitor.progress();
+            let limit = monitor.stall().max(MEETING);
+            late = late.or_else(|| (start.elapsed() >= limit).then(|| (limit, ranks.to_vec())));
+        }
+        if let Some((waited, late)) = late {
+            let missing = late.iter().map(|&rank| monitor.whereabouts(rank)).collect();
+            let seconds = waited.as_secs_f64();
             return Err(Unsettled::Failed(CommError::Stalled { kind, tag, seconds, missing }));
         }
         if start.elapsed() < LIVELY { std::thread::yield_now() } else { std::thread::sleep(NAP) }
@@ -307,6 +367,15 @@ impl From<Unsettled> for Trouble {
             Unsettled::Library(error) => error.into(),
             Unsettled::Failed(error) => error.into(),
         }
+    }
+}
+
+/// Whether the environment leaves it to us how the library is called: if it waits, nobody notices that a rank is gone.
+fn told_not_to_wait(blocking: Option<&OsStr>) -> Result<(), String> {
+    let value = blocking.map(|value| value.to_string_lossy().trim().to_owned()).unwrap_or_default();
+    match value.as_str() {
+        "" | "0" => Ok(()),
+        _ => Err(format!("{BLOCKING}={value} is set\n  help: unset it")),
     }
 }
 
@@ -373,7 +442,8 @@ fn meet(
         .map_err(|_| given_up(communicator, format!("rank {leader} sent something else than an id")))?;
     let me = group.position(communicator.rank()).unwrap_or_default();
     let clique = library.begin(device, &id, me, ranks.len()).map_err(here)?;
-    match settle(&clique, &*communicator.monitor(), ranks, Kind::Barrier, tag) {
+    let ranks = (communicator.rank(), ranks);
+    match settle(&clique, &*communicator.monitor(), ranks, (Kind::Barrier, tag), Stage::Meeting) {
         Ok(()) => {
             communicator.progress();
             Ok(clique)

@@ -1,14 +1,16 @@
 //! Every conversion on device memory against the same on the host, with libraries that stand in for NVIDIA's.
 
-use super::{Links, Operand, carries};
+use super::{Links, Operand, carries, staged, told_not_to_wait};
 use crate::comm::{CommOptions, Communicator, Tag, bytes, threads};
 use crate::cpu::convert::{Place, convert, held};
 use crate::cpu::value::Value;
 use crate::cuda::tensor::{DeviceTensor, download};
 use std::collections::BTreeSet;
+use std::ffi::OsStr;
 use std::path::Path;
-use std::process::Command;
-use std::sync::Arc;
+use std::process::{Command, Stdio};
+use std::sync::{Arc, Barrier};
+use std::time::{Duration, Instant};
 use tpshard_driver::SearchPath;
 use tpshard_driver::cuda::{Device, Driver};
 use tpshard_driver::nccl::Nccl;
@@ -19,7 +21,6 @@ use tpshard_ir::{AxisLayout, Conversion, DType, Tensor, Type};
 
 /// The variable by which the stand-in is told what it is like; this test runs itself again with it.
 const SETTINGS: &str = "TPSHARD_STANDIN";
-const ITSELF: &str = "cuda::links::tests::conversions_between_devices_are_those_of_the_host";
 
 fn search(folder: &Path) -> SearchPath {
     let library = std::env::current_exe().unwrap().parent().unwrap().join("libtpshard_standin.so");
@@ -113,6 +114,7 @@ fn one_rank(mesh: &Mesh, rank: usize, end: &dyn Communicator, device: &Device, l
     let groups = all_axes.iter().map(|axes| mesh.group(rank, axes)).collect();
     let links = Links::join(groups, device, library, end, &mut sequence).unwrap();
     let mut carried = BTreeSet::new();
+    let mut most_staged = 0;
     for axes in &all_axes {
         for (index, case) in cases(axes).into_iter().enumerate() {
             let Case { conversion, shape, dtype, from, to } = case;
@@ -162,6 +164,9 @@ fn one_rank(mesh: &Mesh, rank: usize, end: &dyn Communicator, device: &Device, l
             let got = download(&target, 0, dtype, &shapes[1]).unwrap();
             assert_eq!(got, expected, "{what}");
             assert_eq!(end.stats().since(&before), counted, "{what}");
+            // What was planned for is what was taken.
+            most_staged = staged(&conversion, families, &place).unwrap().max(most_staged);
+            assert_eq!(links.staging.borrow().len(), most_staged, "{what}");
             // Of an empty share, nothing was waited for.
             device.synchronize().unwrap();
             links.note(end);
@@ -173,13 +178,30 @@ fn one_rank(mesh: &Mesh, rank: usize, end: &dyn Communicator, device: &Device, l
     assert!(links.failure().is_none());
 }
 
+/// Whether this process has devices; if not, the test `name` has run in one that has them.
+fn has_devices(name: &str, settings: &str) -> bool {
+    if std::env::var_os(SETTINGS).is_some() {
+        return true;
+    }
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    command.args(["--exact", &format!("cuda::links::tests::{name}")]).env(SETTINGS, settings);
+    let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
+    let deadline = Instant::now() + Duration::from_secs(120);
+    while child.try_wait().unwrap().is_none() {
+        if Instant::now() > deadline {
+            child.kill().unwrap();
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    let output = child.wait_with_output().unwrap();
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(output.status.success() && said.contains("1 passed"), "{}: {said}", output.status);
+    false
+}
+
 #[test]
 fn conversions_between_devices_are_those_of_the_host() {
-    if std::env::var_os(SETTINGS).is_none() {
-        let mut command = Command::new(std::env::current_exe().unwrap());
-        let output = command.args(["--exact", ITSELF]).env(SETTINGS, "devices=6").output().unwrap();
-        let said = String::from_utf8_lossy(&output.stdout).into_owned();
-        assert!(output.status.success() && said.contains("1 passed"), "{said}");
+    if !has_devices("conversions_between_devices_are_those_of_the_host", "devices=6") {
         return;
     }
     let folder = tempfile::tempdir().unwrap();
@@ -197,6 +219,89 @@ fn conversions_between_devices_are_those_of_the_host() {
                 });
             }
         });
+    }
+}
+
+/// A rank of four in two rows, of which the last does not come to any collective and gives up.
+fn rank_of_two_cliques(
+    rank: usize,
+    end: &dyn Communicator,
+    device: &Device,
+    library: &Arc<Nccl>,
+    met: &Barrier,
+) {
+    let mesh = Mesh(vec![2, 2]);
+    let groups = [[0], [1]].map(|axes| mesh.group(rank, &axes)).to_vec();
+    let links = Links::join(groups, device, library, end, &mut 0).unwrap();
+    let cliques: Vec<_> = links.cliques.values().map(Arc::downgrade).collect();
+    assert_eq!(cliques.len(), 2);
+    met.wait();
+    match rank {
+        3 => {
+            std::thread::sleep(Duration::from_millis(300));
+            end.abort("rank 3 has had enough");
+        }
+        // The second of its cliques is the one with rank 3.
+        1 | 2 => {
+            let axes = if rank == 1 { vec![0] } else { vec![1] };
+            let memory = device.allocate(16).unwrap();
+            let (bindings, ty) = (Bindings::new(), Type::new(DType::F32, vec![Dim::constant(4)]));
+            let layout = |along: AxisLayout| {
+                let of = |axis| if axes.contains(&axis) { along.clone() } else { AxisLayout::Replicated };
+                Layout((0..2).map(of).collect())
+            };
+            let families = [AxisLayout::Partial(Monoid::Sum), AxisLayout::Replicated]
+                .map(|along| Family { ty: ty.clone(), layout: layout(along) });
+            let operand = Operand::new(&memory, 0, DType::F32, &[4]);
+            let place = Place { mesh: &mesh, rank, bindings: &bindings };
+            let reduce = Conversion::AllReduce { axes: axes.clone(), monoid: Monoid::Sum };
+            let tag = Tag { sequence: 100, node: 0 };
+            let families = [&families[0], &families[1]];
+            links.convert(&reduce, [operand; 2], families, &place, (end, tag)).unwrap();
+            // The driver waits for the collective, where nobody can be asked whether that makes sense.
+            let _ = memory.clear(0, 16);
+            let failure = links.failure().unwrap().to_string();
+            assert!(failure.contains("rank 3 has had enough"), "{failure}");
+        }
+        _ => {}
+    }
+    drop(links);
+    // The device is still there, and keeps nothing of them.
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while cliques.iter().any(|clique| clique.strong_count() > 0) {
+        assert!(Instant::now() < deadline, "cliques of rank {rank} are left");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+#[test]
+fn a_rank_that_is_gone_ends_all_cliques_while_the_host_is_in_the_driver() {
+    if !has_devices("a_rank_that_is_gone_ends_all_cliques_while_the_host_is_in_the_driver", "devices=4") {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let search = search(folder.path());
+    let driver = Driver::load(&search).unwrap();
+    let library = Arc::new(Nccl::load(&search).unwrap());
+    let (ends, met) = (threads(4, &CommOptions::default()).unwrap(), Barrier::new(4));
+    std::thread::scope(|scope| {
+        for (rank, end) in ends.into_iter().enumerate() {
+            let (driver, library, met) = (&driver, &library, &met);
+            scope.spawn(move || {
+                rank_of_two_cliques(rank, &*end, &driver.device(rank).unwrap(), library, met);
+            });
+        }
+    });
+}
+
+#[test]
+fn a_library_that_would_wait_is_not_used() {
+    for value in [None, Some(""), Some("0"), Some(" 0")] {
+        assert_eq!(told_not_to_wait(value.map(OsStr::new)), Ok(()));
+    }
+    for value in ["1", "2", "0x1", "yes"] {
+        let refused = told_not_to_wait(Some(OsStr::new(value))).unwrap_err();
+        assert_eq!(refused, format!("NCCL_COMM_BLOCKING={value} is set\n  help: unset it"));
     }
 }
 
