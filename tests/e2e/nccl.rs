@@ -33,7 +33,10 @@ fn on<'a>(settings: &str, command: &'a mut Command) -> &'a mut Command {
 fn run(ranks: usize, comm: &str, inputs: &Path, outputs: &Path) -> Ended {
     let folder = sharded_for_gpu(ranks);
     let words = words!["run", folder, "--inputs", inputs, "--outputs", outputs, "--comm", comm, "--json"];
-    end(on(&format!("devices={ranks}"), &mut tpshard(words))).ok()
+    let ended = end(on(&format!("devices={ranks}"), &mut tpshard(words))).ok();
+    // What the library says to callers who do not keep to its rules.
+    assert!(!ended.stderr.contains("stand-in: "), "{}", ended.stderr);
+    ended
 }
 
 #[test]
@@ -92,8 +95,20 @@ fn what_carries_collectives_is_decided_by_all_ranks_and_said() {
     let words = |comm: &str| words!["run", sharded_for_gpu(2), "--inputs", prompt(), "--comm", comm];
     let shared = end(on("devices=1", &mut tpshard(words("auto")))).ok();
     assert!(shared.stderr.contains("through host memory (ranks share a GPU)"), "{}", shared.stderr);
-    let old = end(on("devices=2 nccl=21300", &mut tpshard(words("auto")))).ok();
-    assert!(old.stderr.contains("through host memory (rank 0: "), "{}", old.stderr);
+    let old = end(on("devices=2 nccl=22605", &mut tpshard(words("auto")))).ok();
+    let why = "libnccl.so.2 is of version 2.26.5, needed is 2.27 or newer)";
+    assert!(
+        old.stderr.contains("through host memory (rank 0: ") && old.stderr.contains(why),
+        "{}",
+        old.stderr
+    );
+    let mut waiting = tpshard(words("auto"));
+    let waiting = end(on("devices=2", &mut waiting).env("NCCL_COMM_BLOCKING", "1")).ok();
+    let why = "through host memory (rank 0: NCCL_COMM_BLOCKING=1 is set)";
+    assert!(waiting.stderr.contains(why), "{}", waiting.stderr);
+    let mut waiting = tpshard(words("nccl"));
+    let waiting = end(on("devices=2", &mut waiting).env("NCCL_COMM_BLOCKING", "1"));
+    waiting.fails(5, &["NCCL_COMM_BLOCKING=1 is set", "help: unset it, or", "--comm shm"]);
     let searched = tpshard_driver::SearchPath::from_environment();
     if tpshard_driver::nccl::Nccl::load(&searched).is_err() {
         let missing = |comm: &str| {
@@ -107,7 +122,12 @@ fn what_carries_collectives_is_decided_by_all_ranks_and_said() {
     // Asked for, NCCL itself says what it does not do.
     let nccl = |settings: &str| end(on(settings, &mut tpshard(words("nccl"))));
     nccl("devices=1").fails(6, &["Duplicate GPU detected", "--comm shm"]);
-    nccl("devices=2 refuse=1 rank=1").fails(6, &["Network is unreachable", "rank 1"]);
+    for refusal in ["refuse=1", "refuse=2"] {
+        let refused = nccl(&format!("devices=2 {refusal} rank=1"));
+        // The other one has nothing against it, and hears of it.
+        assert!(!refused.stderr.contains("rank 0: ncclComm"), "{}", refused.stderr);
+        refused.fails(6, &["Network is unreachable", "rank 1: ncclComm"]);
+    }
     // Whatever processors run, there is nothing to carry.
     let mut command = tpshard(words("nccl"));
     end(command.args(["--device", "cpu"])).ok();
@@ -121,6 +141,26 @@ fn a_step_that_fails_on_one_rank_is_told_on_all() {
     let words = words!["run", sharded_for_gpu(2), "--inputs", prompt(), "--comm", "nccl"];
     let ended = end(on("devices=2 fail=20 rank=1", &mut tpshard(words)));
     ended.fails(6, &["rank 1: %", "CUDA_ERROR_LAUNCH_FAILED"]);
+}
+
+/// What fails after it, such as the next collective, says nothing about the cause.
+#[test]
+fn a_device_that_breaks_is_told_by_the_step_that_broke_it() {
+    if !has_compiler() {
+        return;
+    }
+    let words = words!["run", sharded_for_gpu(2), "--inputs", prompt(), "--comm", "nccl"];
+    let ended = end(on("devices=2 break=20 rank=1", &mut tpshard(words)));
+    ended.fails(6, &["rank 1: %", "cuLaunchKernel failed: CUDA_ERROR_LAUNCH_FAILED", "; after that, "]);
+}
+
+#[test]
+fn a_library_that_takes_its_time_is_waited_for() {
+    if !has_compiler() {
+        return;
+    }
+    let words = words!["run", sharded_for_gpu(2), "--inputs", prompt(), "--comm", "nccl", "--timeout", "1"];
+    end(on("devices=2 meeting=3000", &mut tpshard(words))).ok();
 }
 
 /// Ranks of a program as nobody watches over them.
@@ -314,4 +354,16 @@ fn a_rank_that_loads_slowly_is_no_false_alarm() {
             assert_golden(&got, "outputs.npz");
         }
     }
+}
+
+/// The script does this a hundred times, and with a disk that is slow.
+#[test]
+fn slow_loading_is_tried_by_a_script() {
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../bench/throttled.sh");
+    let mut command = command("sh");
+    command.arg(&script).args(words!["--starts", "2", "--by", "pulse", "--slow", "4", "--timeout", "2"]);
+    let ended = end(command.arg(sharded(2)).arg("--inputs").arg(prompt())).ok();
+    assert_eq!(ended.stdout.trim(), "2 starts of 2 ranks, rank 1 slow by pulse: 0 failed");
+    let mut command = self::command("sh");
+    end(command.arg(&script).arg(sharded(2).join("none"))).fails(2, &["no ranks"]);
 }

@@ -162,6 +162,7 @@ impl Clique {
 
     /// Waits for the others to come.
     fn meet(&self, name: &str, device: u32) -> c_int {
+        std::thread::sleep(Duration::from_millis(settings().meeting));
         let wires = match Wires::join(name, self.ranks, self.rank, device) {
             Ok(wires) => wires,
             Err(error) => {

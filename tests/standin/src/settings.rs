@@ -25,6 +25,8 @@ pub(crate) struct Settings {
     pub(crate) nccl: u64,
     /// `refuse=1`: no clique comes about; `refuse=2`: and that is said at once.
     refuse: Option<u64>,
+    /// `meeting=MS`: making a clique takes so many milliseconds longer.
+    pub(crate) meeting: u64,
     /// `rank=R`: only on this rank does anything go wrong.
     rank: Option<u64>,
 }
@@ -49,6 +51,7 @@ pub(crate) fn settings() -> &'static Settings {
             end_collective: number("end-collective"),
             nccl: number("nccl").unwrap_or(22809),
             refuse: number("refuse"),
+            meeting: number("meeting").unwrap_or(0),
             rank: number("rank"),
         }
     })
