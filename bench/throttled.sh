@@ -9,8 +9,8 @@
 #   --slow S      seconds that its weights take (default 8)
 #   --timeout S   seconds after which a rank that does nothing is given up (default 2)
 #   --by disk     what it reads from the disk is throttled by a control group, and its weights are put out of the page
-#                 cache before: only for root, and only with weights of several megabytes
-#   --by pulse    it gets a few milliseconds of every fifth of a second (default: disk where that can be done)
+#                 cache before: only for root, and with weights of many times what the disk reads ahead
+#   --by pulse    it is stopped but for a moment of every tenth of a second (default: disk where that can be done)
 #
 # The other flags are those of a rank program, such as --inputs FILE. Ranks are started by hand, so that nothing else keeps
 # them waiting. A start fails if any rank ends with another code than zero, if the outputs differ from those of the first
@@ -71,16 +71,23 @@ alive() {
     kill -0 "$1" 2> /dev/null && ! grep -q ') Z ' "/proc/$1/stat" 2> /dev/null
 }
 
-# Lets a process do next to nothing, from when it has met the others until its time is over.
+# Lets a process do next to nothing, from when it has met the others until its time is over. Everything is looked at while
+# it is stopped; it goes on only for as long as the shell takes from one line to the next.
 pulse() {
-    while alive "$1" && ! grep -q memfd:tpshard "/proc/$1/maps" 2> /dev/null; do sleep 0.001; done
-    end=$(($(date +%s) + slow))
-    while alive "$1" && [ "$(date +%s)" -lt "$end" ]; do
-        kill -STOP "$1" 2> /dev/null || break
-        sleep 0.2
-        kill -CONT "$1" 2> /dev/null || break
-        sleep 0.003
+    end=
+    while kill -STOP "$1" 2> /dev/null && alive "$1"; do
+        if [ -n "$end" ]; then
+            sleep 0.1
+            [ "$(date +%s)" -lt "$end" ] || break
+            kill -CONT "$1"
+        elif grep -q memfd:tpshard "/proc/$1/maps" 2> /dev/null; then
+            end=$(($(date +%s) + slow))
+        else
+            kill -CONT "$1"
+            sleep 0.003
+        fi
     done
+    kill -CONT "$1" 2> /dev/null || true
 }
 
 # start NUMBER FLAG...: one start; what is wrong with it is said.
