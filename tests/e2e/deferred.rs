@@ -1,6 +1,8 @@
 //! Models in which data decides shapes or what is run: right on any number of ranks, checked, and refused by node.
 
+use crate::cuda::has_compiler;
 use crate::draft::Draft;
+use crate::nccl::on;
 use crate::support::*;
 use crate::words;
 use prost::Message;
@@ -167,6 +169,34 @@ fn selected_rows_meet_sharded_weights() {
             assert_eq!(made["ones"].shape(), [count], "{ranks} ranks, {mask:?}");
         }
     }
+}
+
+/// Between GPUs nobody compares how much the ranks bring, so one that cannot know how much that is ends all of them.
+#[test]
+fn a_gpu_that_cannot_know_a_size_brings_nothing() {
+    if !has_compiler() {
+        return;
+    }
+    let scratch = scratch();
+    let mut graph = selection(None);
+    graph.input[1] = value("marks", FLOAT, &[6]);
+    graph.node.insert(0, node("Mul", &["marks", "marks"], &["squares"], vec![]));
+    graph.node.insert(1, node("Greater", &["squares", "half"], &["mask"], vec![]));
+    graph.initializer.push(weight("half", &[1], |_| 0.5));
+    let model = save(graph, &scratch);
+    let folder = scratch.path().join("gpu");
+    let words = words![model, "--tp", "2", "--target", "cuda:sm_90", "-o", folder, "--memory", "min"];
+    end(on("devices=2", &mut tpshard(words))).ok();
+    let (given, made) = (scratch.path().join("in.npz"), scratch.path().join("out.npz"));
+    let marks = floats(&[6], |i| (i % 2) as f32);
+    let inputs = [("x", floats(&[6, 8], |i| (i % 7) as f32)), ("marks", marks)];
+    write(&given, &inputs.map(|(name, tensor)| (name.to_owned(), tensor)).into_iter().collect());
+    let words = words!["run", folder, "--inputs", given, "--outputs", made, "--comm", "nccl"];
+    end(on("devices=2", &mut tpshard(&words))).ok();
+    assert_eq!(read(&made)["y"].shape(), [3, 8]);
+    let ended = end(on("devices=2 fail=1 rank=1", &mut tpshard(words)));
+    let said = "unspecified launch failure; after that, %";
+    ended.fails(6, &["failed on rank 1", "the_Greater", said, "the_NonZero", "decide sizes"]);
 }
 
 /// What the model declares of a shape is relied upon, so it is held to it.

@@ -25,7 +25,7 @@ fn standin() -> PathBuf {
 }
 
 /// A command on a device of this kind.
-fn on<'a>(settings: &str, command: &'a mut Command) -> &'a mut Command {
+pub(crate) fn on<'a>(settings: &str, command: &'a mut Command) -> &'a mut Command {
     with_libraries(command, &standin()).env("TPSHARD_STANDIN", settings)
 }
 

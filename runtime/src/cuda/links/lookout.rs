@@ -290,7 +290,7 @@ impl Shared {
 
     /// Says what is wrong, here and to the other ranks, and ends the collectives.
     fn fail(&self, error: CommError) {
-        self.monitor.abort(&error.to_string());
+        self.monitor.abort(&reason(&error));
         {
             // Nobody takes for done what is ended below.
             let _state = self.state();
@@ -307,6 +307,14 @@ impl Shared {
             None => what,
         };
         CommError::Device { rank: self.rank, what }
+    }
+}
+
+/// An error as it is told to other ranks, which say themselves whose it is.
+pub(super) fn reason(error: &CommError) -> String {
+    match error {
+        CommError::Device { what, .. } => what.clone(),
+        other => other.to_string(),
     }
 }
 

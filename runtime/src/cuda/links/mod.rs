@@ -188,7 +188,7 @@ impl Links {
     }
 
     fn ended(&self, communicator: &dyn Communicator, error: CommError) -> CommError {
-        communicator.abort(&error.to_string());
+        communicator.abort(&lookout::reason(&error));
         // What is in the queue may never be done, also if it is not looked after yet.
         self.lookout.end(error.clone());
         error
