@@ -13,8 +13,9 @@
 #   --by pulse    it is stopped but for a moment of every tenth of a second (default: disk where that can be done)
 #
 # The other flags are those of a rank program, such as --inputs FILE. Ranks are started by hand, so that nothing else keeps
-# them waiting. A start fails if any rank ends with another code than zero, if the outputs differ from those of the first
-# start, or if the slow rank was not slow. Prints a line for each start that fails and one for all; ends with 1 if any did.
+# them waiting. A start fails if any rank ends with another code than zero, or if the outputs differ from those of the first
+# start. Prints a line for each start that fails and one for all, with the starts that took longer than the timeout, as they
+# should. Ends with 1 if any failed.
 set -eu
 
 starts=100
@@ -76,16 +77,17 @@ alive() {
 pulse() {
     end=
     while kill -STOP "$1" 2> /dev/null && alive "$1"; do
+        pause=0
         if [ -n "$end" ]; then
             sleep 0.1
             [ "$(date +%s)" -lt "$end" ] || break
-            kill -CONT "$1"
         elif grep -q memfd:tpshard "/proc/$1/maps" 2> /dev/null; then
             end=$(($(date +%s) + slow))
         else
-            kill -CONT "$1"
-            sleep 0.003
+            pause=0.003
         fi
+        kill -CONT "$1" 2> /dev/null || break
+        [ $pause = 0 ] || sleep $pause
     done
     kill -CONT "$1" 2> /dev/null || true
 }
@@ -120,17 +122,18 @@ start() {
     if [ -z "$wrong" ]; then
         hash=$(cksum < "$scratch/got.npz")
         [ "${expected:=$hash}" = "$hash" ] || wrong="the outputs are not those of the first start"
-        [ "$took" -gt "$timeout" ] || wrong="rank $slow_rank was not slow: all were done after $took s"
+        [ "$took" -le "$timeout" ] || longer=$((longer + 1))
     fi
     rm -f "$scratch/got.npz"
     [ -z "$wrong" ] || { echo "start $number: $wrong"; return 1; }
 }
 
 failed=0
+longer=0
 number=1
 while [ "$number" -le "$starts" ]; do
     start "$number" "$@" || failed=$((failed + 1))
     number=$((number + 1))
 done
-echo "$starts starts of $ranks ranks, rank $slow_rank slow by $by: $failed failed"
+echo "$starts starts of $ranks ranks, rank $slow_rank slow by $by: $failed failed, $longer took longer than $timeout s"
 [ "$failed" -eq 0 ]

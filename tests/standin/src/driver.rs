@@ -3,7 +3,7 @@
 
 use crate::memory;
 use crate::modules::{Kernel, Module};
-use crate::settings::{launch_succeeds, settings, works};
+use crate::settings::{busy, launch_succeeds, settings, works};
 use crate::streams::{self, Stream};
 use std::cell::Cell;
 use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
@@ -423,6 +423,9 @@ pub unsafe extern "C" fn cuEventRecord(event: *mut c_void, stream: *mut c_void) 
         return LAUNCH_FAILED;
     }
     let Some(stream) = Stream::at(stream.addr()) else { return INVALID_VALUE };
+    if let Some(time) = busy() {
+        stream.put(Box::new(move || std::thread::sleep(time)));
+    }
     // SAFETY: see above.
     *unsafe { event_state(event) } = Some((stream, stream.end()));
     SUCCESS

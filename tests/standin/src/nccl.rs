@@ -4,7 +4,7 @@
 use crate::combine::{Combining, combined, size_of_element};
 use crate::driver::current_device;
 use crate::memory;
-use crate::settings::{begin_collective, refuses, settings, works};
+use crate::settings::{begin_clique, begin_collective, refuses, settings, works};
 use crate::streams::{Stream, drain_device};
 use crate::wires::{MOST_RANKS, Wires};
 use std::cell::{Cell, RefCell};
@@ -124,6 +124,7 @@ pub unsafe extern "C" fn ncclCommInitRankConfig(
         last_error("settings that are not known".into());
         return INVALID_ARGUMENT;
     }
+    begin_clique();
     let (device, state) = (current_device(), AtomicI32::new(IN_PROGRESS));
     let made: &'static Clique = Box::leak(Box::new(Clique {
         ranks,

@@ -3,6 +3,7 @@
 
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
 
 pub(crate) struct Settings {
     /// `devices=N`: devices that are seen; 1.
@@ -19,6 +20,8 @@ pub(crate) struct Settings {
     end: Option<u64>,
     /// `stop=N`: launch number N is never done.
     stop: Option<u64>,
+    /// `busy=N`: what comes before event number N after the first clique takes three seconds more.
+    busy: Option<u64>,
     /// `end-collective=N`: the process ends at collective number N, counted from 1.
     end_collective: Option<u64>,
     /// `nccl=22809`: the version of the library of collectives as it says it.
@@ -48,6 +51,7 @@ pub(crate) fn settings() -> &'static Settings {
             break_at: number("break"),
             end: number("end"),
             stop: number("stop"),
+            busy: number("busy"),
             end_collective: number("end-collective"),
             nccl: number("nccl").unwrap_or(22809),
             refuse: number("refuse"),
@@ -83,6 +87,23 @@ pub(crate) fn launch_succeeds() -> bool {
         BROKEN.store(true, Ordering::SeqCst);
     }
     settings.fail != number && works()
+}
+
+/// From now on, events are counted.
+pub(crate) fn begin_clique() {
+    HAS_CLIQUE.store(true, Ordering::SeqCst);
+}
+
+static HAS_CLIQUE: AtomicBool = AtomicBool::new(false);
+
+/// Counts an event; how much longer takes what comes before it.
+pub(crate) fn busy() -> Option<Duration> {
+    static EVENTS: AtomicU64 = AtomicU64::new(0);
+    if !HAS_CLIQUE.load(Ordering::SeqCst) {
+        return None;
+    }
+    let number = EVENTS.fetch_add(1, Ordering::Relaxed) + 1;
+    (settings().busy == Some(number)).then_some(Duration::from_secs(3))
 }
 
 static BROKEN: AtomicBool = AtomicBool::new(false);
