@@ -12,6 +12,7 @@
 mod combine;
 pub mod compiler;
 pub mod driver;
+pub mod graphs;
 pub mod matrices;
 mod memory;
 mod modules;
