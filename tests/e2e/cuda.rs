@@ -455,11 +455,12 @@ fn steps_of_decoding_are_a_few_graphs_with_the_same_bits() {
         // Launches, graphs, updates, graphs made.
         let [alone, 0, 0, 0] = plain[0] else { panic!("{plain:?}") };
         assert!(plain.iter().all(|step| *step == [alone, 0, 0, 0]), "{plain:?}");
-        assert_eq!(steps[0], [alone, 0, 0, 0], "{steps:?}");
-        let [_, _, 0, made] = steps[1] else { panic!("{steps:?}") };
+        // Graphs are made in the second step at the latest.
+        let made: u64 = steps[..2].iter().map(|step| step[3]).sum();
+        assert!(made > 0, "{steps:?}");
         for step in &steps[2..] {
             let [launches, graphs, updates, 0] = *step else { panic!("{steps:?}") };
-            assert_eq!(graphs, made, "{steps:?}");
+            assert!(graphs >= 1 && graphs <= made, "{steps:?}");
             assert!(4 * (launches + graphs) < alone, "{steps:?}");
             assert!(2 * updates < alone, "{steps:?}");
         }

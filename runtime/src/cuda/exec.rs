@@ -415,11 +415,7 @@ impl<'a> Run<'a> {
     }
 
     /// True if the library has taken the product.
-    fn multiplied(
-        &mut self,
-        product: &Product,
-        communicator: &dyn Communicator,
-    ) -> Result<bool, StepError> {
+    fn multiplied(&mut self, product: &Product, communicator: &dyn Communicator) -> Result<bool, StepError> {
         let Some(library) = self.library else { return Ok(false) };
         let element = match product.dtype {
             DType::F32 => Element::F32,

@@ -70,8 +70,8 @@ impl Graphs {
         }
         let kept = self.kept.entry(piece).or_default();
         let nearest = kept.iter().enumerate().filter_map(|(at, kept)| Some((kept.changes(calls)?, at))).min();
-        // To tell many nodes costs as much as to make the calls; these may come again, and get a graph of their own.
-        let Some((_, at)) = nearest.filter(|(changes, _)| 2 * changes <= calls.len()) else {
+        // To tell most nodes costs as much as to make the calls; these may come again, and get a graph of their own.
+        let Some((_, at)) = nearest.filter(|(changes, _)| 4 * changes <= 3 * calls.len()) else {
             if kept.len() >= MOST_KEPT {
                 kept.remove(0);
             }

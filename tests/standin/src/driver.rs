@@ -5,7 +5,7 @@ use crate::graphs::{self, Work};
 use crate::memory;
 use crate::modules::{Kernel, Module};
 use crate::settings::{launch_succeeds, settings};
-use crate::streams::{self, Stream};
+use crate::streams;
 use std::cell::Cell;
 use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
 use std::sync::Arc;
@@ -37,14 +37,11 @@ pub(crate) fn current_device() -> c_int {
     CURRENT.get()
 }
 
-/// A mark in a stream: the stream, and how much had been put into it; no such number if the stream was captured.
-struct Event(std::sync::Mutex<Option<(&'static Stream, Option<u64>)>>);
-
 /// Writes through a pointer that may be null.
 ///
 /// # Safety
 /// It is null or points to a `T` that is not borrowed.
-unsafe fn put<T>(to: *mut T, value: T) -> c_int {
+pub(crate) unsafe fn put<T>(to: *mut T, value: T) -> c_int {
     if to.is_null() {
         return INVALID_VALUE;
     }
@@ -378,99 +375,6 @@ pub unsafe extern "C" fn cuLaunchKernel(
 /// # Safety
 /// See above.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuStreamCreate(stream: *mut *mut c_void, _flags: c_uint) -> c_int {
-    // SAFETY: see above.
-    unsafe { put(stream, std::ptr::from_ref(Stream::make(current_device())).cast_mut().cast()) }
-}
-
-/// # Safety
-/// See above.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuStreamSynchronize(stream: *mut c_void) -> c_int {
-    if let Some(code) = streams::forbid(stream.addr()) {
-        return code;
-    }
-    streams::drain(stream.addr());
-    SUCCESS
-}
-
-/// # Safety
-/// See above.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuStreamQuery(stream: *mut c_void) -> c_int {
-    if let Some(code) = streams::forbid(stream.addr()) {
-        return code;
-    }
-    match Stream::at(stream.addr()) {
-        Some(stream) if !stream.is_done(stream.end()) => NOT_READY,
-        Some(_) => SUCCESS,
-        None => INVALID_VALUE,
-    }
-}
-
-/// # Safety
-/// See above.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuStreamDestroy_v2(_stream: *mut c_void) -> c_int {
-    SUCCESS
-}
-
-/// # Safety
-/// See above.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuEventCreate(event: *mut *mut c_void, _flags: c_uint) -> c_int {
-    // SAFETY: see above.
-    unsafe { put(event, Box::into_raw(Box::new(Event(std::sync::Mutex::default()))).cast()) }
-}
-
-/// The state of an event.
-///
-/// # Safety
-/// The handle came from `cuEventCreate` and is not destroyed.
-unsafe fn event_state<'a>(
-    event: *mut c_void,
-) -> std::sync::MutexGuard<'a, Option<(&'static Stream, Option<u64>)>> {
-    // SAFETY: by the caller.
-    let event = unsafe { &*event.cast::<Event>() };
-    event.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
-}
-
-/// # Safety
-/// See above.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuEventRecord(event: *mut c_void, stream: *mut c_void) -> c_int {
-    let Some(stream) = Stream::at(stream.addr()) else { return INVALID_VALUE };
-    let end = stream.end();
-    let captured = stream.with_capture(|capture| capture.take(|| Work::Other(Arc::new(|| SUCCESS))));
-    // SAFETY: see above.
-    *unsafe { event_state(event) } = Some((stream, captured.is_none().then_some(end)));
-    captured.unwrap_or(SUCCESS)
-}
-
-/// # Safety
-/// See above.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuEventQuery(event: *mut c_void) -> c_int {
-    // SAFETY: see above.
-    match *unsafe { event_state(event) } {
-        Some((_, None)) => CAPTURED_EVENT,
-        Some((stream, Some(end))) if !stream.is_done(end) => NOT_READY,
-        _ => SUCCESS,
-    }
-}
-
-/// # Safety
-/// See above.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuEventDestroy_v2(event: *mut c_void) -> c_int {
-    // SAFETY: made by `cuEventCreate`, destroyed once.
-    drop(unsafe { Box::from_raw(event.cast::<Event>()) });
-    SUCCESS
-}
-
-/// # Safety
-/// See above.
-#[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuDeviceGetPCIBusId(id: *mut c_char, length: c_int, device: c_int) -> c_int {
     let text = format!("0000:{device:02x}:00.0\0");
     if usize::try_from(length).is_ok_and(|length| length < text.len()) {
@@ -540,17 +444,17 @@ fn described(code: c_int) -> [&'static CStr; 2] {
         NOT_READY => [c"CUDA_ERROR_NOT_READY", c"device not ready"],
         NOT_FOUND => [c"CUDA_ERROR_NOT_FOUND", c"named symbol not found"],
         LAUNCH_FAILED => [c"CUDA_ERROR_LAUNCH_FAILED", c"unspecified launch failure"],
-        CAPTURE_UNSUPPORTED => [
-            c"CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED",
-            c"operation not permitted when stream is capturing",
-        ],
+        CAPTURE_UNSUPPORTED => {
+            [c"CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED", c"operation not permitted when stream is capturing"]
+        }
         CAPTURE_INVALIDATED => [
             c"CUDA_ERROR_STREAM_CAPTURE_INVALIDATED",
             c"operation failed due to a previous error during capture",
         ],
-        CAPTURED_EVENT => {
-            [c"CUDA_ERROR_CAPTURED_EVENT", c"operation not permitted on an event last recorded in a capturing stream"]
-        }
+        CAPTURED_EVENT => [
+            c"CUDA_ERROR_CAPTURED_EVENT",
+            c"operation not permitted on an event last recorded in a capturing stream",
+        ],
         _ => [c"CUDA_ERROR_UNKNOWN", c"unknown error"],
     }
 }

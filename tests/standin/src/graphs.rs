@@ -52,11 +52,11 @@ impl Call {
             return LAUNCH_FAILED;
         }
         let mut words = self.words.clone();
-        let mut arguments: Vec<*mut c_void> = words.iter_mut().map(|w| std::ptr::from_mut(w).cast()).collect();
+        let mut arguments: Vec<*mut c_void> =
+            words.iter_mut().map(|w| std::ptr::from_mut(w).cast()).collect();
         // One thread does the work of a block: kernels are written so that this is right too.
         // SAFETY: the arguments are those of the kernel; what they name is memory if the caller of the driver has kept it.
-        let done =
-            unsafe { self.kernel.launch(self.blocks, [1, 1, 1], self.shared, arguments.as_mut_ptr()) };
+        let done = unsafe { self.kernel.launch(self.blocks, [1, 1, 1], self.shared, arguments.as_mut_ptr()) };
         if done { SUCCESS } else { LAUNCH_FAILED }
     }
 }
@@ -74,8 +74,8 @@ pub(crate) enum Work {
 pub(crate) enum Capture {
     #[default]
     Not,
-    /// Boxes, so that every node has an address that stays; and the address of the last one.
-    Taken(Vec<Box<Work>>, Box<usize>),
+    /// The nodes, whose addresses name them, and the address of the last one.
+    Taken(Nodes, Box<usize>),
     Spoiled,
 }
 
@@ -86,8 +86,8 @@ impl Capture {
             Capture::Not => None,
             Capture::Spoiled => Some(INVALIDATED),
             Capture::Taken(nodes, last) => {
-                nodes.push(Box::new(work()));
-                **last = nodes.last().map_or(0, |node| std::ptr::from_ref::<Work>(node).addr());
+                nodes.push(Arc::new(work()));
+                **last = nodes.last().map_or(0, |node| Arc::as_ptr(node).addr());
                 Some(SUCCESS)
             }
         }
@@ -110,7 +110,7 @@ pub(crate) fn is_lost() -> bool {
     LOST.load(Ordering::Relaxed)
 }
 
-type Nodes = Vec<Box<Work>>;
+type Nodes = Vec<Arc<Work>>;
 /// The address of every node, and its work as it is now.
 type Executable = Vec<(usize, Work)>;
 
@@ -185,7 +185,7 @@ pub unsafe extern "C" fn cuGraphInstantiateWithFlags(
     }
     // SAFETY: by the caller, the handle is of a graph that is not destroyed.
     let nodes = unsafe { &*graph.cast::<Nodes>() };
-    let copied = |node: &Box<Work>| (std::ptr::from_ref::<Work>(node).addr(), (**node).clone());
+    let copied = |node: &Arc<Work>| (Arc::as_ptr(node).addr(), (**node).clone());
     let made: Executable = nodes.iter().map(copied).collect();
     // SAFETY: by the caller.
     unsafe { executable.write(Box::into_raw(Box::new(made)).cast()) };
@@ -222,7 +222,8 @@ pub unsafe extern "C" fn cuGraphExecKernelNodeSetParams_v2(
         return INVALID_VALUE;
     }
     // SAFETY: handles of functions live on; the arguments are those of the kernel.
-    let told = unsafe { Call::new(&*call.function.cast::<Kernel>(), call.blocks, call.shared, call.arguments) };
+    let told =
+        unsafe { Call::new(&*call.function.cast::<Kernel>(), call.blocks, call.shared, call.arguments) };
     match executable.iter_mut().find(|(at, _)| *at == node.addr()) {
         Some((_, work @ Work::Call(_))) => {
             *work = Work::Call(told);

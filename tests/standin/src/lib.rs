@@ -13,6 +13,7 @@ mod combine;
 pub mod compiler;
 pub mod driver;
 pub mod graphs;
+pub mod marks;
 pub mod matrices;
 mod memory;
 mod modules;
