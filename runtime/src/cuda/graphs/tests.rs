@@ -4,7 +4,7 @@ use super::*;
 use std::process::Command;
 use std::sync::OnceLock;
 use tpshard_driver::SearchPath;
-use tpshard_driver::cuda::{Argument, Driver, Memory, Module, Submitted};
+use tpshard_driver::cuda::{Argument, Driver, Function, Memory, Submitted};
 use tpshard_driver::nvrtc::Nvrtc;
 
 /// Kernels whose order and arguments both show in the result.
@@ -19,7 +19,8 @@ extern "C" __global__ void __launch_bounds__(32) scale(long long *to, long long 
 
 struct Machine {
     device: Device,
-    module: Module,
+    add: Function,
+    scale: Function,
     memory: Memory,
 }
 
@@ -45,15 +46,16 @@ fn machine() -> Option<Machine> {
     });
     let device = Driver::load(search).unwrap().device(0).unwrap();
     let module = device.load(code).unwrap();
+    let [add, scale] = ["add", "scale"].map(|name| module.function(name).unwrap());
     let memory = device.allocate(8).unwrap();
-    Some(Machine { device, module, memory })
+    Some(Machine { device, add, scale, memory })
 }
 
 const PIECE: Piece = Piece { entry: 0, number: 0 };
 
 impl Machine {
     fn call(&self, kernel: &str, by: i64) -> Call {
-        let function = self.module.function(kernel).unwrap();
+        let function = if kernel == "add" { &self.add } else { &self.scale };
         let arguments = [Argument::Memory(&self.memory, 0), Argument::Size(by)];
         function.call([1, 1, 1], 32, 0, &arguments).unwrap()
     }
