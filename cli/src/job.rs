@@ -27,7 +27,13 @@ pub(crate) struct Job {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) enum JobKind {
     /// Runs, `warm_up` of them unmeasured. With `decode`, each run is a prompt and so many tokens after it.
-    Bench { warm_up: usize, samples: usize, decode: usize },
+    Bench {
+        warm_up: usize,
+        samples: usize,
+        decode: usize,
+        /// Time every step too.
+        steps: bool,
+    },
     /// Continues prompts.
     Generate {
         prompts: Vec<Vec<i64>>,
@@ -69,7 +75,7 @@ impl Job {
 
     pub(crate) fn options(&self, options: SessionOptions) -> SessionOptions {
         let state = self.state.map(|(slots, capacity)| StateOptions { capacity, slots });
-        SessionOptions { timeline: matches!(self.kind, JobKind::Bench { .. }), state, ..options }
+        SessionOptions { timeline: matches!(self.kind, JobKind::Bench { steps: true, .. }), state, ..options }
     }
 
     /// Does it on this rank.
@@ -78,7 +84,7 @@ impl Job {
             session.follow().map_err(|e| session_failure(&e))?;
         }
         match &self.kind {
-            JobKind::Bench { warm_up, samples, decode } => {
+            JobKind::Bench { warm_up, samples, decode, .. } => {
                 bench::work(session, inputs, [*warm_up, *samples, *decode], &self.results)
             }
             JobKind::Generate { prompts, most, stop, sampling, tokenizer, silent } if session.rank() == 0 => {

@@ -162,6 +162,9 @@ pub(crate) fn run_rank(
         Some(job) => job.work(&mut session, &inputs),
         None => run_once(&mut session, &inputs, &output_names, arguments, json),
     };
+    if let Some(trouble) = session.submitted().and_then(|submitted| submitted.trouble) {
+        output::say(format_args!("rank {}: CUDA graphs were given up: {trouble}", place.rank));
+    }
     if session.is_broken() {
         tell_history(&session.history());
     }

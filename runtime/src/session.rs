@@ -92,6 +92,8 @@ pub struct SessionOptions {
     pub device: DeviceChoice,
     /// What carries collectives between GPUs; ranks on processors have only host memory.
     pub comm: CommChoice,
+    /// Make every call of a kernel on a GPU by itself, without CUDA graphs.
+    pub no_graphs: bool,
     /// Folders that NVIDIA's libraries are looked for in before all others.
     pub libraries: Vec<PathBuf>,
     /// The number of this rank among those of this machine, which chooses its GPU; default: the rank.
@@ -104,6 +106,21 @@ pub struct SessionOptions {
     pub timeline: bool,
     /// What gives operations their meaning whose shape depends on data; default: programs with such are refused.
     pub evaluator: SharedEvaluator,
+}
+
+/// What a rank asked its GPU to do since the session opened.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Submissions {
+    /// Calls of kernels, one by one.
+    pub launches: u64,
+    /// Launches of CUDA graphs, each of many calls.
+    pub graphs: u64,
+    /// Calls in graphs that were given other arguments.
+    pub updates: u64,
+    /// Graphs that were made.
+    pub captures: u64,
+    /// Why graphs are not used any more, if something went wrong with them.
+    pub trouble: Option<String>,
 }
 
 /// A result.
@@ -204,6 +221,11 @@ impl Session {
     /// The GPU that executes the program and where its kernels came from; nothing if it is the processor.
     pub fn device(&self) -> Option<&str> {
         self.worker.device()
+    }
+
+    /// What the GPU was asked to do so far; nothing if the processor executes the program.
+    pub fn submitted(&self) -> Option<Submissions> {
+        self.worker.submitted()
     }
 
     /// What was communicated so far.

@@ -378,25 +378,34 @@ fn bench_names_the_kernels_that_ran() {
     assert!(cpu.iter().any(|name| name == "einsum"), "{cpu:?}");
 }
 
-/// All ranks of a folder on threads; `body` is rank 0.
-fn with_session<T: Send>(folder: &Path, device: DeviceChoice, body: impl Fn(&mut Session) -> T + Sync) -> T {
-    let ends = threads(2, &CommOptions::default()).unwrap();
-    let options = SessionOptions {
+/// Settings for sessions that keep the state of a few short slots.
+fn options(device: DeviceChoice) -> SessionOptions {
+    SessionOptions {
         threads: Some(1),
         device,
         libraries: vec![standin()],
         state: Some(StateOptions { capacity: 12, slots: 4 }),
         ..SessionOptions::default()
-    };
+    }
+}
+
+/// All ranks of a folder on threads; `body` is rank 0.
+fn with_session<T: Send>(
+    folder: &Path,
+    ranks: usize,
+    options: &SessionOptions,
+    body: impl Fn(&mut Session) -> T + Sync,
+) -> T {
+    let ends = threads(ranks, &CommOptions::default()).unwrap();
     let results: Vec<Option<T>> = std::thread::scope(|scope| {
         let start = |(rank, end)| {
-            let (options, body) = (&options, &body);
+            let body = &body;
             scope.spawn(move || {
                 let payload = read_section(&folder.join(format!("rank{rank}"))).unwrap().unwrap();
                 let program = RankProgram::decode(&payload).unwrap();
                 let file = SafeTensorsFile::open(&folder.join(format!("rank{rank}.safetensors"))).unwrap();
                 let mut session = Session::open(program, &mut FileWeights::new(file), end, options).unwrap();
-                assert_eq!(session.device().is_some(), device == DeviceChoice::Program);
+                assert_eq!(session.device().is_some(), options.device == DeviceChoice::Program);
                 if rank != 0 {
                     session.follow().unwrap();
                     return None;
@@ -410,6 +419,88 @@ fn with_session<T: Send>(folder: &Path, device: DeviceChoice, body: impl Fn(&mut
         handles.into_iter().map(|handle| handle.join().unwrap()).collect()
     });
     results.into_iter().flatten().next().unwrap()
+}
+
+#[test]
+fn steps_of_decoding_are_a_few_graphs_with_the_same_bits() {
+    if !has_compiler() {
+        return;
+    }
+    for ranks in [1, 2] {
+        let folder = sharded_for_gpu(ranks);
+        let story = |session: &mut Session| {
+            let mut logits = step(session, &[1], &[5, 9, 7]);
+            let mut steps = Vec::new();
+            let mut before = session.submitted().unwrap();
+            for token in 0..7 {
+                logits.extend(step(session, &[1], &[token]));
+                let now = session.submitted().unwrap();
+                assert_eq!(now.trouble, None);
+                steps.push([
+                    now.launches - before.launches,
+                    now.graphs - before.graphs,
+                    now.updates - before.updates,
+                    now.captures - before.captures,
+                ]);
+                before = now;
+            }
+            (logits, steps)
+        };
+        let with = options(DeviceChoice::Program);
+        let without = SessionOptions { no_graphs: true, ..with.clone() };
+        let (logits, steps) = with_session(&folder, ranks, &with, story);
+        let (expected, plain) = with_session(&folder, ranks, &without, story);
+        assert!(logits == expected, "{ranks} ranks: graphs change bits");
+        eprintln!("{ranks} ranks: without graphs {plain:?}, with graphs {steps:?}");
+        // Launches, graphs, updates, graphs made.
+        let [alone, 0, 0, 0] = plain[0] else { panic!("{plain:?}") };
+        assert!(plain.iter().all(|step| *step == [alone, 0, 0, 0]), "{plain:?}");
+        // Graphs are made in the second step at the latest.
+        let made: u64 = steps[..2].iter().map(|step| step[3]).sum();
+        assert!(made > 0, "{steps:?}");
+        for step in &steps[2..] {
+            let [launches, graphs, updates, 0] = *step else { panic!("{steps:?}") };
+            assert!(graphs >= 1 && graphs <= made, "{steps:?}");
+            assert!(4 * (launches + graphs) < alone, "{steps:?}");
+            assert!(2 * updates < alone, "{steps:?}");
+        }
+    }
+}
+
+#[test]
+fn graphs_can_be_switched_off_and_are_given_up_if_the_driver_fails_with_them() {
+    if !has_compiler() {
+        return;
+    }
+    let generate = |settings: &str, graphs: &str| {
+        let words = words!["generate", sharded_for_gpu(1), "--max-tokens", "6", "--prompt-ids", "5,100,7,42"];
+        let mut command = tpshard(words);
+        let command = with_libraries(command.arg("--ignore-stop"), &standin());
+        end(command.env("TPSHARD_STANDIN", settings).env("TPSHARD_CUDA_GRAPHS", graphs))
+    };
+    let expected = generate("", "on").ok();
+    let given_up = "rank 0: CUDA graphs were given up: ";
+    for word in [given_up, "without CUDA graphs"] {
+        assert!(!expected.stderr.contains(word), "{}", expected.stderr);
+    }
+    let off = generate("spoil=1", "off").ok();
+    assert!(off.stderr.contains("without CUDA graphs"), "{}", off.stderr);
+    assert!(!off.stderr.contains(given_up), "{}", off.stderr);
+    assert_eq!(off.stdout, expected.stdout);
+    for (settings, why) in [
+        ("spoil=1", "CUDA_ERROR_STREAM_CAPTURE_INVALIDATED"),
+        ("spoil=2", "CUDA_ERROR_STREAM_CAPTURE_INVALIDATED"),
+        ("refuse-graph=1", "cuGraphLaunch failed: CUDA_ERROR_OUT_OF_MEMORY"),
+        ("refuse-graph=3", "cuGraphLaunch failed: CUDA_ERROR_OUT_OF_MEMORY"),
+    ] {
+        let ended = generate(settings, "on").ok();
+        let said: Vec<&str> = ended.stderr.lines().filter(|line| line.contains(given_up)).collect();
+        assert!(said.len() == 1 && said[0].contains(why), "{settings}: {}", ended.stderr);
+        assert_eq!(ended.stdout, expected.stdout, "{settings}");
+    }
+    generate("", "perhaps").fails(2, &["TPSHARD_CUDA_GRAPHS=perhaps", "on or off"]);
+    // A kernel that fails in a graph ends the run with an error, as one that fails by itself.
+    generate("fail=250", "on").fails(6, &["CUDA_ERROR_LAUNCH_FAILED"]);
 }
 
 /// The logits of one step in which each slot gets these tokens.
@@ -471,8 +562,10 @@ fn slots_change_hands_on_the_gpu_as_on_the_processor() {
         logits.extend(step(session, &[9], &[2]));
         logits
     };
-    let gpu = with_session(&folder, DeviceChoice::Program, story);
-    let cpu = with_session(&folder, DeviceChoice::Cpu, story);
+    let gpu = with_session(&folder, 2, &options(DeviceChoice::Program), story);
+    let cpu = with_session(&folder, 2, &options(DeviceChoice::Cpu), story);
+    let no_graphs = SessionOptions { no_graphs: true, ..options(DeviceChoice::Program) };
+    assert_eq!(gpu, with_session(&folder, 2, &no_graphs, story));
     assert_eq!(gpu.len(), cpu.len());
     let range = cpu.iter().fold(0f32, |range, x| range.max(x.abs()));
     let most = gpu.iter().zip(&cpu).map(|(a, b)| (a - b).abs()).fold(0f32, f32::max);

@@ -17,6 +17,7 @@ use crate::rank_program::RankFile;
 use lead::{RankLog, log_file};
 use std::path::Path;
 use summary::Summary;
+use tpshard_runtime::session::DeviceChoice;
 
 pub(crate) fn bench(arguments: &BenchArguments, json: bool) -> Outcome<()> {
     if arguments.tensors.outputs.is_some() {
@@ -33,7 +34,8 @@ pub(crate) fn bench(arguments: &BenchArguments, json: bool) -> Outcome<()> {
         }
     };
     let decode = arguments.decode.unwrap_or(0);
-    let kind = JobKind::Bench { warm_up: arguments.warm_up, samples: arguments.samples, decode };
+    let steps = times_steps(&folder, arguments)?;
+    let kind = JobKind::Bench { warm_up: arguments.warm_up, samples: arguments.samples, decode, steps };
     let job = Job { kind, state, results: results.0.clone() };
     spawn(job.commands(&folder, |command| add_flags(command, &arguments.tensors, false))?)?;
     let logs = (0..folder.ranks).map(|rank| read(&results.0, rank)).collect::<Outcome<Vec<RankLog>>>()?;
@@ -47,6 +49,16 @@ pub(crate) fn bench(arguments: &BenchArguments, json: bool) -> Outcome<()> {
         return output::line(summary.to_json(arguments.by_op));
     }
     output::text(summary.to_text(arguments.by_op))
+}
+
+/// Whether ranks time every step. On a GPU only if somebody asks: the host then waits for the device after each of them,
+/// which is no measure of the whole.
+fn times_steps(folder: &Folder, arguments: &BenchArguments) -> Outcome<bool> {
+    let asked = arguments.by_op || arguments.trace.is_some();
+    if asked || arguments.tensors.ranks.on.device.choice() == DeviceChoice::Cpu {
+        return Ok(true);
+    }
+    Ok(RankFile::read(&folder.executable(0))?.program.device.is_none())
 }
 
 /// The number of prompts in the inputs, and of the tokens in each.

@@ -143,7 +143,8 @@ template <class... A, size_t... I> void unpack(void (*kernel)(A...), void **argu
 template <class... A> void call(void (*kernel)(A...), void **arguments) {
     unpack(kernel, arguments, std::index_sequence_for<A...>());
 }
-struct Kernel { const char *name; void (*call)(void **); };
+template <class... A> constexpr unsigned count(void (*)(A...)) { return sizeof...(A); }
+struct Kernel { const char *name; void (*call)(void **); unsigned parameters; };
 }  // namespace shim
 }  // namespace
 

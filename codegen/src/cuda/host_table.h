@@ -27,3 +27,9 @@ extern "C" int tpshard_launch(const char *name, const unsigned grid[3], const un
     }
     return 0;
 }
+
+// How many arguments a kernel takes, none of more than eight bytes; -1 if there is no such kernel.
+extern "C" int tpshard_parameters(const char *name) {
+    for (const shim::Kernel &k : shim_kernels) if (k.call && strcmp(k.name, name) == 0) return (int)k.parameters;
+    return -1;
+}

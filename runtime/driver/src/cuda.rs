@@ -10,12 +10,14 @@
 #![allow(unsafe_code)] // Calls into a C library.
 
 mod functions;
+mod graphs;
 mod kernels;
 mod memory;
 mod pinned;
 
 pub use functions::OUT_OF_MEMORY;
-pub use kernels::{Argument, Function, Module};
+pub use graphs::{Capture, Graph, Node};
+pub use kernels::{Argument, Call, Function, Module};
 pub use memory::{Memory, Rows};
 pub use pinned::Uploader;
 
@@ -26,7 +28,7 @@ pub(crate) use functions::DevicePointer;
 use functions::Functions;
 use std::ffi::{c_int, c_void};
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -117,6 +119,7 @@ impl Driver {
             bus: String::new(),
             watch: Mutex::default(),
             abandoned: AtomicBool::new(false),
+            counts: Counts::default(),
         };
         queue.enter()?;
         let mut stream = std::ptr::null_mut();
@@ -144,6 +147,42 @@ struct Queue {
     bus: String,
     watch: Mutex<Option<Arc<dyn Watch>>>,
     abandoned: AtomicBool,
+    counts: Counts,
+}
+
+/// See [`Submitted`].
+#[derive(Debug, Default)]
+struct Counts {
+    launches: AtomicU64,
+    graphs: AtomicU64,
+    updates: AtomicU64,
+    captures: AtomicU64,
+}
+
+/// How often the driver was asked to have a device do something.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Submitted {
+    /// Calls of our own kernels, one by one.
+    pub launches: u64,
+    /// Launches of graphs.
+    pub graphs: u64,
+    /// Nodes of graphs that were given other arguments.
+    pub updates: u64,
+    /// Graphs that were made.
+    pub captures: u64,
+}
+
+impl Submitted {
+    /// What was asked for since `before`.
+    #[must_use]
+    pub fn since(&self, before: &Submitted) -> Submitted {
+        Submitted {
+            launches: self.launches.saturating_sub(before.launches),
+            graphs: self.graphs.saturating_sub(before.graphs),
+            updates: self.updates.saturating_sub(before.updates),
+            captures: self.captures.saturating_sub(before.captures),
+        }
+    }
 }
 
 impl Queue {
@@ -252,6 +291,18 @@ impl Device {
     /// Where the device is on the machine's bus, which tells it from all others of the machine.
     pub fn bus(&self) -> &str {
         &self.0.bus
+    }
+
+    /// How often the driver was asked for something since the device was opened.
+    pub fn submitted(&self) -> Submitted {
+        let read = |count: &AtomicU64| count.load(Ordering::Relaxed);
+        let counts = &self.0.counts;
+        Submitted {
+            launches: read(&counts.launches),
+            graphs: read(&counts.graphs),
+            updates: read(&counts.updates),
+            captures: read(&counts.captures),
+        }
     }
 
     /// From now on, waits end when `watch` says so; `None`: they end when the work is done.

@@ -2,6 +2,7 @@
 
 use super::exec::{FAULT_BYTES, Run};
 use super::gpu::{Gpu, Surroundings};
+use super::graphs::{self, Graphs};
 use super::links::{Links, carries, staged};
 use super::plan::Plan;
 use super::prepared::Prepared;
@@ -16,7 +17,7 @@ use crate::cpu::value::Value;
 use crate::session::{CommChoice, SessionError};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
-use tpshard_driver::cuda::{Device, Function, Memory};
+use tpshard_driver::cuda::{Device, Function, Memory, Submitted};
 use tpshard_driver::{DriverError, SearchPath};
 use tpshard_ir::dim::Bindings;
 use tpshard_ir::program::device::{DeviceCode, capacity_symbol};
@@ -26,6 +27,8 @@ use tpshard_ir::{Op, ValueId};
 pub(crate) struct Engine {
     /// What carries collectives between devices, if host memory does not; first, so that it ends before what it uses.
     links: Option<Links>,
+    /// Nothing where the driver has none, or none are wanted.
+    graphs: Option<Graphs>,
     description: String,
     gpu: Gpu,
     functions: Vec<Function>,
@@ -79,7 +82,9 @@ impl Engine {
             lowering.check(code, entry).map_err(|error| wrong(error.to_string()))?;
             prepared.push(Prepared::new(entry, lowering, &program.states).map_err(wrong)?);
         }
+        let wanted = graphs::are_wanted(std::env::var(graphs::VARIABLE).ok().as_deref())?;
         let gpu = Gpu::open(code, host)?;
+        let graphs = (wanted && host.graphs && gpu.device.has_graphs()).then(Graphs::default);
         let functions = code.kernels.iter().map(|kernel| gpu.module.function(&kernel.name));
         let functions = functions.collect::<Result<Vec<Function>, _>>().map_err(failed)?;
         let (kept, uploaded) = constants(program, &prepared, &gpu.device, weights, host.progress)?;
@@ -95,8 +100,11 @@ impl Engine {
         let entries = entries.collect();
         let arena = Arc::new(gpu.device.allocate(0).map_err(failed)?);
         let fault = gpu.device.allocate(FAULT_BYTES).map_err(failed)?;
-        let description = gpu.description.clone();
-        Ok(Engine { links: None, description, functions, entries, host: kept, arena, fault, gpu })
+        let mut description = gpu.description.clone();
+        if graphs.is_none() {
+            description.push_str(", without CUDA graphs");
+        }
+        Ok(Engine { links: None, graphs, description, functions, entries, host: kept, arena, fault, gpu })
     }
 
     /// Decides with all ranks what carries collectives.
@@ -120,6 +128,11 @@ impl Engine {
     /// What was chosen, for people.
     pub(crate) fn description(&self) -> &str {
         &self.description
+    }
+
+    /// What the device was asked to do since the session opened, and why graphs are not used any more, if so.
+    pub(crate) fn submitted(&self) -> (Submitted, Option<&str>) {
+        (self.gpu.device.submitted(), self.graphs.as_ref().and_then(Graphs::trouble))
     }
 
     pub(crate) fn device(&self) -> &Device {
@@ -199,7 +212,7 @@ impl Engine {
     /// # Errors
     /// A failed collective; what fails on this rank alone is in the result.
     pub(crate) fn run(
-        &self,
+        &mut self,
         program: &RankProgram,
         request: Request<'_>,
         communicator: &dyn Communicator,
@@ -212,6 +225,7 @@ impl Engine {
         };
         let run = Run {
             entry,
+            number: request.index,
             prepared: &ready.prepared,
             device: &self.gpu.device,
             library: self.gpu.library.as_ref(),
@@ -230,6 +244,10 @@ impl Engine {
             states: request.states,
             sizes: ready.prepared.calls.sizes(&request.plan.bindings),
             timed: request.timed,
+            // Where every value is kept or timed, nothing comes again.
+            graphs: self.graphs.as_mut().filter(|_| !request.timed && request.taps.is_empty()),
+            waiting: Vec::new(),
+            pieces: 0,
             deferred: request.deferred,
             spots: vec![None; entry.graph.len()],
             failure: None,

@@ -1,13 +1,16 @@
 //! Runs one entry on one GPU: its steps in order, put into the device's queue one after another. The host waits only where
-//! it needs what was computed: for a collective, for a step that no kernel does, and at the end.
+//! it needs what was computed: for a collective, for a step that no kernel does, and at the end. Calls of kernels are
+//! collected until something else is to follow, and put into the queue together (`queue`).
 //!
 //! As on the CPU, a step that fails here only does not stop the rank, since other ranks would wait in the next
 //! collective: zeros take the place of what is missing, the error is kept, and the caller tells all ranks at the end. A
 //! device that fails altogether fails every step after, and the rank still takes part in all collectives.
 
 mod host;
+mod queue;
 
-use super::calls::{Call, CallArgument, SizeId, Sizes};
+use super::calls::Sizes;
+use super::graphs::Graphs;
 use super::links::{Links, Operand, carries};
 use super::plan::{Plan, size};
 use super::prepared::{Origin, Prepared, Spacing};
@@ -22,11 +25,12 @@ use crate::cpu::step::{self, Failed, Held};
 use crate::cpu::value::Value;
 use crate::cpu::write_row;
 use crate::session::now;
+use queue::Waiting;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use tpshard_driver::DriverError;
 use tpshard_driver::cublaslt::{self, CublasLt, Element};
-use tpshard_driver::cuda::{self, Device, Function, Memory};
+use tpshard_driver::cuda::{Device, Function, Memory};
 use tpshard_ir::dim::{Bindings, Dim};
 use tpshard_ir::layout::Mesh;
 use tpshard_ir::program::device::{DeviceStep, FAULT_INDEX, How, Matrix, Product};
@@ -35,15 +39,14 @@ use tpshard_ir::{Conversion, DType, Graph, Op, Tensor, ValueId};
 
 /// Bytes of the words in which kernels say what they met.
 pub(super) const FAULT_BYTES: u64 = 32;
-/// Most blocks along x, y and z.
-const MOST_BLOCKS: [i64; 3] = [(1 << 31) - 1, (1 << 16) - 1, (1 << 16) - 1];
-
 /// Fewest rows, and columns, of a product that the library is asked for.
 const LEAST_ROWS: i64 = 16;
 
 /// What a run of one entry is given.
 pub(super) struct Run<'a> {
     pub(super) entry: &'a Entry,
+    /// Its number in the program.
+    pub(super) number: usize,
     pub(super) prepared: &'a Prepared,
     pub(super) device: &'a Device,
     /// What multiplies matrices, if it is there.
@@ -72,6 +75,12 @@ pub(super) struct Run<'a> {
     /// The dims of all calls under these bindings.
     pub(super) sizes: Sizes,
     pub(super) timed: bool,
+    /// What puts many calls into the queue at once, if anything does.
+    pub(super) graphs: Option<&'a mut Graphs>,
+    /// Calls that are not in the queue yet.
+    pub(super) waiting: Vec<Waiting>,
+    /// How often waiting calls were put into the queue.
+    pub(super) pieces: usize,
     pub(super) deferred: Deferred<'a>,
     /// Where every value lies that has been made.
     pub(super) spots: Vec<Option<Spot>>,
@@ -123,24 +132,23 @@ impl<'a> Run<'a> {
         for (index, step) in prepared.steps.iter().enumerate() {
             let start = if self.timed { now() } else { 0 };
             let made = self.step(index, step, communicator, sequence);
+            if self.is_full() {
+                self.flush(communicator)?;
+            }
             if self.timed {
                 // Without this, times would be those of putting work into the queue.
                 let _ = self.device.synchronize();
                 times.push((step.value, start, now()));
             }
-            match made {
-                Ok(()) => {}
-                Err(StepError::Collective(error)) => return Err(self.ended(communicator, error)),
-                Err(error) => {
-                    let failed = step::describe(self.graph(), step.value, error);
-                    if let Some(failure) = self.links.and_then(Links::failure) {
-                        return Err(self.ended(communicator, self.explained(failure, &failed)));
-                    }
-                    self.keep(failed);
-                    self.put_zeros(index, step.value);
+            if let Err(error) = made {
+                // What comes before is not to be computed with the zeros.
+                if !matches!(error, StepError::Collective(_)) {
+                    self.flush(communicator)?;
                 }
+                self.failed(index, step.value, error, communicator)?;
             }
         }
+        self.flush(communicator)?;
         let outputs = self.graph().outputs.iter().map(|output| self.output(output.value, &output.name));
         let outputs: Vec<Result<Held, (ValueId, String)>> = outputs.collect();
         let outputs = outputs.into_iter().map(|held| {
@@ -175,6 +183,9 @@ impl<'a> Run<'a> {
         sequence: &mut u64,
     ) -> Result<(), StepError> {
         let value = step.value;
+        if !self.may_wait(index, step) {
+            self.flush(communicator)?;
+        }
         match &step.how {
             How::Leaf => self.leaf(index, value),
             How::Alias(of) => {
@@ -184,16 +195,17 @@ impl<'a> Run<'a> {
             }
             How::Launch(_) => {
                 self.begin(index, value)?;
-                self.launch_all(index, step)
+                self.launch_all(index, step, communicator)
             }
             How::Product(product) => {
                 self.begin(index, value)?;
-                if self.multiplied(product)? { Ok(()) } else { self.launch_all(index, step) }
+                let taken = self.multiplied(product, communicator)?;
+                if taken { Ok(()) } else { self.launch_all(index, step, communicator) }
             }
             How::Append { state, .. } => {
                 let spot = self.spot(*state)?;
                 self.put_spot(value, Some(spot));
-                self.launch_all(index, step)
+                self.launch_all(index, step, communicator)
             }
             How::Convert => self.convert(index, value, communicator, sequence),
             How::Host => {
@@ -222,6 +234,29 @@ impl<'a> Run<'a> {
             }
             other => other,
         }
+    }
+
+    /// Notes that a step failed and gives others zeros to go on with.
+    ///
+    /// # Errors
+    /// The run is over.
+    fn failed(
+        &mut self,
+        index: usize,
+        value: ValueId,
+        error: StepError,
+        communicator: &dyn Communicator,
+    ) -> Result<(), CommError> {
+        if let StepError::Collective(error) = error {
+            return Err(self.ended(communicator, error));
+        }
+        let failed = step::describe(self.graph(), value, error);
+        if let Some(failure) = self.links.and_then(Links::failure) {
+            return Err(self.ended(communicator, self.explained(failure, &failed)));
+        }
+        self.keep(failed);
+        self.put_zeros(index, value);
+        Ok(())
     }
 
     /// Zeros for a value that could not be made, if it has memory of its own: state stays as it was. Where there is no
@@ -403,7 +438,7 @@ impl<'a> Run<'a> {
     }
 
     /// True if the library has taken the product.
-    fn multiplied(&self, product: &Product) -> Result<bool, StepError> {
+    fn multiplied(&mut self, product: &Product, communicator: &dyn Communicator) -> Result<bool, StepError> {
         let Some(library) = self.library else { return Ok(false) };
         let element = match product.dtype {
             DType::F32 => Element::F32,
@@ -418,6 +453,8 @@ impl<'a> Run<'a> {
         if rows.min(columns) < LEAST_ROWS {
             return Ok(false);
         }
+        self.flush(communicator)?;
+        let size = |dim: &Dim| dim.eval(&self.bindings).map_err(|error| error.to_string());
         let matrix = |matrix: &Matrix| -> Result<cublaslt::Matrix<'_>, String> {
             let spot = self.spots.get(matrix.value.index()).and_then(Option::as_ref);
             let spot = spot.ok_or_else(|| format!("{} is not there", matrix.value))?;
@@ -438,72 +475,6 @@ impl<'a> Run<'a> {
             result: matrix(&product.result)?,
         };
         library.multiply(&asked).map_err(local)
-    }
-
-    fn launch_all(&self, index: usize, step: &DeviceStep) -> Result<(), StepError> {
-        let scratch = match self.plan.scratch.get(index).copied().flatten() {
-            Some(offset) => Some(Spot { memory: self.arena.clone(), offset }),
-            None => {
-                let bytes = step.scratch.eval(&self.bindings).map_err(local)?;
-                let memory = u64::try_from(bytes).ok().filter(|&bytes| bytes > 0);
-                let memory = memory.map(|bytes| self.device.allocate(bytes)).transpose().map_err(local)?;
-                memory.map(|memory| Spot { memory: Arc::new(memory), offset: 0 })
-            }
-        };
-        for call in self.prepared.calls.of(index) {
-            self.launch(call, scratch.as_ref())?;
-        }
-        Ok(())
-    }
-
-    fn launch(&self, call: &Call, scratch: Option<&Spot>) -> Result<(), StepError> {
-        let mut blocks = [0u32; 3];
-        for ((count, &id), most) in blocks.iter_mut().zip(&call.blocks).zip(MOST_BLOCKS) {
-            let wanted = self.size(id)?;
-            if wanted > most {
-                return Err(format!("a kernel of {wanted} blocks along one dim, possible are {most}").into());
-            }
-            // Of sizes that are not there, nothing is computed.
-            *count = u32::try_from(wanted.max(0)).unwrap_or(0);
-        }
-        if blocks.contains(&0) {
-            return Ok(());
-        }
-        let function = self.functions.get(call.kernel);
-        let function = function.ok_or_else(|| format!("kernel {} does not exist", call.kernel))?;
-        let arguments = call.arguments.iter().map(|argument| self.argument(argument, scratch));
-        let arguments = arguments.collect::<Result<Vec<cuda::Argument<'_>>, String>>()?;
-        function.launch(blocks, call.threads, call.shared, &arguments).map_err(local)
-    }
-
-    fn argument<'s>(
-        &'s self,
-        argument: &CallArgument,
-        scratch: Option<&'s Spot>,
-    ) -> Result<cuda::Argument<'s>, String> {
-        let beyond = || "a place beyond memory".to_owned();
-        let from = |spot: &'s Spot, bytes: i64| {
-            let offset = u64::try_from(bytes).ok().and_then(|bytes| spot.offset.checked_add(bytes));
-            offset.map(|offset| cuda::Argument::Memory(&spot.memory, offset)).ok_or_else(beyond)
-        };
-        match argument {
-            CallArgument::Value { value, offset } => {
-                let spot = self.spots.get(value.index()).and_then(Option::as_ref);
-                let spot = spot.ok_or_else(|| format!("{value} is not there"))?;
-                let bits = i64::try_from(self.graph().ty(*value).dtype.bits()).map_err(|_| beyond())?;
-                from(spot, self.size(*offset)?.checked_mul(bits).ok_or_else(beyond)? / 8)
-            }
-            CallArgument::Scratch { offset } => {
-                from(scratch.ok_or("scratch memory is not there")?, self.size(*offset)?)
-            }
-            CallArgument::Size(id) => Ok(cuda::Argument::Size(self.size(*id)?)),
-            CallArgument::Real(real) => Ok(cuda::Argument::Real(*real)),
-            CallArgument::Fault => Ok(cuda::Argument::Memory(self.fault, 0)),
-        }
-    }
-
-    fn size(&self, id: SizeId) -> Result<i64, String> {
-        self.prepared.calls.size(&self.sizes, id)
     }
 
     /// What this rank holds of an output.

@@ -30,6 +30,8 @@ pub(crate) struct Surroundings<'a> {
     /// The rank's number among those of this machine.
     pub(crate) local_rank: usize,
     pub(crate) search: SearchPath,
+    /// Whether calls may go into the device's queue as graphs.
+    pub(crate) graphs: bool,
     /// Says that the rank is at work.
     pub(crate) progress: &'a dyn Fn(),
 }

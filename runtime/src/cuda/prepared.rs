@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use tpshard_ir::dim::Dim;
 use tpshard_ir::program::device::{DeviceLowering, DeviceStep, How, capacity_symbol};
 use tpshard_ir::program::{Entry, Region, Stage, StateSpec, lower_keeping};
-use tpshard_ir::{DType, Op, ValueId};
+use tpshard_ir::{DType, Graph, Op, ValueId};
 
 /// Where the memory of a value comes from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -65,8 +65,7 @@ impl Prepared {
         let graph = &entry.graph;
         let constants: BTreeSet<ValueId> =
             lowering.steps.iter().filter(|s| s.stage == Stage::Load).map(|s| s.value).collect();
-        let steps: Vec<DeviceStep> =
-            lowering.steps.iter().filter(|s| s.stage == Stage::Step).cloned().collect();
+        let steps = in_order(graph, lowering);
         let mut prepared = Prepared {
             origin: vec![None; graph.len()],
             spacing: BTreeMap::new(),
@@ -194,12 +193,22 @@ impl Prepared {
     }
 }
 
+/// The steps of every run. What is copied to the device comes first, so that the calls behind it follow one another; but
+/// not where data decides sizes, which may be those of what is copied.
+fn in_order(graph: &Graph, lowering: &DeviceLowering) -> Vec<DeviceStep> {
+    let steps = lowering.steps.iter().filter(|step| step.stage == Stage::Step).cloned();
+    let by_data = !graph.data_symbols().is_empty();
+    let (mut first, rest): (Vec<_>, Vec<_>) = steps.partition(|step| !by_data && step.how == How::Leaf);
+    first.extend(rest);
+    first
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use tpshard_ir::layout::{Layout, Mesh};
     use tpshard_ir::program::RankProgram;
-    use tpshard_ir::{Graph, Output, Spmd, SpmdOutput, StatePair, Step, StepId, StepKind, Type};
+    use tpshard_ir::{Output, Spmd, SpmdOutput, StatePair, Step, StepId, StepKind, Type};
 
     /// `present = append(past, x)`, `again = append(past, x)`, `flat = reshape(present)`.
     fn program() -> RankProgram {

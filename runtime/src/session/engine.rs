@@ -1,6 +1,6 @@
 //! What executes a rank's program: the processor, or a GPU. Requests, agreement and state are the same for both.
 
-use super::{DeviceChoice, SessionError, SessionOptions};
+use super::{DeviceChoice, SessionError, SessionOptions, Submissions};
 use crate::comm::{CommError, Communicator};
 use crate::cpu::WeightSource;
 use crate::cpu::constants::Constants;
@@ -12,6 +12,7 @@ use crate::state::{Home, SlotGroup};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use tpshard_driver::SearchPath;
+use tpshard_driver::cuda::Submitted;
 use tpshard_ir::ValueId;
 use tpshard_ir::dim::Bindings;
 use tpshard_ir::program::{Determinism, MemoryPlan, RankProgram, lower_keeping, plan_known};
@@ -78,6 +79,7 @@ impl Engine {
         let host = cuda::Surroundings {
             local_rank: options.local_rank.unwrap_or(program.rank),
             search: SearchPath::from_environment().after(&options.libraries),
+            graphs: !options.no_graphs,
             progress,
         };
         let engine = cuda::Engine::open(program, code, weights, &host)?;
@@ -106,6 +108,19 @@ impl Engine {
         match self {
             Engine::Cpu(_) => None,
             Engine::Cuda(engine) => Some(engine.description()),
+        }
+    }
+
+    /// What the device was asked to do, if there is one.
+    pub(super) fn submitted(&self) -> Option<Submissions> {
+        match self {
+            Engine::Cpu(_) => None,
+            Engine::Cuda(engine) => {
+                let (counts, trouble) = engine.submitted();
+                let Submitted { launches, graphs, updates, captures } = counts;
+                let trouble = trouble.map(str::to_owned);
+                Some(Submissions { launches, graphs, updates, captures, trouble })
+            }
         }
     }
 

@@ -7,7 +7,7 @@ mod slots;
 use super::agree::agree;
 use super::engine::{Engine, Job, Plan};
 use super::timeline::{StepTime, Timeline};
-use super::{InputHeader, Output, Request, Results, RunPart, SessionError, SessionOptions, Tap};
+use super::{InputHeader, Output, Request, Results, RunPart, SessionError, SessionOptions, Submissions, Tap};
 use crate::comm::{CommStats, Communicator, Group, History, Record, Tag};
 use crate::cpu::WeightSource;
 use crate::cpu::convert::{Place, StepError, convert};
@@ -124,6 +124,10 @@ impl Worker {
     /// What executes the program, if it is not the processor.
     pub(super) fn device(&self) -> Option<&str> {
         self.engine.description()
+    }
+
+    pub(super) fn submitted(&self) -> Option<Submissions> {
+        self.engine.submitted()
     }
 
     pub(super) fn state(&self) -> Option<&StateStore> {

@@ -1,12 +1,14 @@
 //! The functions of `libcuda`.
 #![allow(unsafe_code)] // What a C library exports.
 
+use crate::graphs::{self, Work};
 use crate::memory;
 use crate::modules::{Kernel, Module};
-use crate::settings::{busy, launch_succeeds, settings, works};
-use crate::streams::{self, Stream};
+use crate::settings::{launch_succeeds, settings, works};
+use crate::streams;
 use std::cell::Cell;
 use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
+use std::sync::Arc;
 
 const SUCCESS: c_int = 0;
 const INVALID_VALUE: c_int = 1;
@@ -18,6 +20,9 @@ const INVALID_CONTEXT: c_int = 201;
 const NOT_FOUND: c_int = 500;
 const NOT_READY: c_int = 600;
 const LAUNCH_FAILED: c_int = 719;
+const CAPTURE_UNSUPPORTED: c_int = 900;
+const CAPTURE_INVALIDATED: c_int = 901;
+const CAPTURED_EVENT: c_int = 907;
 
 /// The context of the first device; those of others follow.
 const CONTEXT: usize = 0x1000;
@@ -32,20 +37,29 @@ pub(crate) fn current_device() -> c_int {
     CURRENT.get()
 }
 
-/// A mark in a stream: the stream, and how much had been put into it.
-struct Event(std::sync::Mutex<Option<(&'static Stream, u64)>>);
-
 /// Writes through a pointer that may be null.
 ///
 /// # Safety
 /// It is null or points to a `T` that is not borrowed.
-unsafe fn put<T>(to: *mut T, value: T) -> c_int {
+pub(crate) unsafe fn put<T>(to: *mut T, value: T) -> c_int {
     if to.is_null() {
         return INVALID_VALUE;
     }
     // SAFETY: by the caller.
     unsafe { to.write(value) };
     SUCCESS
+}
+
+/// Does work after what is in the stream, or takes it down where the stream is captured.
+fn do_or_capture(stream: *mut c_void, work: impl Fn() -> c_int + Send + Sync + 'static) -> c_int {
+    let work = Arc::new(work);
+    match streams::capture(stream.addr(), || Work::Other(work.clone())) {
+        Some(code) => code,
+        None => {
+            streams::drain(stream.addr());
+            work()
+        }
+    }
 }
 
 fn is_device(device: c_int) -> bool {
@@ -173,6 +187,9 @@ pub unsafe extern "C" fn cuMemAlloc_v2(address: *mut u64, bytes: usize) -> c_int
 /// See above.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuMemFree_v2(address: u64) -> c_int {
+    if let Some(code) = streams::forbid_on_device(current_device()) {
+        return code;
+    }
     streams::drain_device(current_device());
     if memory::free(address) { SUCCESS } else { INVALID_VALUE }
 }
@@ -205,6 +222,9 @@ pub unsafe extern "C" fn cuMemcpyHtoDAsync_v2(
     if !works() {
         return LAUNCH_FAILED;
     }
+    if let Some(code) = streams::forbid(stream.addr()) {
+        return code;
+    }
     streams::drain(stream.addr());
     if !memory::holds(to, bytes) {
         return INVALID_VALUE;
@@ -225,6 +245,9 @@ pub unsafe extern "C" fn cuMemcpyDtoHAsync_v2(
 ) -> c_int {
     if !works() {
         return LAUNCH_FAILED;
+    }
+    if let Some(code) = streams::forbid(stream.addr()) {
+        return code;
     }
     streams::drain(stream.addr());
     if !memory::holds(from, bytes) {
@@ -247,13 +270,14 @@ pub unsafe extern "C" fn cuMemcpyDtoDAsync_v2(
     if !works() {
         return LAUNCH_FAILED;
     }
-    streams::drain(stream.addr());
-    if !memory::holds(to, bytes) || !memory::holds(from, bytes) {
-        return INVALID_VALUE;
-    }
-    // SAFETY: both were just found.
-    unsafe { memory::copy(to, from, bytes) };
-    SUCCESS
+    do_or_capture(stream, move || {
+        if !memory::holds(to, bytes) || !memory::holds(from, bytes) {
+            return INVALID_VALUE;
+        }
+        // SAFETY: both were just found.
+        unsafe { memory::copy(to, from, bytes) };
+        SUCCESS
+    })
 }
 
 /// # Safety
@@ -263,13 +287,14 @@ pub unsafe extern "C" fn cuMemsetD8Async(to: u64, byte: u8, bytes: usize, stream
     if !works() {
         return LAUNCH_FAILED;
     }
-    streams::drain(stream.addr());
-    if !memory::holds(to, bytes) {
-        return INVALID_VALUE;
-    }
-    // SAFETY: it was just found.
-    unsafe { memory::fill(to, byte, bytes) };
-    SUCCESS
+    do_or_capture(stream, move || {
+        if !memory::holds(to, bytes) {
+            return INVALID_VALUE;
+        }
+        // SAFETY: it was just found.
+        unsafe { memory::fill(to, byte, bytes) };
+        SUCCESS
+    })
 }
 
 /// # Safety
@@ -345,113 +370,21 @@ pub unsafe extern "C" fn cuLaunchKernel(
     if blocks.contains(&0) || !fits || threads.iter().product::<c_uint>() > 1024 || threads.contains(&0) {
         return INVALID_VALUE;
     }
-    streams::drain(stream.addr());
-    if !launch_succeeds() {
-        return LAUNCH_FAILED;
-    }
     // SAFETY: handles are those of `cuModuleGetFunction`, which live on.
     let kernel = unsafe { &*function.cast::<Kernel>() };
+    // SAFETY: by the caller.
+    let call = || Work::Call(unsafe { graphs::Call::new(kernel, blocks, shared, arguments) });
+    if let Some(code) = streams::capture(stream.addr(), call) {
+        return code;
+    }
+    streams::drain(stream.addr());
+    if graphs::is_lost() || !launch_succeeds() {
+        return LAUNCH_FAILED;
+    }
     // One thread does the work of a block: kernels are written so that this is right too.
     // SAFETY: by the caller.
     let done = unsafe { kernel.launch(blocks, [1, 1, 1], shared, arguments) };
     if done { SUCCESS } else { LAUNCH_FAILED }
-}
-
-/// # Safety
-/// See above.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuStreamCreate(stream: *mut *mut c_void, _flags: c_uint) -> c_int {
-    // SAFETY: see above.
-    unsafe { put(stream, std::ptr::from_ref(Stream::make(current_device())).cast_mut().cast()) }
-}
-
-/// # Safety
-/// See above.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuStreamSynchronize(stream: *mut c_void) -> c_int {
-    if !works() {
-        return LAUNCH_FAILED;
-    }
-    streams::drain(stream.addr());
-    SUCCESS
-}
-
-/// # Safety
-/// See above.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuStreamQuery(stream: *mut c_void) -> c_int {
-    if !works() {
-        return LAUNCH_FAILED;
-    }
-    match Stream::at(stream.addr()) {
-        Some(stream) if !stream.is_done(stream.end()) => NOT_READY,
-        Some(_) => SUCCESS,
-        None => INVALID_VALUE,
-    }
-}
-
-/// # Safety
-/// See above.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuStreamDestroy_v2(_stream: *mut c_void) -> c_int {
-    SUCCESS
-}
-
-/// # Safety
-/// See above.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuEventCreate(event: *mut *mut c_void, _flags: c_uint) -> c_int {
-    // SAFETY: see above.
-    unsafe { put(event, Box::into_raw(Box::new(Event(std::sync::Mutex::default()))).cast()) }
-}
-
-/// The state of an event.
-///
-/// # Safety
-/// The handle came from `cuEventCreate` and is not destroyed.
-unsafe fn event_state<'a>(event: *mut c_void) -> std::sync::MutexGuard<'a, Option<(&'static Stream, u64)>> {
-    // SAFETY: by the caller.
-    let event = unsafe { &*event.cast::<Event>() };
-    event.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
-}
-
-/// # Safety
-/// See above.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuEventRecord(event: *mut c_void, stream: *mut c_void) -> c_int {
-    if !works() {
-        return LAUNCH_FAILED;
-    }
-    let Some(stream) = Stream::at(stream.addr()) else { return INVALID_VALUE };
-    if let Some(time) = busy() {
-        stream.put(Box::new(move || std::thread::sleep(time)));
-    }
-    // SAFETY: see above.
-    *unsafe { event_state(event) } = Some((stream, stream.end()));
-    SUCCESS
-}
-
-/// # Safety
-/// See above.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuEventQuery(event: *mut c_void) -> c_int {
-    if !works() {
-        return LAUNCH_FAILED;
-    }
-    // SAFETY: see above.
-    match *unsafe { event_state(event) } {
-        Some((stream, end)) if !stream.is_done(end) => NOT_READY,
-        _ => SUCCESS,
-    }
-}
-
-/// # Safety
-/// See above.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuEventDestroy_v2(event: *mut c_void) -> c_int {
-    // SAFETY: made by `cuEventCreate`, destroyed once.
-    drop(unsafe { Box::from_raw(event.cast::<Event>()) });
-    SUCCESS
 }
 
 /// # Safety
@@ -501,16 +434,17 @@ pub unsafe extern "C" fn cuMemcpy2DAsync_v2(copy: *const RowsCopy, stream: *mut 
     if !starts_at_zero || !on_device || from_pitch.max(to_pitch) > most || bytes > from_pitch.min(to_pitch) {
         return INVALID_VALUE;
     }
-    streams::drain(stream.addr());
-    for row in 0..rows {
-        let (to, from, bytes) = (to + row * to_pitch, from + row * from_pitch, bytes as usize);
-        if !memory::holds(to, bytes) || !memory::holds(from, bytes) {
-            return INVALID_VALUE;
+    do_or_capture(stream, move || {
+        for row in 0..rows {
+            let (to, from, bytes) = (to + row * to_pitch, from + row * from_pitch, bytes as usize);
+            if !memory::holds(to, bytes) || !memory::holds(from, bytes) {
+                return INVALID_VALUE;
+            }
+            // SAFETY: both were just found.
+            unsafe { memory::copy(to, from, bytes) };
         }
-        // SAFETY: both were just found.
-        unsafe { memory::copy(to, from, bytes) };
-    }
-    SUCCESS
+        SUCCESS
+    })
 }
 
 fn described(code: c_int) -> [&'static CStr; 2] {
@@ -525,6 +459,17 @@ fn described(code: c_int) -> [&'static CStr; 2] {
         NOT_READY => [c"CUDA_ERROR_NOT_READY", c"device not ready"],
         NOT_FOUND => [c"CUDA_ERROR_NOT_FOUND", c"named symbol not found"],
         LAUNCH_FAILED => [c"CUDA_ERROR_LAUNCH_FAILED", c"unspecified launch failure"],
+        CAPTURE_UNSUPPORTED => {
+            [c"CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED", c"operation not permitted when stream is capturing"]
+        }
+        CAPTURE_INVALIDATED => [
+            c"CUDA_ERROR_STREAM_CAPTURE_INVALIDATED",
+            c"operation failed due to a previous error during capture",
+        ],
+        CAPTURED_EVENT => [
+            c"CUDA_ERROR_CAPTURED_EVENT",
+            c"operation not permitted on an event last recorded in a capturing stream",
+        ],
         _ => [c"CUDA_ERROR_UNKNOWN", c"unknown error"],
     }
 }

@@ -12,6 +12,8 @@
 mod combine;
 pub mod compiler;
 pub mod driver;
+pub mod graphs;
+pub mod marks;
 pub mod matrices;
 mod memory;
 mod modules;

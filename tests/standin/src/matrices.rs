@@ -313,8 +313,11 @@ pub unsafe extern "C" fn cublasLtMatmul(
     algorithm: *const [u64; 8],
     _workspace: u64,
     _workspace_bytes: usize,
-    _stream: *mut c_void,
+    stream: *mut c_void,
 ) -> c_int {
+    if crate::streams::forbid(stream.addr()).is_some() {
+        return NOT_SUPPORTED;
+    }
     // SAFETY: see above.
     let (product, a, b, d) = unsafe {
         (&*product.cast::<Product>(), &*a.cast::<Layout>(), &*b.cast::<Layout>(), &*d.cast::<Layout>())

@@ -21,16 +21,21 @@ pub(crate) fn wrap(object: &[u8], arch: u32) -> Vec<u8> {
 type Launch =
     unsafe extern "C" fn(*const c_char, *const c_uint, *const c_uint, c_uint, *mut *mut c_void) -> c_int;
 
+type Parameters = unsafe extern "C" fn(*const c_char) -> c_int;
+
 /// Opened code; never closed.
 pub(crate) struct Module {
     library: libloading::Library,
     launch: Launch,
+    parameters: Parameters,
 }
 
 /// A kernel of a module.
 pub(crate) struct Kernel {
     module: &'static Module,
     name: CString,
+    /// How many arguments it takes, each of at most eight bytes.
+    parameters: usize,
 }
 
 impl Module {
@@ -57,20 +62,29 @@ impl Module {
         let library = unsafe { libloading::Library::new(path) }.ok()?;
         // SAFETY: the shim defines the launcher with this type.
         let launch = *unsafe { library.get::<Launch>(b"tpshard_launch") }.ok()?;
+        // SAFETY: as above.
+        let parameters = *unsafe { library.get::<Parameters>(b"tpshard_parameters") }.ok()?;
         // The path names this file while it is open; another module must not get the same name, which the loader would
         // take for the same file.
         std::mem::forget(file);
-        Some(Module { library, launch })
+        Some(Module { library, launch, parameters })
     }
 
     pub(crate) fn kernel(&'static self, name: &std::ffi::CStr) -> Option<Kernel> {
         // SAFETY: the address is not used.
         let known = unsafe { self.library.get::<*const c_void>(name.to_bytes()) }.is_ok();
-        known.then(|| Kernel { module: self, name: name.to_owned() })
+        let count = self.parameters;
+        // SAFETY: the name ends with zero.
+        let parameters = usize::try_from(unsafe { count(name.as_ptr()) }).ok()?;
+        known.then(|| Kernel { module: self, name: name.to_owned(), parameters })
     }
 }
 
 impl Kernel {
+    pub(crate) fn parameters(&self) -> usize {
+        self.parameters
+    }
+
     /// Runs the kernel to its end; false if the shim refuses.
     ///
     /// # Safety

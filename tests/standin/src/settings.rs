@@ -22,6 +22,10 @@ pub(crate) struct Settings {
     stop: Option<u64>,
     /// `busy=N`: what comes before event number N after the first clique takes three seconds more.
     busy: Option<u64>,
+    /// `spoil=N`: capture number N, counted from 1, is spoiled.
+    spoil: Option<u64>,
+    /// `refuse-graph=N`: launch number N of a graph, counted from 1, finds no memory.
+    refuse_graph: Option<u64>,
     /// `end-collective=N`: the process ends at collective number N, counted from 1.
     end_collective: Option<u64>,
     /// `nccl=22809`: the version of the library of collectives as it says it.
@@ -52,6 +56,8 @@ pub(crate) fn settings() -> &'static Settings {
             end: number("end"),
             stop: number("stop"),
             busy: number("busy"),
+            spoil: number("spoil"),
+            refuse_graph: number("refuse-graph"),
             end_collective: number("end-collective"),
             nccl: number("nccl").unwrap_or(22809),
             refuse: number("refuse"),
@@ -125,4 +131,18 @@ pub(crate) fn begin_collective() {
     if concerned() && settings().end_collective == Some(number) {
         std::process::abort();
     }
+}
+
+/// Counts a capture; false if it is to be spoiled.
+pub(crate) fn capture_succeeds() -> bool {
+    static CAPTURES: AtomicU64 = AtomicU64::new(0);
+    let number = CAPTURES.fetch_add(1, Ordering::Relaxed) + 1;
+    !concerned() || settings().spoil != Some(number)
+}
+
+/// Counts a launch of a graph; false if it is to be refused.
+pub(crate) fn graph_succeeds() -> bool {
+    static LAUNCHES: AtomicU64 = AtomicU64::new(0);
+    let number = LAUNCHES.fetch_add(1, Ordering::Relaxed) + 1;
+    !concerned() || settings().refuse_graph != Some(number)
 }

@@ -1,8 +1,10 @@
 //! Streams of the stand-in device: what is put into one is done in order, by a thread of its own.
 //!
 //! Only collectives are put there, because they wait for other processes. Everything else is done at once by whoever asks,
-//! after what is in the stream: as if the driver's queue had room for nothing more, which it may say at any time.
+//! after what is in the stream: as if the driver's queue had room for nothing more, which it may say at any time. While a
+//! stream is captured, nothing is done at all (`graphs`).
 
+use crate::graphs::{Capture, Work};
 use std::collections::VecDeque;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
@@ -15,6 +17,7 @@ struct State {
     put: u64,
     done: u64,
     has_thread: bool,
+    capture: Capture,
 }
 
 #[derive(Default)]
@@ -50,6 +53,11 @@ impl Stream {
     /// Puts work into the stream.
     pub(crate) fn put(&'static self, job: Job) {
         let mut state = self.state();
+        // Collectives are never captured here.
+        if !matches!(state.capture, Capture::Not) {
+            state.capture = Capture::Spoiled;
+            return;
+        }
         state.jobs.push_back(job);
         state.put += 1;
         if !state.has_thread {
@@ -84,6 +92,11 @@ impl Stream {
         }
     }
 
+    /// Does something with what is captured of the stream.
+    pub(crate) fn with_capture<T>(&self, body: impl FnOnce(&mut Capture) -> T) -> T {
+        body(&mut self.state().capture)
+    }
+
     /// How much was put in so far.
     pub(crate) fn end(&self) -> u64 {
         self.state().put
@@ -93,6 +106,23 @@ impl Stream {
     pub(crate) fn is_done(&self, end: u64) -> bool {
         self.state().done >= end
     }
+}
+
+/// If the stream at an address is captured: takes work down, or says why that cannot be.
+pub(crate) fn capture(address: usize, work: impl FnOnce() -> Work) -> Option<i32> {
+    Stream::at(address).and_then(|stream| stream.with_capture(|capture| capture.take(work)))
+}
+
+/// If the stream at an address is captured: what it says of something that must not be done then.
+pub(crate) fn forbid(address: usize) -> Option<i32> {
+    Stream::at(address).and_then(|stream| stream.with_capture(Capture::spoil))
+}
+
+/// The same of all streams of a device.
+pub(crate) fn forbid_on_device(device: i32) -> Option<i32> {
+    let all = streams().clone();
+    let of_device = all.into_iter().filter(|stream| stream.device == device);
+    of_device.filter_map(|stream| stream.with_capture(Capture::spoil)).last()
 }
 
 /// Waits for the stream at an address; others hold nothing.

@@ -10,7 +10,7 @@ use tpshard_ir::program::device::{DeviceStep, How};
 use tpshard_ir::program::{Entry, RankProgram};
 use tpshard_ir::{Op, Tensor, ValueId};
 use tpshard_runtime::comm::CommStats;
-use tpshard_runtime::session::{Session, StepTime, now};
+use tpshard_runtime::session::{Session, StepTime, Submissions, now};
 use tpshard_runtime::state::SlotId;
 
 /// What rank 0 measured.
@@ -29,6 +29,27 @@ pub(crate) struct Measured {
     /// Collectives and their payload bytes of one run, and of one decoded token.
     pub(crate) run_traffic: (u64, u64),
     pub(crate) token_traffic: (u64, u64),
+    /// What rank 0 asked its GPU to do in the last run, and for the last decoded token.
+    pub(crate) run_submitted: Option<Submitted>,
+    pub(crate) token_submitted: Option<Submitted>,
+}
+
+/// See [`Submissions`].
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub(crate) struct Submitted {
+    pub(crate) launches: u64,
+    pub(crate) graphs: u64,
+    pub(crate) updates: u64,
+}
+
+/// What was asked for from one of the two moments to the other.
+fn between(before: Option<&Submissions>, after: Option<&Submissions>) -> Option<Submitted> {
+    let (before, after) = (before?, after?);
+    Some(Submitted {
+        launches: after.launches.saturating_sub(before.launches),
+        graphs: after.graphs.saturating_sub(before.graphs),
+        updates: after.updates.saturating_sub(before.updates),
+    })
 }
 
 /// A step of the program, as tables and traces call it.
@@ -97,10 +118,12 @@ fn repeat(
 ) -> Outcome<Measured> {
     let mut measured = Measured { prompt: None, ..Measured::default() };
     for run in 0..warm_up + samples {
+        let before = session.submitted();
         let start = now();
         let results = session.run(inputs).map_err(|e| session_failure(&e))?;
-        measured.run_traffic = carried(&results.traffic);
         measured.note(run, warm_up, start);
+        measured.run_traffic = carried(&results.traffic);
+        measured.run_submitted = between(before.as_ref(), session.submitted().as_ref());
     }
     Ok(measured)
 }
@@ -120,20 +143,24 @@ fn decoding(
     let slots: Vec<SlotId> = (0..prompts.len() as u64).map(SlotId).collect();
     for run in 0..warm_up + samples {
         let fed = decoder.inputs(&prompts, &vec![0; prompts.len()])?;
+        let before = session.submitted();
         let start = now();
         let mut results = session.run_step(&slots, &fed).map_err(|e| session_failure(&e))?;
-        measured.run_traffic = carried(&results.traffic);
         measured.note(run, warm_up, start);
+        measured.run_traffic = carried(&results.traffic);
+        measured.run_submitted = between(before.as_ref(), session.submitted().as_ref());
         for past in length..length + decode {
             let next = decoder.next(&results, prompts.len())?;
             let tokens: Vec<Vec<i64>> = next.iter().map(|next| vec![next.greedy()]).collect();
             let fed = decoder.inputs(&tokens, &vec![past; tokens.len()])?;
+            let before = session.submitted();
             let start = now();
             results = session.run_step(&slots, &fed).map_err(|e| session_failure(&e))?;
-            measured.token_traffic = carried(&results.traffic);
             if run >= warm_up {
                 measured.tokens.push(now().saturating_sub(start));
             }
+            measured.token_traffic = carried(&results.traffic);
+            measured.token_submitted = between(before.as_ref(), session.submitted().as_ref());
         }
         for &slot in &slots {
             session.drop_slot(slot).map_err(|e| session_failure(&e))?;

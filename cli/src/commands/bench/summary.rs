@@ -1,6 +1,6 @@
 //! What a bench found out, for people and for machines.
 
-use super::lead::{Measured, RankLog, StepName};
+use super::lead::{Measured, RankLog, StepName, Submitted};
 use serde_json::{Value, json};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
@@ -54,8 +54,10 @@ struct Phase {
     remembered: usize,
     /// Collectives of the program and their payload, per run.
     traffic: (u64, u64),
-    /// Per rank.
-    communication: Vec<Share>,
+    /// Of one run on rank 0, if a GPU executed it.
+    submitted: Option<Submitted>,
+    /// Per rank; nothing where steps were not timed.
+    communication: Option<Vec<Share>>,
     /// On rank 0, most time first.
     kernels: Vec<(String, Share)>,
     nodes: Vec<(String, Share)>,
@@ -82,12 +84,14 @@ impl<'a> Summary<'a> {
         let tokens = measured.prompt.map(|(sequences, length)| sequences * length);
         (first.name, first.tokens, first.traffic) = (name, tokens, measured.run_traffic);
         first.times = Times::of(&measured.runs);
+        first.submitted = measured.run_submitted;
         let mut phases = vec![first];
         if decode > 0 {
             let mut rest = Phase::of(logs, measured.start, |run| !is_prompt(run));
             let sequences = measured.prompt.map(|(sequences, _)| sequences);
             (rest.name, rest.tokens, rest.traffic) = ("token", sequences, measured.token_traffic);
             rest.times = Times::of(&measured.tokens);
+            rest.submitted = measured.token_submitted;
             phases.push(rest);
         }
         Summary { logs, threads, first_run: measured.first as f64 / 1e9, phases }
@@ -162,7 +166,8 @@ impl Phase {
             times: Times(Vec::new()),
             remembered: runs.len().max(1),
             traffic: (0, 0),
-            communication,
+            submitted: None,
+            communication: logs.iter().any(|log| !log.steps.is_empty()).then_some(communication),
             kernels: sorted(kernels),
             nodes: sorted(nodes),
         }
@@ -187,11 +192,20 @@ impl Phase {
         );
         let (collectives, bytes) = self.traffic;
         if collectives > 0 {
-            let slowest = self.communication.iter().map(|share| self.per_run(share)).fold(0.0, f64::max);
-            let (bytes, slowest) = (Bytes(bytes), Seconds(slowest));
+            let bytes = Bytes(bytes);
+            let _ = write!(text, "{:<10} {collectives} collectives with {bytes}", "");
+            let _ = match &self.communication {
+                Some(shares) => {
+                    let slowest = shares.iter().map(|share| self.per_run(share)).fold(0.0, f64::max);
+                    writeln!(text, " take {}, waiting for others included", Seconds(slowest))
+                }
+                None => writeln!(text),
+            };
+        }
+        if let Some(Submitted { launches, graphs, updates }) = self.submitted {
             let _ = writeln!(
                 text,
-                "{:<10} {collectives} collectives with {bytes} take {slowest}, waiting for others included",
+                "{:<10} {launches} calls of kernels one by one, {graphs} CUDA graphs with {updates} calls changed",
                 ""
             );
         }
@@ -224,7 +238,8 @@ impl Phase {
             all.iter().map(one).collect()
         };
         let times = &self.times;
-        let waits: Vec<f64> = self.communication.iter().map(|share| self.per_run(share)).collect();
+        let seconds = |shares: &Vec<Share>| shares.iter().map(|share| self.per_run(share)).collect();
+        let waits: Option<Vec<f64>> = self.communication.as_ref().map(seconds);
         let mut value = json!({
             "samples": times.0.len(),
             "median_seconds": times.median(),
@@ -237,6 +252,9 @@ impl Phase {
             "communication_bytes": self.traffic.1,
             "communication_seconds_by_rank": waits,
         });
+        if let Some(Submitted { launches, graphs, updates }) = self.submitted {
+            value["submitted"] = json!({ "launches": launches, "graphs": graphs, "updates": updates });
+        }
         if by_op {
             value["kernels"] = shares(&self.kernels).into();
             value["nodes"] = shares(&self.nodes).into();

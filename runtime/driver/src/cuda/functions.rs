@@ -39,6 +39,21 @@ pub(crate) struct RowsCopy {
     pub(super) rows: usize,
 }
 
+/// What a node of a graph calls: `CUDA_KERNEL_NODE_PARAMS_v2`.
+#[repr(C)]
+#[derive(Debug)]
+pub(crate) struct KernelCall {
+    pub(super) function: *mut c_void,
+    pub(super) blocks: [c_uint; 3],
+    pub(super) threads: [c_uint; 3],
+    pub(super) shared: c_uint,
+    pub(super) arguments: *mut *mut c_void,
+    pub(super) extra: *mut *mut c_void,
+    /// Looked at if there is no function.
+    pub(super) kernel: *mut c_void,
+    pub(super) context: *mut c_void,
+}
+
 functions! {
     /// The functions of `libcuda` that are used.
     Functions {
@@ -76,12 +91,33 @@ functions! {
         record_event "cuEventRecord" (event: *mut c_void, stream: *mut c_void);
         query_event "cuEventQuery" (event: *mut c_void);
         destroy_event "cuEventDestroy_v2" (event: *mut c_void);
+        begin_capture "cuStreamBeginCapture_v2" (stream: *mut c_void, mode: c_uint);
+        capture_info "cuStreamGetCaptureInfo_v2" (stream: *mut c_void, status: *mut c_uint, id: *mut u64,
+            graph: *mut *mut c_void, last: *mut *const *mut c_void, count: *mut usize);
+        end_capture "cuStreamEndCapture" (stream: *mut c_void, graph: *mut *mut c_void);
+        instantiate "cuGraphInstantiateWithFlags" (executable: *mut *mut c_void, graph: *mut c_void, flags: u64);
+        set_node "cuGraphExecKernelNodeSetParams_v2" (executable: *mut c_void, node: *mut c_void, call: *const KernelCall);
+        launch_graph "cuGraphLaunch" (executable: *mut c_void, stream: *mut c_void);
+        destroy_executable "cuGraphExecDestroy" (executable: *mut c_void);
+        destroy_graph "cuGraphDestroy" (graph: *mut c_void);
         error_name "cuGetErrorName" (code: c_int, name: *mut *const c_char);
         error_text "cuGetErrorString" (code: c_int, text: *mut *const c_char);
     }
 }
 
 impl Functions {
+    /// True if everything for graphs is there, which the driver has from CUDA 12 on.
+    pub(super) fn has_graphs(&self) -> bool {
+        self.begin_capture.is_some()
+            && self.capture_info.is_some()
+            && self.end_capture.is_some()
+            && self.instantiate.is_some()
+            && self.set_node.is_some()
+            && self.launch_graph.is_some()
+            && self.destroy_executable.is_some()
+            && self.destroy_graph.is_some()
+    }
+
     /// The result of a call, with the driver's own words if it failed.
     pub(super) fn checked(
         &self,
@@ -142,5 +178,21 @@ mod tests {
             offset_of!(RowsCopy, rows),
         ];
         assert_eq!(offsets, [16, 32, 48, 56, 72, 88, 104, 112, 120]);
+    }
+
+    #[test]
+    fn calls_of_nodes_are_laid_out_as_in_the_header_of_cuda_13() {
+        assert_eq!(size_of::<KernelCall>(), 72);
+        let offsets = [
+            offset_of!(KernelCall, function),
+            offset_of!(KernelCall, blocks),
+            offset_of!(KernelCall, threads),
+            offset_of!(KernelCall, shared),
+            offset_of!(KernelCall, arguments),
+            offset_of!(KernelCall, extra),
+            offset_of!(KernelCall, kernel),
+            offset_of!(KernelCall, context),
+        ];
+        assert_eq!(offsets, [0, 8, 20, 32, 40, 48, 56, 64]);
     }
 }
