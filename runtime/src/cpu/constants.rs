@@ -7,6 +7,7 @@
 use super::contraction::Contraction;
 use super::convert::StepError;
 use super::gemm::Packed;
+use super::heap;
 use super::kernels::{Context, Made, run_kernel};
 use super::value::Value;
 use super::weights::WeightSource;
@@ -18,6 +19,9 @@ use tpshard_ir::{DType, Graph, Op, Type, ValueId};
 
 /// How a constant is laid out for a matrix product: which of its dims are depth and columns, in order.
 type PackKey = (usize, Vec<usize>, Vec<usize>);
+
+/// Bytes of weights read and dropped after which the system gets their memory back.
+const WORTH_GIVING_BACK: usize = 4 << 20;
 
 struct Interned {
     op: Op,
@@ -197,6 +201,7 @@ impl Constants {
                 constant.args.iter().for_each(|&arg| operand[arg] = true);
             }
         }
+        let mut freed = 0;
         for id in needed {
             let constant = &self.interned[id];
             let quantised = self.pack_quantised(constant)?;
@@ -220,7 +225,13 @@ impl Constants {
                 self.values[id] = Some(value);
             }
             for &done in &dropped_at[id] {
-                self.values[done] = None;
+                if let Some(value) = self.values[done].take() {
+                    freed += value.len() * value.dtype().bits() / 8;
+                }
+            }
+            if freed >= WORTH_GIVING_BACK {
+                heap::give_back();
+                freed = 0;
             }
             progress();
         }

@@ -15,6 +15,7 @@ pub(crate) mod deferred;
 mod dequant;
 pub(crate) mod exec;
 mod gemm;
+mod heap;
 pub(crate) mod kernels;
 mod movement;
 mod pointwise;

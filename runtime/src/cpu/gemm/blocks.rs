@@ -9,7 +9,7 @@
 #![allow(clippy::needless_range_loop, reason = "loops over constant ranges become straight code")]
 
 use super::bytes::Factors;
-use super::pages::filled;
+use super::pages::{Pages, Plain};
 use super::plane::Rectangle;
 use super::tile::InPanel;
 use super::{BLOCK, Chains, DEPTH, FEW, LANES, Lanes, PANEL, VECTORS, add_panel, dot, vectors_of};
@@ -72,13 +72,12 @@ impl Width {
 }
 
 /// Quantised weights in panels.
-#[derive(Clone, Debug)]
 pub(super) struct Blocks {
-    words: Vec<Words>,
+    words: Pages<Words>,
     width: Width,
-    scales: Vec<Lanes>,
+    scales: Pages<Lanes>,
     /// Absent if all are 0.
-    zeros: Option<Vec<Lanes>>,
+    zeros: Option<Pages<Lanes>>,
     shape: QuantisedShape,
     /// Steps of the depth that are summed in one chain; chains do not cross blocks.
     chain: usize,
@@ -98,7 +97,7 @@ impl Blocks {
             let column = vector * LANES + lane;
             (column < columns).then_some(column)
         };
-        let words = in_panels(depth / steps, vectors, [0; LANES], |word, vector| {
+        let words = in_panels(depth / steps, vectors, |word, vector| {
             std::array::from_fn(|lane| {
                 let Some(column) = column(vector, lane) else { return 0 };
                 let code = |step: usize| {
@@ -111,7 +110,7 @@ impl Blocks {
             })
         });
         let of_blocks = |value: &(dyn Fn(usize, usize) -> f32 + Sync)| {
-            in_panels(depth.div_ceil(block), vectors, Lanes::ZERO, |block, vector| {
+            in_panels(depth.div_ceil(block), vectors, |block, vector| {
                 Lanes(std::array::from_fn(|lane| column(vector, lane).map_or(0.0, |c| value(block, c))))
             })
         };
@@ -399,13 +398,12 @@ fn widened<const STEPS: usize>(words: &Words, step: usize) -> Lanes {
 }
 
 /// Something per step and vector, panel by panel.
-pub(super) fn in_panels<T: Copy + Send + Sync>(
+pub(super) fn in_panels<T: Plain>(
     steps: usize,
     vectors: usize,
-    empty: T,
     make: impl Fn(usize, usize) -> T + Sync,
-) -> Vec<T> {
-    let mut all = filled(empty, steps * vectors);
+) -> Pages<T> {
+    let mut all = Pages::zeros(steps * vectors);
     team::for_each(all.chunks_mut((steps * VECTORS).max(1)).enumerate(), |(panel, to)| {
         let first = panel * VECTORS;
         let count = (vectors - first).min(VECTORS);

@@ -2,7 +2,7 @@
 
 use super::blocks::{Blocks, Quantised, QuantisedShape, in_panels};
 use super::halves::{Half, Halves};
-use super::pages::filled;
+use super::pages::Pages;
 use super::{LANES, Lanes, Matrix};
 use crate::team;
 use std::ops::Range;
@@ -13,7 +13,6 @@ pub(super) const VECTORS: usize = PANEL / LANES;
 
 /// A matrix in panels: the columns of a panel lie next to each other, step by step of the depth; the last panel has only
 /// as many vectors as it needs.
-#[derive(Clone, Debug)]
 pub(crate) struct Packed {
     pub(super) form: Form,
     pub(crate) rows: usize,
@@ -21,10 +20,9 @@ pub(crate) struct Packed {
 }
 
 /// In how many bits.
-#[derive(Clone, Debug)]
 pub(super) enum Form {
-    Floats(Vec<Lanes>),
-    Halves(Half, Vec<Halves>),
+    Floats(Pages<Lanes>),
+    Halves(Half, Pages<Halves>),
     Blocks(Blocks),
 }
 
@@ -36,7 +34,7 @@ pub(super) fn vectors_of(columns: usize, panel: usize) -> usize {
 impl Packed {
     pub(crate) fn new(matrix: &Matrix<'_>) -> Packed {
         let (rows, columns) = (matrix.rows, matrix.columns);
-        let mut panels = filled(Lanes::ZERO, rows * columns.div_ceil(LANES));
+        let mut panels = Pages::zeros(rows * columns.div_ceil(LANES));
         team::for_each(panels.chunks_mut((rows * VECTORS).max(1)).enumerate(), |(panel, to)| {
             let first = panel * PANEL;
             copy_panel(matrix, 0..rows, first..(first + PANEL).min(columns), to);
@@ -50,7 +48,7 @@ impl Packed {
         [rows, columns]: [usize; 2],
         bits: impl Fn(usize, usize) -> u16 + Sync,
     ) -> Packed {
-        let panels = in_panels(rows, columns.div_ceil(LANES), [0; LANES], |row, vector| {
+        let panels = in_panels(rows, columns.div_ceil(LANES), |row, vector| {
             std::array::from_fn(|lane| {
                 let column = vector * LANES + lane;
                 if column < columns { bits(row, column) } else { 0 }
