@@ -34,7 +34,8 @@ families! {
     Vector "vector";
     /// Products of two computed operands. Tasks are products; elements of operands and results.
     Batched "batched";
-    /// Tasks are places of window elements, which are found once an image and group; elements are gathered.
+    /// Tasks are places of window elements, which are found once an image and group; elements are gathered; bytes of the
+    /// filters.
     Convolution "convolution";
     /// Elements are those under all windows.
     Pool "pool";

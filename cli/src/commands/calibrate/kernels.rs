@@ -149,6 +149,8 @@ fn programs() -> Vec<(Family, Vec<Point>)> {
                 (Link::Convolution { kernel: 1 }, vec![1, 64, 16, 16]),
                 (Link::Convolution { kernel: 1 }, vec![2, 256, 4, 4]),
                 (Link::Convolution { kernel: 1 }, vec![1, 32, 32, 32]),
+                (Link::Convolution { kernel: 1 }, vec![1, 512, 1, 1]),
+                (Link::Convolution { kernel: 3 }, vec![1, 256, 2, 2]),
             ],
         ),
         (F::Pool, vec![(Link::Pool, vec![1, 32, 32, 32]), (Link::Pool, vec![1, 16, 8, 8])]),

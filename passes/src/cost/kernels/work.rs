@@ -199,7 +199,12 @@ pub fn work(graph: &Graph, look: &Look, value: ValueId, sizes: &Sizes<'_>) -> Ve
             let operation = 2.0 * out * group_channels * taps(window);
             let places = product(sizes.out.get(2..).unwrap_or(&[])) * taps(window);
             let task = images * *groups as f64 * places;
-            one(Family::Convolution, Quantities { task, element: gathered, operation, ..call })
+            let shown = if is_identity(window) {
+                Quantities::default()
+            } else {
+                Quantities { task, element: gathered, ..Quantities::default() }
+            };
+            one(Family::Convolution, Quantities { operation, byte: bytes(1), ..call }.plus(shown, 1.0))
         }
         Op::Pool { window, .. } => {
             one(Family::Pool, Quantities { task: out, element: out * taps(window), ..call })
@@ -269,6 +274,12 @@ pub fn work(graph: &Graph, look: &Look, value: ValueId, sizes: &Sizes<'_>) -> Ve
 
 fn taps(window: &Window) -> f64 {
     window.kernel.iter().map(|&k| k as f64).product()
+}
+
+/// True if every result is of one element, the one at its place: nothing is gathered.
+fn is_identity(window: &Window) -> bool {
+    let all = |values: &[usize], wanted: usize| values.iter().all(|&value| value == wanted);
+    all(&window.kernel, 1) && all(&window.strides, 1) && all(&window.pads_low, 0) && all(&window.pads_high, 0)
 }
 
 /// The product of the extents of some letters.
