@@ -23,8 +23,8 @@ use std::num::NonZero;
 use steps::{Rates, Slopes};
 use tpshard_passes::cost::kernels::{Family, Measured, Quantities};
 
-/// Everything is measured so often, a round over everything after the other; the median of the rounds counts. A machine
-/// that others use too has faster and slower minutes, and what is compared has to see the same ones.
+/// Everything is measured so often, a round over everything after the other; the fastest round counts. A machine that
+/// others use too has slow seconds and slow minutes but no fast ones, so what rounds have in common is the fastest.
 pub(crate) const ROUNDS: usize = 5;
 /// Most ranks that are measured together.
 const MOST_RANKS: usize = 64;
@@ -120,7 +120,7 @@ pub(crate) fn calibrate(arguments: &CalibrateArguments, json: bool, quiet: bool)
         rates: slopes.rates()?,
         kernels: waits.iter().map(raised).collect(),
         waits,
-        points: links::medians(&rounds),
+        points: links::fastest(&rounds),
         carrier: Carrier::Processes,
     };
     report::finish(&measured, arguments.out.as_deref(), json)
@@ -138,9 +138,43 @@ pub(crate) fn median(mut samples: Vec<f64>) -> f64 {
     samples.get(samples.len() / 2).copied().unwrap_or(f64::NAN)
 }
 
+/// The medians of rounds, of which the fastest counts.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Rounds(Vec<f64>);
+
+impl Rounds {
+    pub(crate) fn add(&mut self, seconds: f64) {
+        self.0.push(seconds);
+    }
+
+    /// Not a number if there was no round.
+    pub(crate) fn fastest(&self) -> f64 {
+        self.0.iter().copied().fold(f64::NAN, f64::min)
+    }
+
+    /// By how much of the fastest round's time the second fastest took longer: nothing if the machine was left alone.
+    pub(crate) fn noise(&self) -> f64 {
+        let mut sorted = self.0.clone();
+        sorted.sort_by(f64::total_cmp);
+        match sorted.as_slice() {
+            [first, second, ..] => second / first - 1.0,
+            _ => 0.0,
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn slow_rounds_do_not_count() {
+        let mut rounds = Rounds::default();
+        assert!(rounds.fastest().is_nan());
+        [3.0, 2.0, 9.0, 2.5].into_iter().for_each(|seconds| rounds.add(seconds));
+        assert_eq!(rounds.fastest(), 2.0);
+        assert_eq!(rounds.noise(), 0.25);
+    }
 
     #[test]
     fn counts_are_powers_of_two_and_the_largest() {

@@ -1,7 +1,7 @@
 //! Predictions held against measurements: a profile's collectives, and the steps of models sharded with it.
 
 use super::steps::{Rates, Slopes};
-use super::{Effort, ROUNDS, links, median, report, steps};
+use super::{Effort, ROUNDS, Rounds, links, median, report, steps};
 use crate::arguments::CalibrateArguments;
 use crate::commands::planning;
 use crate::failure::{Classify, Failure, Kind, Outcome};
@@ -28,9 +28,9 @@ struct Compared {
     predicted: f64,
     /// What is predicted if the machine is as it was while the step was measured.
     now: f64,
-    /// The median of the medians of some rounds.
+    /// In the fastest round.
     measured: f64,
-    /// Half of what the two around it are apart, as a share of it.
+    /// What the second fastest took more, as a share of it.
     noise: f64,
 }
 
@@ -48,20 +48,20 @@ pub(crate) fn compare(arguments: &CalibrateArguments, effort: Effort, json: bool
         plans.push((folder, plan));
     }
     // Folders take turns, so that a burst of other work meets few of each one's rounds.
-    let mut medians: Vec<Vec<f64>> = vec![Vec::new(); plans.len()];
+    let mut taken = vec![Rounds::default(); plans.len()];
     let ranks = profile.shared_ranks.unwrap_or(2).max(2);
     let (mut slopes, mut rounds) = (Slopes::default(), Vec::new());
     for _ in 0..ROUNDS {
         slopes.round(ranks, effort)?;
         rounds.push(links::between_processes(ranks, arguments.quick, effort)?);
-        for ((folder, plan), medians) in plans.iter().zip(&mut medians) {
-            medians.push(step(folder, &plan.dims, effort)?);
+        for ((folder, plan), taken) in plans.iter().zip(&mut taken) {
+            taken.add(step(folder, &plan.dims, effort)?);
         }
     }
-    let points = links::medians(&rounds);
+    let points = links::fastest(&rounds);
     let drift = Drift::of(&profile, &slopes.rates()?, &points);
     let compared: Vec<Compared> =
-        plans.iter().zip(medians).map(|((f, p), m)| Compared::new(f, p, &drift, m)).collect();
+        plans.iter().zip(&taken).map(|((f, p), taken)| Compared::new(f, p, &drift, taken)).collect();
     print(&compared, &points, &profile, &drift, json)
 }
 
@@ -183,19 +183,14 @@ impl Planned {
 }
 
 impl Compared {
-    fn new(folder: &Folder, plan: &Planned, drift: &Drift, mut medians: Vec<f64>) -> Compared {
-        medians.sort_by(f64::total_cmp);
-        let middle = medians.len() / 2;
-        let at = |index: Option<usize>| index.and_then(|i| medians.get(i)).copied();
-        let measured = at(Some(middle)).unwrap_or(f64::NAN);
-        let around = at(Some(middle + 1)).zip(at(middle.checked_sub(1)));
+    fn new(folder: &Folder, plan: &Planned, drift: &Drift, taken: &Rounds) -> Compared {
         Compared {
             folder: folder.path.display().to_string(),
             ranks: folder.ranks,
             predicted: plan.seconds,
             now: drift.seconds(&plan.parts),
-            measured,
-            noise: around.map_or(0.0, |(above, below)| (above - below) / (2.0 * measured)),
+            measured: taken.fastest(),
+            noise: taken.noise(),
         }
     }
 }

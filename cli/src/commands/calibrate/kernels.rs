@@ -6,7 +6,7 @@
 
 use super::fit::least_squares;
 use super::steps::{INPUT, filled, on_all, time_of};
-use super::{Effort, median};
+use super::{Effort, Rounds};
 use crate::failure::{Classify, Failure, Kind, Outcome};
 use std::collections::BTreeMap;
 use tpshard_ir::op::{EinsumSpec, Literal, NormKind, PoolKind, Real, Window};
@@ -251,7 +251,7 @@ impl Kernels {
         let mut measured = Measured::new();
         for (family, chains) in &self.chains {
             let rows: Vec<_> =
-                chains.iter().map(|c| row(*family, &c.work, c.taken.of(ranks), &measured)).collect();
+                chains.iter().map(|c| row(*family, &c.work, c.link(ranks), &measured)).collect();
             measured.insert(*family, fitted(&rows));
         }
         let steps = self.steps.iter();
@@ -263,15 +263,15 @@ impl Kernels {
 
 /// Seconds of every round, by number of ranks.
 #[derive(Default)]
-struct Taken(BTreeMap<usize, Vec<f64>>);
+struct Taken(BTreeMap<usize, Rounds>);
 
 impl Taken {
     fn add(&mut self, ranks: usize, seconds: f64) {
-        self.0.entry(ranks).or_default().push(seconds);
+        self.0.entry(ranks).or_default().add(seconds);
     }
 
     fn of(&self, ranks: usize) -> f64 {
-        median(self.0.get(&ranks).cloned().unwrap_or_default())
+        self.0.get(&ranks).map_or(f64::NAN, Rounds::fastest)
     }
 }
 
@@ -302,7 +302,7 @@ struct Chains {
     links: f64,
     /// What one link is.
     work: BTreeMap<Family, Quantities>,
-    taken: Taken,
+    taken: [Taken; 2],
 }
 
 impl Chains {
@@ -316,22 +316,25 @@ impl Chains {
             (family, amounts.plus(before, -1.0).over(links))
         };
         let work = second.into_iter().map(per_link).collect();
-        Ok(Chains { graphs, links, work, taken: Taken::default() })
+        Ok(Chains { graphs, links, work, taken: Default::default() })
     }
 
-    /// What a link takes.
     fn time(&mut self, ranks: usize, effort: Effort) -> Outcome<()> {
-        let mut seconds = [0.0; 2];
-        for (graph, seconds) in self.graphs.iter().zip(&mut seconds) {
+        for (graph, taken) in self.graphs.iter().zip(&mut self.taken) {
             let mut given = BTreeMap::new();
             for (_, name, ty) in graph.inputs() {
                 let shape = ty.shape.iter().map(|d| d.as_size().unwrap_or(0)).collect();
                 given.insert(name.to_string(), filled(ty.dtype, shape)?);
             }
-            *seconds = time_of(&on_all(graph.clone(), ranks), &given, ranks, effort.samples)?;
+            taken.add(ranks, time_of(&on_all(graph.clone(), ranks), &given, ranks, effort.samples)?);
         }
-        self.taken.add(ranks, (seconds[1] - seconds[0]) / self.links);
         Ok(())
+    }
+
+    /// What a link takes while so many ranks run.
+    fn link(&self, ranks: usize) -> f64 {
+        let [short, long] = [&self.taken[0], &self.taken[1]].map(|taken| taken.of(ranks));
+        (long - short) / self.links
     }
 }
 
@@ -561,8 +564,8 @@ mod tests {
         let effort = Effort { samples: 1, growth: 2, largest: 1024 };
         let mut chains = Chains::new(Link::Concat, &[4, 8]).unwrap();
         chains.time(2, effort).unwrap();
-        assert!(chains.taken.of(2).is_finite());
-        assert!(chains.taken.of(1).is_nan());
+        assert!(chains.link(2).is_finite());
+        assert!(chains.link(1).is_nan());
     }
 
     #[test]

@@ -52,11 +52,12 @@ pub(crate) struct Point {
     pub(crate) seconds: f64,
 }
 
-/// Every point's median over some rounds.
-pub(crate) fn medians(rounds: &[Vec<Point>]) -> Vec<Point> {
+/// Every point as it was in its fastest round.
+pub(crate) fn fastest(rounds: &[Vec<Point>]) -> Vec<Point> {
     let first = rounds.first().map_or(&[][..], Vec::as_slice);
-    let seconds = |at: usize| rounds.iter().filter_map(|round| round.get(at)).map(|p| p.seconds).collect();
-    first.iter().enumerate().map(|(at, p)| Point { seconds: median(seconds(at)), ..p.clone() }).collect()
+    let seconds =
+        |at: usize| rounds.iter().filter_map(|r| r.get(at)).map(|p| p.seconds).fold(f64::NAN, f64::min);
+    first.iter().enumerate().map(|(at, p)| Point { seconds: seconds(at), ..p.clone() }).collect()
 }
 
 /// What rank 0 saw of the collectives between threads.

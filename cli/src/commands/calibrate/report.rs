@@ -134,7 +134,7 @@ fn profile_text(m: &Measurements) -> String {
             let _ = writeln!(
                 text,
                 "protocol.{carrier}.{}.{ranks}.{index} = measured {0} ranks {ranks}{range} base {base:.3e} \
-                 bandwidth {1:.3e} | measured by tpshard calibrate: median of {ROUNDS} rounds at {2} sizes from {first} to {last} bytes",
+                 bandwidth {1:.3e} | measured by tpshard calibrate: the fastest of {ROUNDS} rounds at {2} sizes from {first} to {last} bytes",
                 collective.name(),
                 1.0 / seconds_per_byte,
                 points.len(),

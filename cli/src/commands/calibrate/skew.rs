@@ -5,7 +5,7 @@
 //! the two with next to no products, which differ by what the collectives cost as such.
 
 use super::steps::{INPUT, filled, on_all, time_of};
-use super::{Effort, median};
+use super::{Effort, Rounds};
 use crate::failure::{Classify, Failure, Kind, Outcome};
 use std::collections::BTreeMap;
 use tpshard_ir::op::EinsumSpec;
@@ -20,16 +20,13 @@ const LINKS: usize = 12;
 /// Rows and width of products of about a millisecond, and of nearly nothing.
 const LARGE: (usize, usize) = (256, 512);
 const SMALL: (usize, usize) = (256, 8);
-/// How often the programs are timed in a round.
-const TIMES: usize = 3;
 /// Waiting of more than this share of the computing is some other work on the machine.
 const MOST: f64 = 0.5;
 
-/// The four programs, and the shares that rounds gave.
+/// The four programs, and what they took.
 pub(crate) struct Skew {
     ranks: usize,
-    programs: Vec<(Spmd, BTreeMap<String, Tensor>)>,
-    shares: Vec<f64>,
+    programs: Vec<(Spmd, BTreeMap<String, Tensor>, Rounds)>,
 }
 
 impl Skew {
@@ -38,29 +35,24 @@ impl Skew {
         for (rows, width) in [LARGE, SMALL] {
             let given = BTreeMap::from([(INPUT.to_owned(), filled(DType::F32, vec![rows, width])?)]);
             for meet in [false, true] {
-                programs.push((meeting((rows, width), ranks, meet)?, given.clone()));
+                programs.push((meeting((rows, width), ranks, meet)?, given.clone(), Rounds::default()));
             }
         }
-        Ok(Skew { ranks, programs, shares: Vec::new() })
+        Ok(Skew { ranks, programs })
     }
 
-    /// Times the programs right after one another some times: from one minute to the next the machine changes by more than
-    /// what is looked for.
     pub(crate) fn round(&mut self, effort: Effort) -> Outcome<()> {
-        for _ in 0..TIMES {
-            let mut taken = [0.0; 4];
-            for ((program, given), taken) in self.programs.iter().zip(&mut taken) {
-                *taken = time_of(program, given, self.ranks, effort.samples)?;
-            }
-            let [apart, met, few, few_met] = taken;
-            self.shares.push(((met - apart) - (few_met - few)) / apart);
+        for (program, given, rounds) in &mut self.programs {
+            rounds.add(time_of(program, given, self.ranks, effort.samples)?);
         }
         Ok(())
     }
 
     /// The share of the computing time that ranks wait for one another.
     pub(crate) fn share(&self) -> f64 {
-        median(self.shares.clone()).clamp(0.0, MOST)
+        let [apart, met, few, few_met] =
+            [0, 1, 2, 3].map(|i| self.programs.get(i).map_or(0.0, |p| p.2.fastest()));
+        (((met - apart) - (few_met - few)) / apart).clamp(0.0, MOST)
     }
 }
 

@@ -1,6 +1,6 @@
 //! Rates of the kernels, from the steps of small programs that every rank runs whole.
 
-use super::{Effort, median};
+use super::{Effort, Rounds, median};
 use crate::failure::{Classify, Failure, Kind, Outcome};
 use crate::runner::session_failure;
 use std::collections::BTreeMap;
@@ -35,26 +35,32 @@ pub(crate) struct Rates {
     pub(crate) step_seconds: f64,
 }
 
-/// What one more product costs, and a step without any, in every round.
-#[derive(Default)]
+/// What one more product costs, and a step without any.
 pub(crate) struct Slopes {
     product: Slope,
     row: Slope,
     tiny: Slope,
 }
 
+impl Default for Slopes {
+    fn default() -> Slopes {
+        let [product, row, tiny] = [[1, 9], [1, 9], [8, 136]].map(Slope::new);
+        Slopes { product, row, tiny }
+    }
+}
+
 impl Slopes {
     pub(crate) fn round(&mut self, ranks: usize, effort: Effort) -> Outcome<()> {
         let (rows, depth) = PRODUCT;
-        self.product.time((rows, depth), [1, 9], false, ranks, effort)?;
-        self.row.time((1, ROW), [1, 9], false, ranks, effort)?;
-        self.tiny.time((1, TINY), [8, 136], true, ranks, effort)
+        self.product.time((rows, depth), false, ranks, effort)?;
+        self.row.time((1, ROW), false, ranks, effort)?;
+        self.tiny.time((1, TINY), true, ranks, effort)
     }
 
     pub(crate) fn rates(self) -> Outcome<Rates> {
         let (rows, depth) = PRODUCT;
-        let step_seconds = median(self.tiny.rest.clone()).max(1e-9);
-        let [product, row, tiny] = [self.product, self.row, self.tiny].map(Slope::per_link);
+        let step_seconds = self.tiny.rest().max(1e-9);
+        let [product, row, tiny] = [&self.product, &self.row, &self.tiny].map(Slope::per_link);
         Ok(Rates {
             operations_per_second: 2.0 * (rows * depth * depth) as f64 / product?,
             bytes_per_second: 4.0 * (ROW * ROW) as f64 / row?,
@@ -64,35 +70,43 @@ impl Slopes {
     }
 }
 
-/// From a short and a long chain, in every round.
-#[derive(Default)]
+/// A short and a long chain: how many links they have, and what they took.
 struct Slope {
-    /// Seconds for one link of a chain.
-    per_link: Vec<f64>,
-    /// Seconds for none.
-    rest: Vec<f64>,
+    lengths: [usize; 2],
+    taken: [Rounds; 2],
 }
 
 impl Slope {
+    fn new(lengths: [usize; 2]) -> Slope {
+        Slope { lengths, taken: Default::default() }
+    }
+
     fn time(
         &mut self,
         (rows, depth): (usize, usize),
-        lengths: [usize; 2],
         sums: bool,
         ranks: usize,
         effort: Effort,
     ) -> Outcome<()> {
-        let [short, long] = lengths;
-        let first = step_time(rows, depth, short, sums, ranks, effort)?;
-        let second = step_time(rows, depth, long, sums, ranks, effort)?;
-        let per_link = (second - first) / (long - short) as f64;
-        self.per_link.push(per_link);
-        self.rest.push(first - per_link * short as f64);
+        for (&length, taken) in self.lengths.iter().zip(&mut self.taken) {
+            taken.add(step_time(rows, depth, length, sums, ranks, effort)?);
+        }
         Ok(())
     }
 
-    fn per_link(self) -> Outcome<f64> {
-        let seconds = median(self.per_link);
+    /// Seconds for one link of a chain.
+    fn slope(&self) -> f64 {
+        let ([short, long], [first, second]) = (self.lengths, [0, 1].map(|i: usize| self.taken[i].fastest()));
+        (second - first) / (long - short) as f64
+    }
+
+    /// Seconds for none.
+    fn rest(&self) -> f64 {
+        self.taken[0].fastest() - self.slope() * self.lengths[0] as f64
+    }
+
+    fn per_link(&self) -> Outcome<f64> {
+        let seconds = self.slope();
         if seconds.is_finite() && seconds > 0.0 {
             return Ok(seconds);
         }
