@@ -2,8 +2,7 @@
 # How honest the cost model is on this machine: calibrates it, shards models with the profile, measures what was built,
 # and prints four tables:
 #
-#   1. collectives and steps, predicted beside measured, and how many are within 25 %; a prediction is held against what it
-#      is for the machine as it was while the step was measured ("now"), which a few programs of the calibration tell;
+#   1. collectives and steps, predicted beside measured, and how many are within 25 %;
 #   2. for every model the plan that was chosen for two ranks beside plans that were forced by pins at random;
 #   3. for every model and number of ranks whether sharding pays, as predicted and as measured;
 #   4. for every model the number of ranks that is best, as predicted and as measured.
@@ -126,27 +125,27 @@ echo
 
 awk '
     function within(x, y) { return y > 0 && x / y <= 1.25 && x / y >= 0.75 }
-    # ranks, predicted, predicted for the machine as it was while this was measured, measured, noise, ratio, folder
-    $7 ~ /-chosen$|-forced[0-9]+$/ {
-        split($7, path, "/"); model = path[1]
+    # ranks, predicted, measured, noise, ratio, folder
+    $6 ~ /-chosen$|-forced[0-9]+$/ {
+        split($6, path, "/"); model = path[1]
         split(path[2], parts, "-"); count = parts[1]
-        noise = $5; sub("%", "", noise); noise /= 100
+        noise = $4; sub("%", "", noise); noise /= 100
         if (parts[2] == "chosen") {
             if (!(model in seen)) { seen[model] = 1; models[++n] = model }
-            predicted[model, count] = $2; now[model, count] = $3; measured[model, count] = $4; spread[model, count] = noise
+            predicted[model, count] = $2; measured[model, count] = $3; spread[model, count] = noise
             if (!(count in counted)) { counted[count] = 1; counts[++m] = count }
         } else {
             forced[model]++
-            close_forced += within($3, $4)
+            close_forced += within($2, $3)
             all_forced++
-            if (!(model in best) || $4 < best[model]) { best[model] = $4; best_noise[model] = noise }
+            if (!(model in best) || $3 < best[model]) { best[model] = $3; best_noise[model] = noise }
         }
     }
     END {
-        printf "%-28s%6s%14s%14s%14s%7s%7s\n", "step of", "ranks", "predicted us", "now us", "measured us", "noise", "ratio"
+        printf "%-28s%6s%14s%14s%7s%7s\n", "step of", "ranks", "predicted us", "measured us", "noise", "ratio"
         for (i = 1; i <= n; i++) for (j = 1; j <= m; j++) {
-            p = now[models[i], counts[j]]; t = measured[models[i], counts[j]]
-            printf "%-28s%6d%14.1f%14.1f%14.1f%6.0f%%%7.2f%s\n", models[i], counts[j], predicted[models[i], counts[j]], p, t, 100 * spread[models[i], counts[j]], p / t, within(p, t) ? "" : "  *"
+            p = predicted[models[i], counts[j]]; t = measured[models[i], counts[j]]
+            printf "%-28s%6d%14.1f%14.1f%6.0f%%%7.2f%s\n", models[i], counts[j], p, t, 100 * spread[models[i], counts[j]], p / t, within(p, t) ? "" : "  *"
             all++; close_steps += within(p, t); of[counts[j]]++; near[counts[j]] += within(p, t)
         }
         printf "steps: %d of %d within 25 %%", close_steps, all

@@ -81,6 +81,8 @@ pub struct EntryReport {
     pub steps: Vec<StepReport>,
     /// Where its time goes; collecting outputs on rank 0 is communication, too.
     pub parts: Parts,
+    /// How many values of each operation are computed, and what they take: seconds.
+    pub operations: BTreeMap<&'static str, (usize, f64)>,
     pub collectives: Vec<Collective>,
     pub outputs: Vec<(String, Layout)>,
 }
@@ -167,12 +169,17 @@ pub(crate) fn report(
             entry: entry.clone(),
             steps: Vec::new(),
             parts: pricer.overhead_parts(index),
+            operations: BTreeMap::new(),
             collectives: Vec::new(),
             outputs: outputs(program),
         };
         let priced = priced_steps(graph, &program.steps, &program.outputs, pricer, mesh, index);
         let made = program.steps.iter().map(|s| pricer.result_bytes(s.value, &s.layout, mesh, index));
         found.steps = made.zip(&priced).map(|(bytes, p)| StepReport { parts: p.parts, bytes }).collect();
+        for (step, priced) in program.steps.iter().zip(&priced).filter(|(s, _)| s.kind == StepKind::Compute) {
+            let spent = found.operations.entry(graph.node(step.value).op.name()).or_default();
+            *spent = (spent.0 + 1, spent.1 + priced.parts.total());
+        }
         for priced in priced {
             found.parts.add(&priced.parts, 1.0);
             found.collectives.extend(priced.collective);

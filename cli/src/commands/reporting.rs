@@ -198,13 +198,17 @@ pub(crate) fn report_json(report: &PlanReport) -> Value {
 }
 
 fn entry_json(found: &EntryReport) -> Value {
-    let EntryReport { entry, parts, collectives, outputs, .. } = found;
+    let EntryReport { entry, parts, operations, collectives, outputs, .. } = found;
     let dims: Value = entry.bindings.iter().map(|(k, v)| (k.to_string(), Value::from(*v))).collect();
     let collectives: Vec<Value> = collectives
         .iter()
         .map(|c| json!({ "step": c.step.0, "kind": c.kind, "node": c.origin, "ranks": c.ranks, "payload_bytes": c.payload, "seconds": c.seconds }))
         .collect();
     let outputs: Value = outputs.iter().map(|(k, l)| (k.clone(), Value::from(l.to_string()))).collect();
+    let spent = |(op, (count, seconds)): (&&str, &(usize, f64))| {
+        ((*op).to_owned(), json!({ "count": count, "seconds": seconds }))
+    };
+    let operations: Value = operations.iter().map(spent).collect();
     json!({
         "entry": entry.name,
         "dims": dims,
@@ -214,6 +218,7 @@ fn entry_json(found: &EntryReport) -> Value {
         "memory_seconds": parts.memory,
         "launch_seconds": parts.launch,
         "communication_seconds": parts.communication,
+        "operations": operations,
         "collectives": collectives,
         "outputs": outputs,
     })

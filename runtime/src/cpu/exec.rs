@@ -9,7 +9,7 @@ use super::contraction::Contraction;
 use super::convert::{Place, StepError, convert, held, identity};
 use super::deferred::Deferred;
 use super::gemm::Packed;
-use super::kernels::{Context, Made, run_kernel};
+use super::kernels::{Context, Made, run_kernel, takes_spare};
 use super::movement;
 use super::pointwise::Program;
 use super::step::{self, Failed, Held};
@@ -72,31 +72,42 @@ pub(crate) struct Run<'a> {
 #[derive(Default)]
 pub(crate) struct Shapes(RefCell<BTreeMap<usize, Rc<[usize]>>>);
 
-/// Memory that outlives runs: one vector per slot of the plan.
+/// Memory that outlives runs: at most one vector per slot of the plan, no longer than the slot. Empty ones are in use, or
+/// were never made.
 #[derive(Default)]
 pub(crate) struct Slots(Vec<Vec<f32>>);
 
 impl Slots {
-    fn take(&mut self, slot: Option<usize>) -> Vec<f32> {
-        slot.and_then(|s| self.0.get_mut(s)).map(std::mem::take).unwrap_or_default()
+    /// Memory for so many elements in `slot` of the plan.
+    fn take(&mut self, slot: usize, plan: &MemoryPlan, elements: usize) -> Vec<f32> {
+        let held = self.0.get_mut(slot).map(std::mem::take).unwrap_or_default();
+        if held.capacity() >= elements {
+            return held;
+        }
+        // Not made longer, which would copy what is in it.
+        drop(held);
+        Vec::with_capacity(elements.max(length_of(plan, slot)))
     }
 
-    fn put(&mut self, slot: Option<usize>, value: Value) {
-        let Some(slot) = slot else { return };
-        if let Ok(tensor) = value.into_unique()
-            && let Data::F32(elements) = tensor.into_data()
-        {
-            if self.0.len() <= slot {
-                self.0.resize_with(slot + 1, Vec::new);
-            }
-            // A value changed in place comes back in another slot than it was taken from; that one is empty now.
-            let free =
-                if self.0[slot].is_empty() { Some(slot) } else { self.0.iter().position(Vec::is_empty) };
-            if let Some(place) = self.0.get_mut(free.unwrap_or(slot)) {
-                *place = elements;
-            }
+    /// Keeps the memory of a value that lay in `slot` of the plan.
+    fn put(&mut self, slot: usize, plan: &MemoryPlan, value: Value) {
+        let Ok(tensor) = value.into_unique() else { return };
+        let Data::F32(elements) = tensor.into_data() else { return };
+        self.0.resize_with(plan.slots.len(), Vec::new);
+        // A value that was changed in place comes back to another slot than it was taken from; that one is empty.
+        let fits = |&at: &usize| self.0[at].capacity() == 0 && elements.capacity() <= length_of(plan, at);
+        let others = || (0..self.0.len()).filter(fits).min_by_key(|&at| plan.slots.get(at));
+        let free =
+            Some(slot).filter(|&at| self.0.get(at).is_some_and(|held| held.capacity() == 0)).or_else(others);
+        if let Some(place) = free.and_then(|at| self.0.get_mut(at)) {
+            *place = elements;
         }
     }
+}
+
+/// How many elements of `f32` a slot has.
+fn length_of(plan: &MemoryPlan, slot: usize) -> usize {
+    plan.slots.get(slot).map_or(0, |bytes| usize::try_from(bytes / 4).unwrap_or(usize::MAX))
 }
 
 /// What a run leaves behind on this rank.
@@ -208,11 +219,10 @@ impl<'a> Run<'a> {
         for (index, region) in prepared.lowering.regions.iter().enumerate() {
             let result = region.result();
             if region.stage == Stage::Step {
-                let spare = slots.take(self.slot(result));
                 let start = if self.timed { now() } else { 0 };
                 let made = match &graph.node(result).op {
                     Op::Deferred { .. } => self.deferred(index, result, &values),
-                    _ => self.step(index, region, &mut values, states, spare, communicator, sequence),
+                    _ => self.step(index, region, &mut values, states, slots, communicator, sequence),
                 };
                 if self.timed {
                     finished.times.push((result, start, now()));
@@ -234,8 +244,10 @@ impl<'a> Run<'a> {
                 finished.taps.insert(result, value.clone());
             }
             for &done in &prepared.regions[index].dropped {
-                if let Some(value) = values[done.index()].take() {
-                    slots.put(self.slot(done), value);
+                if let Some(value) = values[done.index()].take()
+                    && let Some(slot) = self.slot(done)
+                {
+                    slots.put(slot, self.plan, value);
                 }
             }
         }
@@ -279,7 +291,7 @@ impl<'a> Run<'a> {
         region: &Region,
         values: &mut [Option<Value>],
         states: &mut BTreeMap<Arc<str>, Value>,
-        spare: Vec<f32>,
+        slots: &mut Slots,
         communicator: &dyn Communicator,
         sequence: &mut u64,
     ) -> Result<Value, StepError> {
@@ -341,7 +353,12 @@ impl<'a> Run<'a> {
                     contraction: prepared.contraction.as_ref().map(|(c, packed)| (c, packed.as_deref())),
                     table: prepared.table.as_deref(),
                 };
-                Ok(run_kernel(&context, region, &self.shape(result)?, &args, spare, made)?)
+                let shape = self.shape(result)?;
+                let spare = match self.slot(result).filter(|_| takes_spare(region, node, &args, &shape)) {
+                    Some(slot) => slots.take(slot, self.plan, shape.iter().product()),
+                    None => Vec::new(),
+                };
+                Ok(run_kernel(&context, region, &shape, &args, spare, made)?)
             }
         }
     }
@@ -402,13 +419,13 @@ fn append(state: Value, new: &Value, axis: usize) -> Result<Value, String> {
     let added = new.shape().get(axis).copied().unwrap_or(0);
     shape[axis] = held + added;
     if !state.is_prefix(axis, held + added) || state.dtype() != new.dtype() {
-        return movement::concat(&[state, new.clone()], axis);
+        return movement::concat(&[state, new.clone()], axis, Vec::new());
     }
     match state.into_unique() {
         Ok(mut buffer) => {
             movement::write_into(&mut buffer, axis, held, new)?;
             Value::new(buffer).sliced(axis, 0, held + added, 1)
         }
-        Err(shared) => movement::concat(&[shared, new.clone()], axis),
+        Err(shared) => movement::concat(&[shared, new.clone()], axis, Vec::new()),
     }
 }

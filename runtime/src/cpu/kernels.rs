@@ -12,7 +12,7 @@ use tpshard_ir::dim::{Bindings, Dim};
 use tpshard_ir::op::PadMode;
 use tpshard_ir::program::{Kernel, Region};
 use tpshard_ir::tensor::element_count;
-use tpshard_ir::{DType, Graph, Op, Tensor, Type};
+use tpshard_ir::{DType, Graph, Node, Op, Tensor, Type};
 
 /// What kernels may look up.
 pub(crate) struct Context<'a> {
@@ -46,6 +46,28 @@ pub(crate) struct Made<'a> {
     pub(crate) table: Option<&'a Packed>,
 }
 
+/// True if [`run_kernel`] makes its result in the memory that it is given.
+pub(crate) fn takes_spare(region: &Region, node: &Node, args: &[Value], shape: &[usize]) -> bool {
+    let takes = match region.kernel {
+        Kernel::View => {
+            matches!(node.op, Op::Reshape { .. }) && args.first().is_some_and(|x| !x.shows(shape))
+        }
+        Kernel::Pointwise
+        | Kernel::Einsum
+        | Kernel::Softmax
+        | Kernel::Norm
+        | Kernel::Rotary
+        | Kernel::Attention
+        | Kernel::Conv
+        | Kernel::Pool => true,
+        Kernel::Move => matches!(node.op, Op::Concat { .. } | Op::Gather { .. }),
+        Kernel::Reduce | Kernel::Dequant | Kernel::Reference => false,
+        // Not executed here, or in place.
+        Kernel::Leaf | Kernel::Convert | Kernel::Append => false,
+    };
+    takes && node.ty.dtype == DType::F32
+}
+
 /// Executes a region; `args` are the operands of its node (of the region, if it is elementwise), `shape` is that of its
 /// result, for which it may use the memory of `spare`.
 pub(crate) fn run_kernel(
@@ -68,7 +90,7 @@ pub(crate) fn run_kernel(
             Some(program) => program.run(args, shape, spare)?,
             None => Program::compile(context.graph, region, true)?.run(args, shape, spare)?,
         },
-        (Kernel::View, op) => view(context, op, args, shape)?,
+        (Kernel::View, op) => view(context, op, args, shape, spare)?,
         (Kernel::Einsum, Op::Einsum(spec)) => {
             let [a, b] = args else { return Err("a contraction of other than two operands".into()) };
             match made.contraction {
@@ -119,10 +141,16 @@ fn narrow(value: Value, dtype: DType) -> Result<Value, String> {
     }
 }
 
-fn view(context: &Context<'_>, op: &Op, args: &[Value], shape: &[usize]) -> Result<Value, String> {
+fn view(
+    context: &Context<'_>,
+    op: &Op,
+    args: &[Value],
+    shape: &[usize],
+    spare: Vec<f32>,
+) -> Result<Value, String> {
     let x = first(args)?;
     match op {
-        Op::Reshape { .. } => x.reshaped(shape),
+        Op::Reshape { .. } => x.reshaped_in(shape, spare),
         Op::Broadcast { .. } => x.stretched(shape),
         Op::Transpose { perm } if perm.len() == x.shape().len() && perm.iter().all(|&p| p < perm.len()) => {
             Ok(x.permuted(perm))
@@ -142,7 +170,7 @@ fn movement(
     packed: Option<&Packed>,
 ) -> Result<Value, StepError> {
     match (op, args) {
-        (Op::Concat { axis } | Op::Append { axis }, parts) => Ok(movement::concat(parts, *axis)?),
+        (Op::Concat { axis } | Op::Append { axis }, parts) => Ok(movement::concat(parts, *axis, spare)?),
         (Op::Gather { axis, window }, [table, indices]) => {
             let window = match window {
                 Some(w) => Some((context.dim(&w.start)?, context.dim(&w.extent)?)),

@@ -7,6 +7,7 @@
 //! What must not live here: inputs' names and checks, entries, state across runs; see [`crate::session`].
 
 mod attention;
+mod collect;
 pub(crate) mod constants;
 mod contraction;
 mod conv;

@@ -1,6 +1,7 @@
 //! Kernels that only move elements: concatenation, gathers, constant pads, appends in place. They work on every element
 //! type that is at least a byte wide.
 
+use super::collect::{Row, collected};
 use super::convert::StepError;
 use super::gemm::Packed;
 use super::value::{Value, copy_strided, row_major, with_elements, wrap};
@@ -17,7 +18,7 @@ trait Parts: Element + Default {
 impl<T: Element + Default> Parts for T {}
 
 /// One after another along `axis`.
-pub(crate) fn concat(parts: &[Value], axis: usize) -> Result<Value, String> {
+pub(crate) fn concat(parts: &[Value], axis: usize, spare: Vec<f32>) -> Result<Value, String> {
     let first = parts.first().ok_or("nothing to concatenate")?;
     let mut shape = first.shape().to_vec();
     if axis >= shape.len() {
@@ -37,9 +38,10 @@ pub(crate) fn concat(parts: &[Value], axis: usize) -> Result<Value, String> {
         parts: &[Value],
         shape: &[usize],
         axis: usize,
-        _: &[T],
+        spare: Vec<T>,
     ) -> Result<Data, String> {
-        let mut out = vec![T::default(); shape.iter().product()];
+        let mut out = spare;
+        out.resize(shape.iter().product(), T::default());
         let strides = row_major(shape);
         let mut at = 0;
         for (part, elements) in parts.iter().zip(T::all(parts)?) {
@@ -53,8 +55,11 @@ pub(crate) fn concat(parts: &[Value], axis: usize) -> Result<Value, String> {
         }
         Ok(wrap(out))
     }
-    let data = with_elements!(first.data(), v => join(parts, &shape, axis, v)?,
-        dtype, _b => return Err(format!("concatenation of the storage type {dtype}")));
+    let data = match first.data() {
+        Data::F32(_) => join(parts, &shape, axis, spare)?,
+        other => with_elements!(other, v => join(parts, &shape, axis, none_like(v))?,
+            dtype, _b => return Err(format!("concatenation of the storage type {dtype}"))),
+    };
     Tensor::new(shape, data).map(Value::new).map_err(|e| e.to_string())
 }
 
@@ -115,28 +120,21 @@ pub(crate) fn gather(
     let table = table.contiguous()?;
     let inner: usize = table.shape()[axis + 1..].iter().product();
     let outer: usize = table.shape()[..axis].iter().product();
-    fn pick<T: Element>(
+    fn pick<T: Element + Send + Sync>(
         table: &Value,
         rows: &[Option<usize>],
         [outer, held, inner]: [usize; 3],
-        mut out: Vec<T>,
+        spare: Vec<T>,
         not_held: T,
     ) -> Result<Data, String> {
         let elements = table.slice::<T>()?;
-        out.clear();
-        out.reserve_exact(outer * rows.len() * inner);
-        for o in 0..outer {
-            for row in rows {
-                match row {
-                    Some(row) => {
-                        let at = (o * held + row) * inner;
-                        out.extend_from_slice(elements.get(at..at + inner).ok_or("a row leaves its table")?);
-                    }
-                    None => out.resize(out.len() + inner, not_held),
-                }
-            }
+        if elements.len() < outer * held * inner {
+            return Err("a row leaves its table".into());
         }
-        Ok(wrap(out))
+        Ok(wrap(collected(spare, [outer * rows.len(), inner], |at| match rows[at % rows.len()] {
+            Some(row) => Row::Of(&elements[(at / rows.len() * held + row) * inner..][..inner]),
+            None => Row::All(not_held),
+        })))
     }
     let sizes = [outer, held, inner];
     let data = match table.data() {
@@ -148,6 +146,10 @@ pub(crate) fn gather(
             dtype, _b => return Err(format!("a gather of the storage type {dtype}").into())),
     };
     Tensor::new(shape, data).map(Value::new).map_err(|e| StepError::Local(e.to_string()))
+}
+
+fn none_like<T>(_: &[T]) -> Vec<T> {
+    Vec::new()
 }
 
 fn zero_like<T: Default>(_: &[T]) -> T {

@@ -280,6 +280,21 @@ impl Value {
         let tensor = self.copied()?.reshaped(shape.to_vec()).map_err(|e| e.to_string())?;
         Ok(Value::new(tensor))
     }
+
+    /// [`Value::reshaped`], with memory for the elements of `f32` if they have to be copied.
+    pub(crate) fn reshaped_in(&self, shape: &[usize], spare: Vec<f32>) -> Result<Value, String> {
+        match self.data() {
+            Data::F32(elements) if element_count(shape) == Some(self.len()) && !self.shows(shape) => {
+                Value::from_vec(shape, gather_elements_in(self, elements, spare))
+            }
+            _ => self.reshaped(shape),
+        }
+    }
+
+    /// True if the elements lie so that `shape` is another view of them.
+    pub(crate) fn shows(&self, shape: &[usize]) -> bool {
+        reshaped_strides(&self.shape, &self.strides, shape).is_some()
+    }
 }
 
 pub(crate) fn wrap<T: Element>(values: Vec<T>) -> Data {
@@ -324,8 +339,14 @@ fn reshaped_strides(from: &[usize], strides: &[isize], shape: &[usize]) -> Optio
 
 /// The elements of a view in row-major order.
 fn gather_elements<T: Copy>(view: &Value, all: &[T]) -> Vec<T> {
+    gather_elements_in(view, all, Vec::new())
+}
+
+/// [`gather_elements`] in memory that is there.
+fn gather_elements_in<T: Copy>(view: &Value, all: &[T], spare: Vec<T>) -> Vec<T> {
     let (false, Some(&any)) = (view.len() == 0, all.get(view.offset)) else { return Vec::new() };
-    let mut out = vec![any; view.len()];
+    let mut out = spare;
+    out.resize(view.len(), any);
     let to = row_major(&view.shape);
     copy_strided(&view.shape, (all, view.offset, &view.strides), (&mut out, 0, &to));
     out

@@ -26,8 +26,6 @@ struct Compared {
     folder: String,
     ranks: usize,
     predicted: f64,
-    /// What is predicted if the machine is as it was while the step was measured.
-    now: f64,
     /// In the fastest round.
     measured: f64,
     /// What the second fastest took more, as a share of it.
@@ -61,12 +59,13 @@ pub(crate) fn compare(arguments: &CalibrateArguments, effort: Effort, json: bool
     let points = links::fastest(&rounds);
     let drift = Drift::of(&profile, &slopes.rates()?, &points);
     let compared: Vec<Compared> =
-        plans.iter().zip(&taken).map(|((f, p), taken)| Compared::new(f, p, &drift, taken)).collect();
+        plans.iter().zip(&taken).map(|((f, p), taken)| Compared::new(f, p, taken)).collect();
     print(&compared, &points, &profile, &drift, json)
 }
 
-/// How many times what a calibrated profile says things took while folders were measured. A machine that others use too
-/// has slow minutes, for which no prediction can be blamed. All one for profiles that are made of data sheets.
+/// How many times what a calibrated profile says things took while folders were measured, to be shown: far from one the
+/// machine is another one than was calibrated, and no prediction can be blamed. All one for profiles that are made of data
+/// sheets.
 struct Drift(Parts);
 
 impl Drift {
@@ -81,14 +80,6 @@ impl Drift {
             launch: now.launch_seconds / profile.kernel_launch,
             communication: median(points.iter().map(of_link).collect()),
         })
-    }
-
-    fn seconds(&self, parts: &Parts) -> f64 {
-        let Drift(drift) = self;
-        parts.compute * drift.compute
-            + parts.memory * drift.memory
-            + parts.launch * drift.launch
-            + parts.communication * drift.communication
     }
 }
 
@@ -105,7 +96,6 @@ fn print(
                 "folder": c.folder,
                 "ranks": c.ranks,
                 "predicted_seconds": c.predicted,
-                "predicted_now_seconds": c.now,
                 "measured_seconds": c.measured,
                 "noise": c.noise,
             })
@@ -126,22 +116,21 @@ fn print(
         drift.compute, drift.memory, drift.launch, drift.communication
     ))?;
     output::line(format_args!(
-        "{:>6}{:>14}{:>14}{:>14}{:>7}{:>8}  step of",
-        "ranks", "predicted us", "now us", "measured us", "noise", "ratio"
+        "{:>6}{:>14}{:>14}{:>7}{:>8}  step of",
+        "ranks", "predicted us", "measured us", "noise", "ratio"
     ))?;
     for c in compared {
         output::line(format_args!(
-            "{:>6}{:>14.1}{:>14.1}{:>14.1}{:>6.0}%{:>8.2}  {}",
+            "{:>6}{:>14.1}{:>14.1}{:>6.0}%{:>8.2}  {}",
             c.ranks,
             c.predicted * 1e6,
-            c.now * 1e6,
             c.measured * 1e6,
             c.noise * 100.0,
-            c.now / c.measured,
+            c.predicted / c.measured,
             c.folder
         ))?;
     }
-    let close = compared.iter().filter(|c| (c.now / c.measured - 1.0).abs() <= 0.25).count();
+    let close = compared.iter().filter(|c| (c.predicted / c.measured - 1.0).abs() <= 0.25).count();
     output::line(format_args!("steps: {close} of {} within 25 %", compared.len()))
 }
 
@@ -149,7 +138,6 @@ fn print(
 struct Planned {
     profile: String,
     seconds: f64,
-    parts: Parts,
     dims: Bindings,
 }
 
@@ -165,30 +153,20 @@ impl Planned {
         let plan = folder.config.pointer("/build/plan").ok_or_else(missing)?;
         let dims = plan.pointer("/entries/0/dims").and_then(Value::as_object).ok_or_else(missing)?;
         let dim = |(name, value): (&String, &Value)| Some((Arc::from(name.as_str()), value.as_i64()?));
-        let seconds = |key: &str| -> Outcome<f64> {
-            plan.pointer(&format!("/entries/0/{key}")).and_then(Value::as_f64).ok_or_else(missing)
-        };
         Ok(Planned {
             profile: plan.get("profile").and_then(Value::as_str).ok_or_else(missing)?.to_owned(),
-            seconds: seconds("seconds")?,
-            parts: Parts {
-                compute: seconds("compute_seconds")?,
-                memory: seconds("memory_seconds")?,
-                launch: seconds("launch_seconds")?,
-                communication: seconds("communication_seconds")?,
-            },
+            seconds: plan.pointer("/entries/0/seconds").and_then(Value::as_f64).ok_or_else(missing)?,
             dims: dims.iter().map(dim).collect::<Option<_>>().ok_or_else(missing)?,
         })
     }
 }
 
 impl Compared {
-    fn new(folder: &Folder, plan: &Planned, drift: &Drift, taken: &Rounds) -> Compared {
+    fn new(folder: &Folder, plan: &Planned, taken: &Rounds) -> Compared {
         Compared {
             folder: folder.path.display().to_string(),
             ranks: folder.ranks,
             predicted: plan.seconds,
-            now: drift.seconds(&plan.parts),
             measured: taken.fastest(),
             noise: taken.noise(),
         }
