@@ -58,6 +58,8 @@ pub(crate) struct Measurements {
     pub(crate) rates: Rates,
     /// Rates of kernels, by the number of ranks that ran at once.
     pub(crate) kernels: BTreeMap<usize, Measured>,
+    /// What the programs took that the rates come from, by the number of ranks.
+    pub(crate) programs: BTreeMap<usize, Vec<(Family, String, f64, f64)>>,
     /// By how much of themselves these rates were raised, because ranks wait for the slowest.
     pub(crate) waits: BTreeMap<usize, f64>,
     pub(crate) points: Vec<Point>,
@@ -119,6 +121,7 @@ pub(crate) fn calibrate(arguments: &CalibrateArguments, json: bool, quiet: bool)
         memory_bytes: report::memory_of_machine()? / ranks as f64,
         rates: slopes.rates()?,
         kernels: waits.iter().map(raised).collect(),
+        programs: all.iter().map(|&count| (count, kernels.programs(count))).collect(),
         waits,
         points: links::fastest(&rounds),
         carrier: Carrier::Processes,

@@ -57,9 +57,6 @@ families! {
     Move "move";
     /// A copy of elements that do not lie next to each other.
     Copy "copy";
-    /// A result in memory of its own, if that is above a mebibyte. Bytes; elements if the allocator hands every such
-    /// result back to the system.
-    Fresh "fresh";
     /// A quantised weight widened in every step.
     Widen "widen";
     /// Another shape or order of elements that stay where they are.

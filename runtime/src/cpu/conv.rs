@@ -1,13 +1,17 @@
 //! Convolution as a matrix product over gathered windows, and pooling by direct windows.
 
 use super::gemm::{Matrix, Rectangle, Right, multiply, rectangles};
+use super::scalar::maximum;
 use super::value::Value;
+use super::vector::{LANES, vectorised};
 use crate::team;
 use std::ops::Range;
 use tpshard_ir::op::{PoolKind, Window};
 
 /// Gathered elements per task, about.
 const COLUMNS: usize = 256 * 1024;
+/// Multiplications of an image and group below which they are one task.
+const SHARED_FROM: usize = 1 << 15;
 
 /// The positions of a window's elements over a spatial plane.
 struct Plane<'a> {
@@ -142,15 +146,18 @@ pub(crate) fn conv(
         out.fill(0.0);
         return Value::from_vec(shape, out);
     }
-    // Where images and groups are fewer than threads, positions are shared out among them too.
+    // Where images and groups are fewer than threads, positions are shared out among them too, a vector of them at least;
+    // where these are too few as well, so are filters.
     let chunks = out.len() / (group_out * out_size);
-    let shares = (2 * team::threads()).div_ceil(chunks);
-    let block = (COLUMNS / depth).clamp(1, out_size.div_ceil(shares));
+    let shares = if group_out * depth * out_size < SHARED_FROM { 1 } else { 2 * team::threads() };
+    let shares = shares.div_ceil(chunks);
+    let block = (COLUMNS / depth).clamp(1, out_size.div_ceil(shares)).next_multiple_of(LANES);
+    let height = group_out.div_ceil(shares.div_ceil(out_size.div_ceil(block))).next_multiple_of(8);
     let tasks: Vec<(usize, Rectangle<'_>)> = out
         .chunks_mut(group_out * out_size)
         .enumerate()
         .flat_map(|(chunk, out)| {
-            rectangles(out, out_size, group_out, block).into_iter().map(move |part| (chunk, part))
+            rectangles(out, out_size, height, block).into_iter().map(move |part| (chunk, part))
         })
         .collect();
     team::try_for_each_init(
@@ -160,12 +167,13 @@ pub(crate) fn conv(
             let (image, group) = (chunk / groups, chunk % groups);
             let first = (image * channels + group * group_in) * in_size;
             let source = x.get(first..first + group_in * in_size).ok_or("an image leaves its tensor")?;
-            let from = group * group_out * depth;
-            let weights = w.get(from..from + group_out * depth).ok_or("filters leave their tensor")?;
+            let (from, filters) = (group * group_out + out.rows.start, out.rows.len());
+            let weights =
+                w.get(from * depth..(from + filters) * depth).ok_or("filters leave their tensor")?;
             let positions = out.columns.clone();
             let count = positions.len();
-            product.resize(group_out * count, 0.0);
-            let left = Matrix::new(weights, [group_out, depth], [depth, 1])?;
+            product.resize(filters * count, 0.0);
+            let left = Matrix::new(weights, [filters, depth], [depth, 1])?;
             let right = if plane.is_identity() {
                 let source = source.get(positions.start..).ok_or("an image leaves its tensor")?;
                 Matrix::new(source, [depth, count], [in_size, 1])?
@@ -234,26 +242,67 @@ pub(crate) fn pool(
     if out.is_empty() {
         return Value::from_vec(shape, out);
     }
+    let runs: Vec<Vec<Run>> = (0..plane.taps()).map(|tap| plane.runs(0..out_size, tap)).collect();
+    // By how many elements a mean divides.
+    let counts: Vec<f32> = match kind {
+        PoolKind::Average { count_padding } => {
+            let counted = |at: usize, tap: usize| match count_padding {
+                true => plane.is_padded_data(at, tap),
+                false => plane.position(at, tap).is_some(),
+            };
+            (0..out_size).map(|at| (0..plane.taps()).filter(|&tap| counted(at, tap)).count() as f32).collect()
+        }
+        PoolKind::Max | PoolKind::Lp { .. } => Vec::new(),
+    };
+    let stride = window.strides.last().copied().unwrap_or(1);
     team::for_each(out.chunks_mut(out_size).enumerate(), |(channel, out)| {
         let source = x.get(channel * in_size..(channel + 1) * in_size).unwrap_or_default();
-        for (at, out) in out.iter_mut().enumerate() {
-            let values = (0..plane.taps()).filter_map(|tap| plane.position(at, tap)).map(|p| source[p]);
-            *out = match kind {
-                PoolKind::Max => values.fold(f32::NEG_INFINITY, |a, b| super::scalar::maximum(b, a)),
-                PoolKind::Average { count_padding } => {
-                    let (sum, data) = values.fold((0.0f32, 0usize), |(s, n), v| (s + v, n + 1));
-                    let padded = || (0..plane.taps()).filter(|&tap| plane.is_padded_data(at, tap)).count();
-                    sum / if count_padding { padded() } else { data } as f32
-                }
-                PoolKind::Lp { p: 1 } => values.map(f32::abs).sum(),
-                PoolKind::Lp { p: 2 } => values.map(|v| v * v).sum::<f32>().sqrt(),
-                PoolKind::Lp { p } => {
-                    values.map(|v| v.abs().powi(p as i32)).sum::<f32>().powf(1.0 / p as f32)
-                }
-            };
+        let combine = |runs: &[Run], out: &mut [f32]| match kind {
+            PoolKind::Max => combined(runs, (source, stride), out, |old, x| maximum(x, old)),
+            PoolKind::Average { .. } => combined(runs, (source, stride), out, |old, x| old + x),
+            PoolKind::Lp { p: 1 } => combined(runs, (source, stride), out, |old, x| old + x.abs()),
+            PoolKind::Lp { p: 2 } => combined(runs, (source, stride), out, |old, x| old + x * x),
+            PoolKind::Lp { p } => {
+                combined(runs, (source, stride), out, |old, x| old + x.abs().powi(p as i32));
+            }
+        };
+        out.fill(if kind == PoolKind::Max { f32::NEG_INFINITY } else { 0.0 });
+        runs.iter().for_each(|runs| combine(runs, out));
+        match kind {
+            PoolKind::Average { .. } => out.iter_mut().zip(&counts).for_each(|(sum, count)| *sum /= count),
+            PoolKind::Lp { p: 2 } => out.iter_mut().for_each(|sum| *sum = sum.sqrt()),
+            PoolKind::Lp { p } if p != 1 => out.iter_mut().for_each(|sum| *sum = sum.powf(1.0 / p as f32)),
+            PoolKind::Max | PoolKind::Lp { .. } => {}
         }
     });
     Value::from_vec(shape, out)
+}
+
+/// Combines every position with what one kernel element shows there, padding left out.
+fn combined(
+    runs: &[Run],
+    (source, stride): (&[f32], usize),
+    out: &mut [f32],
+    combine: impl Fn(f32, f32) -> f32,
+) {
+    vectorised(
+        #[inline(always)]
+        |_| {
+            let mut rest = &mut *out;
+            for run in runs {
+                let (to, after) = std::mem::take(&mut rest).split_at_mut(run.length);
+                rest = after;
+                let inside = to[run.before..].iter_mut().take(run.inside);
+                let from = &source[run.first.min(source.len())..];
+                match stride {
+                    1 => inside.zip(from).for_each(|(old, &x)| *old = combine(*old, x)),
+                    _ => {
+                        inside.zip(from.iter().step_by(stride)).for_each(|(old, &x)| *old = combine(*old, x))
+                    }
+                }
+            }
+        },
+    );
 }
 
 #[cfg(test)]

@@ -14,6 +14,8 @@ use tpshard_ir::weight::WeightExpr;
 use tpshard_ir::{DType, Data, Dim, Graph, InferError, Monoid, Op, Output, Scalar, Tensor, Type, ValueId};
 use tpshard_passes::cost::kernels::{Family, Measured, Quantities, Rates, work_of};
 
+/// The second input of a chain.
+const TABLE: &str = "t";
 /// A chain takes about so long at least, if it can: a step as such is far shorter.
 const LONGEST: usize = 256;
 /// Operations, elements and bytes of a chain, about: a few milliseconds.
@@ -27,17 +29,19 @@ enum Link {
     View,
     /// Two dims change places and are joined.
     Copy,
-    /// `maps` functions of the value and a weight of its shape, or of its last dim.
+    /// `maps` functions of the value and a weight.
     Map {
         scalar: Scalar,
         maps: usize,
-        row: bool,
+        with: With,
     },
     /// To so many columns and back.
     Product {
         columns: usize,
     },
     Batched,
+    /// The value by a second input, all of which is read.
+    Rows,
     /// Queries are the value; if `keys` is not nothing, keys and values are weights of that length.
     Attention {
         keys: usize,
@@ -57,13 +61,23 @@ enum Link {
     Interpreted,
 }
 
+/// What a weight holds an element for.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum With {
+    All,
+    /// Each place along the last dim.
+    Columns,
+    /// Each place along the first dim.
+    Channels,
+}
+
 /// A link and the shape of the value that goes through the chain.
 type Point = (Link, Vec<usize>);
 
 /// Points that rates are drawn through, in an order in which every link needs families before its own only.
 fn programs() -> Vec<(Family, Vec<Point>)> {
     use Family as F;
-    let map = |scalar, maps, row| Link::Map { scalar, maps, row };
+    let map = |scalar, maps, with| Link::Map { scalar, maps, with };
     let product = |columns| Link::Product { columns };
     vec![
         (F::View, vec![(Link::View, vec![32, 32]), (Link::View, vec![128, 256])]),
@@ -79,14 +93,16 @@ fn programs() -> Vec<(Family, Vec<Point>)> {
         (
             F::Elementwise,
             vec![
-                (map(Scalar::Add, 1, false), vec![128, 512]),
-                (map(Scalar::Add, 1, false), vec![16, 64]),
-                (map(Scalar::Mul, 3, false), vec![128, 512]),
-                (map(Scalar::Add, 1, true), vec![128, 512]),
-                (map(Scalar::Add, 1, true), vec![1024, 32]),
-                (map(Scalar::Tanh, 1, false), vec![128, 512]),
-                (map(Scalar::Erf, 1, false), vec![128, 256]),
-                (map(Scalar::Sigmoid, 1, false), vec![16, 64]),
+                (map(Scalar::Add, 1, With::All), vec![128, 512]),
+                (map(Scalar::Add, 1, With::All), vec![16, 64]),
+                (map(Scalar::Mul, 3, With::All), vec![128, 512]),
+                (map(Scalar::Add, 1, With::Columns), vec![128, 512]),
+                (map(Scalar::Add, 1, With::Columns), vec![1024, 32]),
+                (map(Scalar::Add, 1, With::Channels), vec![256, 4]),
+                (map(Scalar::Add, 1, With::Channels), vec![128, 64]),
+                (map(Scalar::Tanh, 1, With::All), vec![128, 512]),
+                (map(Scalar::Erf, 1, With::All), vec![128, 256]),
+                (map(Scalar::Sigmoid, 1, With::All), vec![16, 64]),
             ],
         ),
         (
@@ -118,6 +134,8 @@ fn programs() -> Vec<(Family, Vec<Point>)> {
                 (Link::Batched, vec![8, 64, 64]),
                 (Link::Batched, vec![32, 16, 16]),
                 (Link::Batched, vec![2, 32, 32]),
+                (Link::Rows, vec![8, 1, 256]),
+                (Link::Rows, vec![64, 1, 64]),
             ],
         ),
         (
@@ -191,15 +209,7 @@ fn programs() -> Vec<(Family, Vec<Point>)> {
                 (Link::Concat, vec![8, 32]),
                 (Link::Gather, vec![128, 512]),
                 (Link::Gather, vec![512, 32]),
-            ],
-        ),
-        (
-            F::Fresh,
-            vec![
                 (Link::Gather, vec![1024, 512]),
-                (Link::Gather, vec![1024, 2048]),
-                (Link::Gather, vec![4096, 1280]),
-                (Link::Gather, vec![8192, 1280]),
             ],
         ),
         (
@@ -244,6 +254,22 @@ impl Kernels {
             }
         }
         Ok(())
+    }
+
+    /// Of every program: the family it is for, what it is, what a link takes, and what the rates say it takes, while `ranks`
+    /// run at once.
+    pub(crate) fn programs(&self, ranks: usize) -> Vec<(Family, String, f64, f64)> {
+        let rates = self.rates(ranks);
+        let said = |work: &BTreeMap<Family, Quantities>| -> f64 {
+            work.iter().map(|(family, amounts)| rates.get(family).map_or(0.0, |r| amounts.dot(*r))).sum()
+        };
+        let of_family = |(family, chains): &(Family, Vec<Chains>)| {
+            let program = |c: &Chains| (*family, c.name.clone(), c.link(ranks), said(&c.work));
+            chains.iter().map(program).collect::<Vec<_>>()
+        };
+        let steps =
+            self.steps.iter().map(|s| (Family::Step, s.name.clone(), s.taken.of(ranks), said(&s.work)));
+        self.chains.iter().flat_map(of_family).chain(steps).collect()
     }
 
     /// The rates of all families while `ranks` run at once.
@@ -297,6 +323,7 @@ fn fitted(rows: &[([f64; 5], f64)]) -> Rates {
 
 /// A short and a long chain of a link.
 struct Chains {
+    name: String,
     graphs: [Graph; 2],
     /// By how many links they differ.
     links: f64,
@@ -316,7 +343,7 @@ impl Chains {
             (family, amounts.plus(before, -1.0).over(links))
         };
         let work = second.into_iter().map(per_link).collect();
-        Ok(Chains { graphs, links, work, taken: Default::default() })
+        Ok(Chains { name: format!("{link:?} {shape:?}"), graphs, links, work, taken: Default::default() })
     }
 
     fn time(&mut self, ranks: usize, effort: Effort) -> Outcome<()> {
@@ -340,6 +367,7 @@ impl Chains {
 
 /// A step whose work is next to nothing.
 struct StepOnly {
+    name: String,
     graph: Graph,
     given: BTreeMap<String, Tensor>,
     work: BTreeMap<Family, Quantities>,
@@ -383,7 +411,8 @@ impl StepOnly {
             ..Rates::default()
         };
         work.insert(Family::Step, amounts);
-        Ok(StepOnly { graph, given, work, taken: Taken::default() })
+        let name = format!("{inputs} inputs of {elements}{}", if whole { ", all handed on" } else { "" });
+        Ok(StepOnly { name, graph, given, work, taken: Taken::default() })
     }
 
     fn time(&mut self, ranks: usize, effort: Effort) -> Outcome<()> {
@@ -426,6 +455,9 @@ fn chain(link: Link, shape: &[usize], length: usize) -> Outcome<Graph> {
     let mut graph = Graph::new("calibrate");
     let dtype = if link == Link::Interpreted { DType::F64 } else { DType::F32 };
     let mut x = graph.input(INPUT, Type::new(dtype, dims(shape)));
+    if let (Link::Rows, &[batch, _, width]) = (link, shape) {
+        graph.input(TABLE, Type::new(dtype, dims(&[batch, width, width])));
+    }
     for index in 0..length {
         x = add_link(&mut graph, x, link, shape, index)?;
     }
@@ -459,11 +491,15 @@ fn add_link(graph: &mut Graph, x: ValueId, link: Link, shape: &[usize], index: u
             let y = add(graph, reshape(&[flat]), &[y])?;
             add(graph, reshape(shape), &[y])
         }
-        Link::Map { scalar, maps, row } => {
+        Link::Map { scalar, maps, with } => {
             let mut y = x;
             for _ in 0..maps {
                 let binary = matches!(scalar, Scalar::Add | Scalar::Mul);
-                let w = if row { vec![last] } else { shape.to_vec() };
+                let w = match with {
+                    With::All => shape.to_vec(),
+                    With::Columns => vec![last],
+                    With::Channels => vec![shape.first().copied().unwrap_or(1), 1],
+                };
                 let args = if binary { vec![y, weight(graph, "w", &w)?] } else { vec![y] };
                 y = add(graph, Op::Map(scalar), &args)?;
             }
@@ -478,6 +514,11 @@ fn add_link(graph: &mut Graph, x: ValueId, link: Link, shape: &[usize], index: u
         Link::Interpreted => {
             let w = weight(graph, "w", &[last, last])?;
             add(graph, Op::Einsum(spec("mk,kn->mn")?), &[x, w])
+        }
+        Link::Rows => {
+            let table = graph.inputs().find(|(_, name, _)| ***name == *TABLE).map(|(value, ..)| value);
+            let table = table.ok_or_else(|| Failure::new(Kind::Internal, "a chain without its table"))?;
+            add(graph, Op::Einsum(spec("bmk,bkn->bmn")?), &[x, table])
         }
         Link::Batched => add(graph, Op::Einsum(spec("bmk,bnk->bmn")?), &[x, x]),
         Link::Attention { keys } => {

@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::path::Path;
 use tpshard_passes::cost::Profile;
-use tpshard_passes::cost::kernels::print_rates;
+use tpshard_passes::cost::kernels::{Family, print_rates};
 use tpshard_passes::cost::profile::Collective;
 
 /// Bytes of memory of this machine.
@@ -225,6 +225,21 @@ pub(crate) fn links_json(points: &[Point], profile: &Profile) -> Vec<Value> {
     points.iter().map(point).collect()
 }
 
+/// What the programs took that the rates of kernels come from, and what the rates make of it.
+fn kernels_json(m: &Measurements) -> Vec<Value> {
+    let all = m.programs.iter().flat_map(|(ranks, programs)| programs.iter().map(move |p| (ranks, p)));
+    let program = |(ranks, (family, name, seconds, fitted)): (&usize, &(Family, String, f64, f64))| {
+        json!({
+            "family": family.name(),
+            "program": name,
+            "ranks": ranks,
+            "seconds": seconds,
+            "fitted_seconds": fitted,
+        })
+    };
+    all.map(program).collect()
+}
+
 fn to_json(m: &Measurements, profile: &Profile, out: Option<&Path>) -> Value {
     json!({
         "ranks": m.ranks,
@@ -234,6 +249,7 @@ fn to_json(m: &Measurements, profile: &Profile, out: Option<&Path>) -> Value {
         "bytes_per_second": m.rates.bytes_per_second,
         "kernel_launch_seconds": m.rates.launch_seconds,
         "step_overhead_seconds": m.rates.step_seconds,
+        "kernels": kernels_json(m),
         "collectives": links_json(&m.points, profile),
         "profile": profile.text,
         "written": out.map(|o| o.display().to_string()),
@@ -272,6 +288,7 @@ mod tests {
             memory_bytes: 4e9,
             rates,
             kernels: BTreeMap::new(),
+            programs: BTreeMap::new(),
             waits: BTreeMap::from([(2, 0.05)]),
             points,
             carrier,

@@ -8,10 +8,8 @@ use tpshard_ir::{Graph, Op, Scalar, ValueId};
 
 /// Elements that the elementwise kernel takes at once.
 const BLOCK: f64 = 512.0;
-/// Results above this many bytes get memory of their own.
-const LARGE: f64 = (1 << 20) as f64;
-/// And above this many, memory that the system hands out anew every time.
-const HUGE: f64 = (16 << 20) as f64;
+/// Positions that a convolution computes together.
+const VECTOR: f64 = 16.0;
 /// Functions that are called element by element take so many times what vectorised ones take.
 const CALLED: f64 = 8.0;
 
@@ -137,16 +135,10 @@ fn copy(elements: f64) -> Work {
     }
 }
 
-/// Moved bytes, and what new memory for them takes.
+/// Moved bytes, read and written.
 fn moved(task: f64, written: f64) -> Vec<Work> {
-    let move_ = Quantities { call: 1.0, task, byte: 2.0 * written, ..Quantities::default() };
-    let mut all = vec![Work { family: Family::Move, amounts: move_ }];
-    if written > LARGE {
-        let element = if written > HUGE { written / 4.0 } else { 0.0 };
-        let amounts = Quantities { call: 1.0, byte: written, element, ..Quantities::default() };
-        all.push(Work { family: Family::Fresh, amounts });
-    }
-    all
+    let amounts = Quantities { call: 1.0, task, byte: 2.0 * written, ..Quantities::default() };
+    vec![Work { family: Family::Move, amounts }]
 }
 
 /// A kernel, and copies that it needs before.
@@ -196,9 +188,11 @@ pub fn work(graph: &Graph, look: &Look, value: ValueId, sizes: &Sizes<'_>) -> Ve
             let gathered =
                 channels * taps(window) * out / sizes.out.get(1).copied().unwrap_or(1).max(1) as f64;
             let group_channels = sizes.operands.get(1).and_then(|w| w.get(1)).copied().unwrap_or(1) as f64;
-            let operation = 2.0 * out * group_channels * taps(window);
-            let places = product(sizes.out.get(2..).unwrap_or(&[])) * taps(window);
-            let task = images * *groups as f64 * places;
+            let positions = product(sizes.out.get(2..).unwrap_or(&[]));
+            let filters = sizes.out.get(1).copied().unwrap_or(1) as f64;
+            let computed = images * filters * (positions / VECTOR).ceil() * VECTOR;
+            let operation = 2.0 * computed * group_channels * taps(window);
+            let task = images * *groups as f64 * positions * taps(window);
             let shown = if is_identity(window) {
                 Quantities::default()
             } else {
