@@ -4,7 +4,7 @@
 
 use crate::balance::Balance;
 use crate::cost::price::Entry;
-use crate::cost::{Cost, Parts, Pricer};
+use crate::cost::{Cost, Parts, Pricer, Profile};
 use crate::counters::Counters;
 use crate::extract::Extraction;
 use crate::layout_graph::{LayoutGraph, StoredName};
@@ -13,7 +13,7 @@ use crate::plan::{Emitted, PlanOptions};
 use std::collections::BTreeMap;
 use std::fmt::{self, Write};
 pub use tpshard_ir::wording::{Bytes, Seconds, without_numbers};
-use tpshard_ir::{Graph, Layout, Mesh, SpmdOutput, Step, StepId, StepKind};
+use tpshard_ir::{Graph, Layout, Mesh, Spmd, SpmdOutput, Step, StepId, StepKind};
 
 /// Whether to shard at all, as far as time goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -233,6 +233,31 @@ fn gap(cost: Cost, bound: Cost) -> f64 {
         0 => f64::from(u8::from(cost > 0)),
         bound => cost.saturating_sub(bound) as f64 / bound as f64,
     }
+}
+
+/// Where the time of a step goes, and how often ranks meet in it.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Predicted {
+    /// Seconds.
+    pub kernels: f64,
+    /// Seconds of collectives, and of the step as such.
+    pub others: f64,
+    pub collectives: usize,
+}
+
+/// What a step of `program` takes on one of its ranks.
+pub fn predicted(program: &Spmd, profile: &Profile) -> Predicted {
+    let profile = profile.shared_between(program.mesh.ranks());
+    let entries = [Entry::new("default", Default::default())];
+    let pricer = Pricer::new(&profile, &program.logical, &entries);
+    let mut found = Predicted { others: pricer.overhead_parts(0).total(), ..Predicted::default() };
+    for priced in priced_steps(&program.logical, &program.steps, &program.outputs, &pricer, &program.mesh, 0)
+    {
+        found.others += priced.parts.communication;
+        found.kernels += priced.parts.total() - priced.parts.communication;
+        found.collectives += usize::from(priced.collective.is_some());
+    }
+    found
 }
 
 /// What a step takes.

@@ -2,26 +2,26 @@
 //!
 //! The kernels are timed through sessions, the collectives through communicators: what is priced is what runs. Rates
 //! come from the difference between a long and a short program, so that what a step costs anyway cancels out.
-//! [`links`] times collectives, [`steps`] programs, [`fit`] draws lines through points, [`report`] writes the profile
+//! [`links`] times collectives, [`kernels`] chains of one kernel, [`models`] whole models, [`fit`] draws lines through points, [`report`] writes the profile
 //! and the tables, [`compare`] holds predictions against sharded models.
 
 mod compare;
 mod fit;
 mod kernels;
 mod links;
+mod models;
 mod report;
-mod skew;
 mod steps;
 
 use crate::arguments::CalibrateArguments;
 use crate::failure::{Failure, Kind, Outcome};
 use kernels::Kernels;
 use links::{Carrier, Point};
-use skew::Skew;
+use models::Models;
 use std::collections::BTreeMap;
 use std::num::NonZero;
-use steps::{Rates, Slopes};
-use tpshard_passes::cost::kernels::{Family, Measured, Quantities};
+use steps::Slopes;
+use tpshard_passes::cost::kernels::{Family, Measured, Rates};
 
 /// Everything is measured so often, a round over everything after the other; the fastest round counts. A machine that
 /// others use too has slow seconds and slow minutes but no fast ones, so what rounds have in common is the fastest.
@@ -55,16 +55,29 @@ pub(crate) struct Measurements {
     pub(crate) threads: usize,
     pub(crate) cores: usize,
     pub(crate) memory_bytes: f64,
-    pub(crate) rates: Rates,
+    pub(crate) rates: steps::Rates,
     /// Rates of kernels, by the number of ranks that ran at once.
     pub(crate) kernels: BTreeMap<usize, Measured>,
     /// What the programs took that the rates come from, by the number of ranks.
     pub(crate) programs: BTreeMap<usize, Vec<(Family, String, f64, f64)>>,
-    /// By how much of themselves these rates were raised, because ranks wait for the slowest.
-    pub(crate) waits: BTreeMap<usize, f64>,
+    /// By the number of ranks.
+    pub(crate) models: BTreeMap<usize, models::Compared>,
     pub(crate) points: Vec<Point>,
     /// What the profile is made from.
     pub(crate) carrier: Carrier,
+}
+
+impl Measurements {
+    /// Has kernels take as long as they do in models, and ranks wait for one another.
+    fn raise(&mut self) {
+        for (ranks, families) in &mut self.kernels {
+            let Some(models) = self.models.get(ranks) else { continue };
+            models::raise(families, models.factor);
+            if models.meeting > 0.0 {
+                families.insert(Family::Meeting, Rates { call: models.meeting, ..Rates::default() });
+            }
+        }
+    }
 }
 
 pub(crate) fn calibrate(arguments: &CalibrateArguments, json: bool, quiet: bool) -> Outcome<()> {
@@ -93,13 +106,13 @@ pub(crate) fn calibrate(arguments: &CalibrateArguments, json: bool, quiet: bool)
     let several = counts(ranks);
     let all: Vec<usize> = [1].into_iter().chain(several.iter().copied()).collect();
     let (mut slopes, mut kernels) = (Slopes::default(), Kernels::new()?);
-    let mut skews: Vec<Skew> = several.iter().map(|&count| Skew::new(count)).collect::<Outcome<_>>()?;
+    let mut models: Vec<Models> = all.iter().map(|&count| Models::new(count)).collect::<Outcome<_>>()?;
     let mut rounds: Vec<Vec<Point>> = Vec::new();
     for round in 1..=ROUNDS {
         say(&format!("kernels, round {round} of {ROUNDS}"));
         slopes.round(ranks, effort)?;
-        skews.iter_mut().try_for_each(|skew| skew.round(effort))?;
         kernels.round(&all, effort)?;
+        models.iter_mut().try_for_each(|models| models.round(effort))?;
         say(&format!("collectives, round {round} of {ROUNDS}"));
         let mut points = Vec::new();
         for &count in &several {
@@ -108,24 +121,21 @@ pub(crate) fn calibrate(arguments: &CalibrateArguments, json: bool, quiet: bool)
         }
         rounds.push(points);
     }
-    let shares = several.iter().zip(&skews).map(|(&count, skew)| (count, skew.share()));
-    let waits: BTreeMap<usize, f64> = [(1, 0.0)].into_iter().chain(shares).collect();
-    let raised = |(&count, &waiting): (&usize, &f64)| {
-        let slower = |(family, rates): (Family, Quantities)| (family, rates.over(1.0 / (1.0 + waiting)));
-        (count, kernels.rates(count).into_iter().map(slower).collect())
-    };
-    let measured = Measurements {
+    let mut measured = Measurements {
         ranks,
         threads: (cores / ranks).max(1),
         cores,
         memory_bytes: report::memory_of_machine()? / ranks as f64,
         rates: slopes.rates()?,
-        kernels: waits.iter().map(raised).collect(),
+        kernels: all.iter().map(|&count| (count, kernels.rates(count))).collect(),
         programs: all.iter().map(|&count| (count, kernels.programs(count))).collect(),
-        waits,
+        models: BTreeMap::new(),
         points: links::fastest(&rounds),
         carrier: Carrier::Processes,
     };
+    let profile = report::profile(&measured)?;
+    measured.models = all.iter().zip(&models).map(|(&count, m)| (count, m.compared(&profile))).collect();
+    measured.raise();
     report::finish(&measured, arguments.out.as_deref(), json)
 }
 

@@ -63,6 +63,8 @@ families! {
     View "view";
     /// The reference interpreter. Operations, and elements of operands and result.
     Reference "reference";
+    /// Ranks that wait for one another at a collective, beyond what it takes among ranks that do nothing else. Calls.
+    Meeting "meeting";
     /// A step as such. Tasks are inputs, bytes are theirs, which every rank gets; elements are those of outputs.
     Step "step";
 }

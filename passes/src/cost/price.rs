@@ -427,7 +427,8 @@ impl<'a> Pricer<'a> {
                 (Collective::AllToAll, after, after - after / ranks)
             }
         };
-        let communication = self.profile.collective_over(kind, span, tensor as f64);
+        let meeting = self.measured.as_ref().map_or(0.0, |kernels| kernels.meeting());
+        let communication = self.profile.collective_over(kind, span, tensor as f64) + meeting;
         (Parts { communication, ..Parts::default() }, payload)
     }
 

@@ -2,6 +2,7 @@
 
 use super::fit::{Line, lines, ring};
 use super::links::{Carrier, Point};
+use super::models::{Compared, Model};
 use super::{Measurements, ROUNDS};
 use crate::failure::{Classify, Failure, Kind, Outcome};
 use crate::output;
@@ -40,11 +41,15 @@ fn shared_cache() -> Option<f64> {
     (0..8).filter_map(size).filter(|bytes| *bytes > 0.0).reduce(f64::max)
 }
 
+/// What is written, as it will be read.
+pub(crate) fn profile(measured: &Measurements) -> Outcome<Profile> {
+    Profile::parse(&profile_text(measured)).or_fail(Kind::Internal)
+}
+
 /// Writes the profile, and says what was measured.
 pub(crate) fn finish(measured: &Measurements, out: Option<&Path>, json: bool) -> Outcome<()> {
     let text = profile_text(measured);
-    // What is written can be read.
-    let profile = Profile::parse(&text).or_fail(Kind::Internal)?;
+    let profile = profile(measured)?;
     if let Some(out) = out {
         write_whole(out, &text)?;
     }
@@ -52,6 +57,7 @@ pub(crate) fn finish(measured: &Measurements, out: Option<&Path>, json: bool) ->
         return output::line(to_json(measured, &profile, out));
     }
     output::text(rates_table(measured))?;
+    output::text(models_table(measured))?;
     output::text(links_table(&measured.points, &profile))?;
     match out {
         Some(out) => output::line(format_args!(
@@ -110,11 +116,10 @@ fn profile_text(m: &Measurements) -> String {
         for (family, &rates) in families {
             let _ = writeln!(
                 text,
-                "kernel.{}.{ranks} = {} | measured by tpshard calibrate: least squares over programs of such kernels, \
-                 {ranks} ranks at once{}",
+                "kernel.{}.{ranks} = {} | measured by tpshard calibrate: {}",
                 family.name(),
                 print_rates(rates),
-                waiting(m.waits.get(ranks).copied().unwrap_or(0.0)),
+                source(m, *family, *ranks),
             );
         }
     }
@@ -144,13 +149,45 @@ fn profile_text(m: &Measurements) -> String {
     text
 }
 
-/// What was added for waiting, if anything.
-fn waiting(share: f64) -> String {
-    if share > 0.0 {
-        format!(", and {:.1} % for waiting at collectives", 100.0 * share)
-    } else {
-        String::new()
+/// What the rates of a family come from.
+fn source(m: &Measurements, family: Family, ranks: usize) -> String {
+    let factor = m.models.get(&ranks).map(|models| models.factor);
+    match (family, factor) {
+        (Family::Meeting, _) => format!("least squares over models of {ranks} ranks"),
+        (Family::Step, _) | (_, None) => {
+            format!("least squares over programs of such kernels, {ranks} ranks at once")
+        }
+        (_, Some(factor)) => {
+            format!(
+                "least squares over programs of such kernels, {ranks} ranks at once, times {factor:.3} as in models"
+            )
+        }
     }
+}
+
+/// Models beside what the profile says of them.
+fn models_table(m: &Measurements) -> String {
+    let mut text = String::new();
+    for (ranks, found) in &m.models {
+        let _ = writeln!(
+            text,
+            "models of {ranks} ranks: kernels take {:.3} times what they take alone, ranks wait {:.1} us at a collective",
+            found.factor,
+            found.meeting * 1e6
+        );
+        for model in &found.models {
+            let said = found.said(model);
+            let _ = writeln!(
+                text,
+                "{:>13.1} us measured{:>13.1} us profile{:>8.0}%  {}",
+                model.took * 1e6,
+                said * 1e6,
+                (said / model.took - 1.0) * 100.0,
+                model.name
+            );
+        }
+    }
+    text
 }
 
 type Sized = Vec<(f64, f64)>;
@@ -240,6 +277,21 @@ fn kernels_json(m: &Measurements) -> Vec<Value> {
     all.map(program).collect()
 }
 
+/// What models took, what the sum of their kernels made of it, and what they take by the profile.
+fn models_json(m: &Measurements) -> Vec<Value> {
+    let all = m.models.iter().flat_map(|(ranks, found)| found.models.iter().map(move |m| (ranks, found, m)));
+    let model = |(ranks, found, model): (&usize, &Compared, &Model)| {
+        json!({
+            "model": model.name,
+            "ranks": ranks,
+            "seconds": model.took,
+            "collectives": model.said.collectives,
+            "profile_seconds": found.said(model),
+        })
+    };
+    all.map(model).collect()
+}
+
 fn to_json(m: &Measurements, profile: &Profile, out: Option<&Path>) -> Value {
     json!({
         "ranks": m.ranks,
@@ -250,6 +302,7 @@ fn to_json(m: &Measurements, profile: &Profile, out: Option<&Path>) -> Value {
         "kernel_launch_seconds": m.rates.launch_seconds,
         "step_overhead_seconds": m.rates.step_seconds,
         "kernels": kernels_json(m),
+        "models": models_json(m),
         "collectives": links_json(&m.points, profile),
         "profile": profile.text,
         "written": out.map(|o| o.display().to_string()),
@@ -289,7 +342,7 @@ mod tests {
             rates,
             kernels: BTreeMap::new(),
             programs: BTreeMap::new(),
-            waits: BTreeMap::from([(2, 0.05)]),
+            models: BTreeMap::new(),
             points,
             carrier,
         }
