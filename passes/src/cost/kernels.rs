@@ -34,8 +34,7 @@ families! {
     Vector "vector";
     /// Products of two computed operands. Tasks are products; elements of operands and results.
     Batched "batched";
-    /// Tasks are places of window elements, which are found once an image and group; elements are gathered; bytes of the
-    /// filters.
+    /// Tasks are runs of neighbours that are gathered, elements what is; bytes of the filters.
     Convolution "convolution";
     /// Elements are those under all windows.
     Pool "pool";

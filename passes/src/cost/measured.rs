@@ -75,7 +75,7 @@ impl MeasuredKernels {
 
     /// Where the time of a node goes.
     pub(super) fn parts(&self, profile: &Profile, graph: &Graph, value: ValueId, sizes: &Sizes<'_>) -> Parts {
-        let mut total = Parts::default();
+        let (mut total, mut many_rows) = (Parts::default(), false);
         for Work { family, amounts } in work(graph, &self.look, value, sizes) {
             let Some(&rates) = self.rates.get(&family) else {
                 // Not measured: taken to be moved.
@@ -83,17 +83,18 @@ impl MeasuredKernels {
                 total.add(&Parts { memory: moved, launch: profile.kernel_launch, ..Parts::default() }, 1.0);
                 continue;
             };
-            let mut parts = parts_of(amounts, rates);
-            if self.cold && matches!(family, Family::Product | Family::Vector) {
-                // The weight comes from memory while the product is computed, or in part before: a row waits for it, and
-                // many rows hide it.
-                let (computed, read) = (parts.total(), amounts.byte / profile.bandwidth());
-                parts.memory += match family {
-                    Family::Vector => (read - computed).max(0.0),
-                    _ => (computed.powf(OVERLAP) + read.powf(OVERLAP)).powf(1.0 / OVERLAP) - computed,
-                };
-            }
-            total.add(&parts, 1.0);
+            total.add(&parts_of(amounts, rates), 1.0);
+            many_rows |= family == Family::Product;
+        }
+        if self.cold {
+            // Weights and state come from memory meanwhile, or in part before: one row waits for them, many rows hide it.
+            let (computed, read) =
+                (total.total(), self.held_bytes(graph, value, sizes) / profile.bandwidth());
+            total.memory += if many_rows {
+                (computed.powf(OVERLAP) + read.powf(OVERLAP)).powf(1.0 / OVERLAP) - computed
+            } else {
+                (read - computed).max(0.0)
+            };
         }
         // What the caches do not hold comes from memory.
         let streamed = streamed(graph, value, sizes);
@@ -106,6 +107,21 @@ impl MeasuredKernels {
             return look();
         }
         total
+    }
+}
+
+impl MeasuredKernels {
+    /// Bytes of weights and state that a product or attention reads.
+    fn held_bytes(&self, graph: &Graph, value: ValueId, sizes: &Sizes<'_>) -> f64 {
+        let node = graph.node(value);
+        if self.look.constant[value.index()]
+            || !matches!(node.op, Op::Einsum(_) | Op::Attention { .. } | Op::Conv { .. })
+        {
+            return 0.0;
+        }
+        let operands = node.args.iter().zip(sizes.operands).zip(sizes.bits);
+        let held = operands.filter(|((arg, _), _)| self.look.held[arg.index()]);
+        held.map(|((_, extents), bits)| product(extents) * bits / 8.0).sum()
     }
 }
 

@@ -40,8 +40,10 @@ enum Link {
         columns: usize,
     },
     Batched,
-    /// The value by a second input, all of which is read.
-    Rows,
+    /// The value by a second input of so many rows, and the result by it again: all of it is read twice.
+    Rows {
+        keys: usize,
+    },
     /// Queries are the value; if `keys` is not nothing, keys and values are weights of that length.
     Attention {
         keys: usize,
@@ -134,8 +136,9 @@ fn programs() -> Vec<(Family, Vec<Point>)> {
                 (Link::Batched, vec![8, 64, 64]),
                 (Link::Batched, vec![32, 16, 16]),
                 (Link::Batched, vec![2, 32, 32]),
-                (Link::Rows, vec![8, 1, 256]),
-                (Link::Rows, vec![64, 1, 64]),
+                (Link::Rows { keys: 2048 }, vec![8, 1, 64]),
+                (Link::Rows { keys: 256 }, vec![8, 1, 128]),
+                (Link::Rows { keys: 64 }, vec![32, 1, 32]),
             ],
         ),
         (
@@ -458,8 +461,8 @@ fn chain(link: Link, shape: &[usize], length: usize) -> Outcome<Graph> {
     let mut graph = Graph::new("calibrate");
     let dtype = if link == Link::Interpreted { DType::F64 } else { DType::F32 };
     let mut x = graph.input(INPUT, Type::new(dtype, dims(shape)));
-    if let (Link::Rows, &[batch, _, width]) = (link, shape) {
-        graph.input(TABLE, Type::new(dtype, dims(&[batch, width, width])));
+    if let (Link::Rows { keys }, &[batch, _, width]) = (link, shape) {
+        graph.input(TABLE, Type::new(dtype, dims(&[batch, keys, width])));
     }
     for index in 0..length {
         x = add_link(&mut graph, x, link, shape, index)?;
@@ -518,10 +521,11 @@ fn add_link(graph: &mut Graph, x: ValueId, link: Link, shape: &[usize], index: u
             let w = weight(graph, "w", &[last, last])?;
             add(graph, Op::Einsum(spec("mk,kn->mn")?), &[x, w])
         }
-        Link::Rows => {
+        Link::Rows { .. } => {
             let table = graph.inputs().find(|(_, name, _)| ***name == *TABLE).map(|(value, ..)| value);
             let table = table.ok_or_else(|| Failure::new(Kind::Internal, "a chain without its table"))?;
-            add(graph, Op::Einsum(spec("bmk,bkn->bmn")?), &[x, table])
+            let y = add(graph, Op::Einsum(spec("bmk,bnk->bmn")?), &[x, table])?;
+            add(graph, Op::Einsum(spec("bmn,bnk->bmk")?), &[y, table])
         }
         Link::Batched => add(graph, Op::Einsum(spec("bmk,bnk->bmn")?), &[x, x]),
         Link::Attention { keys } => {

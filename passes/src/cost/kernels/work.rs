@@ -26,6 +26,8 @@ pub struct Look {
     reference: Vec<bool>,
     /// Elements stay where they are.
     view: Vec<bool>,
+    /// Weights, inputs and states, looked at one way or another: they lie in memory when a step begins.
+    pub held: Vec<bool>,
 }
 
 impl Look {
@@ -67,7 +69,17 @@ impl Look {
             }
         });
         let view = view.collect();
-        Look { constant, strided, fused, reference, view }
+        let mut held = constant.clone();
+        for (id, node) in graph.values() {
+            held[id.index()] |= match &node.op {
+                Op::Input { .. } | Op::Append { .. } => true,
+                Op::Reshape { .. } | Op::Transpose { .. } | Op::Broadcast { .. } | Op::Slice { .. } => {
+                    node.args.first().is_some_and(|a| held[a.index()])
+                }
+                _ => false,
+            };
+        }
+        Look { constant, strided, fused, reference, view, held }
     }
 
     /// True if a value takes no pass over its elements of its own.
@@ -80,7 +92,8 @@ impl Look {
     pub fn traits(&self, graph: &Graph, value: ValueId) -> impl Iterator<Item = u64> + use<> {
         let bits = |v: ValueId| {
             let at = v.index();
-            let flags = [self.constant[at], self.strided[at], self.fused[at], self.reference[at]];
+            let flags =
+                [self.constant[at], self.strided[at], self.fused[at], self.reference[at], self.held[at]];
             flags.iter().fold(0, |bits, &flag| bits << 1 | u64::from(flag))
         };
         graph.node(value).args.iter().map(|&a| bits(a)).chain([bits(value)]).collect::<Vec<_>>().into_iter()
@@ -182,9 +195,10 @@ pub fn work(graph: &Graph, look: &Look, value: ValueId, sizes: &Sizes<'_>) -> Ve
         }
         Op::Map(scalar) => one(Family::Elementwise, elementwise(graph, look, value, *scalar, sizes)),
         Op::Einsum(spec) => einsum(graph, look, value, spec, sizes),
-        Op::Conv { window, groups } => {
+        Op::Conv { window, .. } => {
             let images = sizes.out.first().copied().unwrap_or(1) as f64;
             let channels = sizes.operands.first().and_then(|x| x.get(1)).copied().unwrap_or(1) as f64;
+            let row = sizes.out.get(2..).and_then(<[u64]>::last).copied().unwrap_or(1).max(1) as f64;
             let gathered =
                 channels * taps(window) * out / sizes.out.get(1).copied().unwrap_or(1).max(1) as f64;
             let group_channels = sizes.operands.get(1).and_then(|w| w.get(1)).copied().unwrap_or(1) as f64;
@@ -192,7 +206,8 @@ pub fn work(graph: &Graph, look: &Look, value: ValueId, sizes: &Sizes<'_>) -> Ve
             let filters = sizes.out.get(1).copied().unwrap_or(1) as f64;
             let computed = images * filters * (positions / VECTOR).ceil() * VECTOR;
             let operation = 2.0 * computed * group_channels * taps(window);
-            let task = images * *groups as f64 * positions * taps(window);
+            // Along a row of the result a kernel element shows neighbours.
+            let task = images * channels * positions / row * taps(window);
             let shown = if is_identity(window) {
                 Quantities::default()
             } else {
