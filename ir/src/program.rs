@@ -7,12 +7,14 @@
 
 mod codec;
 pub mod device;
+mod fused;
 mod lines;
 mod lowering;
 mod memory;
 
 pub use codec::{PART_PROGRAM, ProgramError, graph_part};
 pub use device::{DeviceCode, DeviceError, DeviceLowering};
+pub use fused::{MAX_ROW, Pass, Space};
 pub use lowering::{Kernel, Lowering, LoweringError, Region, Stage, lower, lower_keeping};
 pub use memory::{Buffer, MemoryPlan, PlanError, plan_known};
 

@@ -7,7 +7,7 @@ use executor::*;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use tpshard_ir::op::{EinsumSpec, Literal, NormKind, Op, PadMode, PoolKind, Real, TableWindow, Window};
-use tpshard_ir::program::lower;
+use tpshard_ir::program::{Kernel, lower};
 use tpshard_ir::{DType, Dim, Graph, Monoid, Scalar, Tensor};
 
 #[test]
@@ -64,6 +64,82 @@ fn fused_chains_equal_their_parts() {
         output(&mut g, "low", low);
         let inputs = [("x".to_string(), random.tensor(F32, &[b, s, 33]))].into();
         check(g, &inputs, &format!("b={b} s={s}"));
+    }
+}
+
+/// Activations rounded with a scale per block, from a gated product with the blocks joined.
+fn rounded_by_blocks(monoid: Monoid, [blocks, block]: [usize; 2]) -> Graph {
+    let mut g = Graph::new("rounded");
+    let joined = vec![dim("b"), dim("s"), (blocks * block).into()];
+    let x = g.input("x", tpshard_ir::Type::new(F32, joined.clone()));
+    let gate = weight(&mut g, "gate", F32, &[blocks * block]);
+    let of_rows = weight(&mut g, "rows", F32, &[blocks, 1]);
+    let scalar =
+        |g: &mut Graph, x: f32| g.add(Op::Literal(Literal(Arc::new(Tensor::scalar(x)))), &[]).unwrap();
+    let (zero, largest) = (scalar(&mut g, 0.0), scalar(&mut g, 127.0));
+    let map = |g: &mut Graph, scalar: Scalar, args: &[_]| g.add(Op::Map(scalar), args).unwrap();
+    let sum = map(&mut g, Scalar::Add, &[x, gate]);
+    let gated = map(&mut g, Scalar::Mul, &[sum, gate]);
+    let apart = vec![dim("b"), dim("s"), blocks.into(), block.into()];
+    let cut = g.add(Op::Reshape { shape: apart }, &[gated]).unwrap();
+    let size = map(&mut g, Scalar::Abs, &[cut]);
+    let most = g.add(Op::Reduce { monoid, axes: vec![3] }, &[size]).unwrap();
+    let most = map(&mut g, Scalar::Add, &[most, of_rows]);
+    let none = map(&mut g, Scalar::Equal, &[most, zero]);
+    let inverse = map(&mut g, Scalar::Div, &[largest, most]);
+    let inverse = map(&mut g, Scalar::Select, &[none, zero, inverse]);
+    let scaled = map(&mut g, Scalar::Mul, &[cut, inverse]);
+    let rounded = map(&mut g, Scalar::Round, &[scaled]);
+    let scale = map(&mut g, Scalar::Div, &[most, largest]);
+    let back = map(&mut g, Scalar::Mul, &[rounded, scale]);
+    // Another use of what was spread to the elements of rows.
+    let back = map(&mut g, Scalar::Sub, &[back, scale]);
+    let y = g.add(Op::Reshape { shape: joined }, &[back]).unwrap();
+    output(&mut g, "y", y);
+    g
+}
+
+#[test]
+fn short_rows_are_reduced_within_elementwise_regions() {
+    let mut random = Random::new(12);
+    for (cut, is_one) in [
+        ([3, 32], true),
+        ([2, 5], true),
+        ([1, 512], true),
+        ([7, 33], true),
+        ([2, 600], false),
+        ([4, 1], false),
+    ] {
+        for monoid in Monoid::ALL {
+            let g = rounded_by_blocks(monoid, cut);
+            let steps = lower(&g).regions.into_iter().filter(|r| r.kernel != Kernel::Leaf).count();
+            assert_eq!(steps == 1, is_one, "{cut:?}: {steps} regions");
+            for (b, s) in [(1, 1), (3, 200), (0, 5)] {
+                let shape = [b, s, cut[0] * cut[1]];
+                let inputs = [("x".to_string(), random.tensor(F32, &shape))].into();
+                let what = format!("{monoid:?} of {cut:?}, b={b} s={s}");
+                check_fusion(g.clone(), &inputs, &what);
+                if b * s < 2 {
+                    check(g.clone(), &inputs, &what);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn what_others_use_too_is_not_within_a_region() {
+    let mut random = Random::new(13);
+    let inputs = [("x".to_string(), random.tensor(F32, &[2, 3, 64]))].into();
+    let whole = rounded_by_blocks(Monoid::Max, [2, 32]);
+    let values: Vec<_> = whole.values().map(|(value, node)| (value, node.op.is_leaf())).collect();
+    for (value, _) in values.into_iter().filter(|(_, leaf)| !leaf) {
+        let mut g = whole.clone();
+        if g.ty(value).dtype == F32 && !g.outputs.iter().any(|o| o.value == value) {
+            output(&mut g, "more", value);
+            assert!(lower(&g).regions.iter().filter(|r| r.kernel != Kernel::Leaf).count() > 1);
+            check_fusion(g, &inputs, &format!("{value} is an output"));
+        }
     }
 }
 

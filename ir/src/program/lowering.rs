@@ -1,9 +1,11 @@
 //! How a CPU executes a graph: in regions, each one kernel over one or more nodes.
 //!
-//! Runs of elementwise nodes of one shape become one region, so that what lies between them never reaches memory.
+//! Runs of elementwise nodes become one region, so that what lies between them never reaches memory; [`Pass`] says what
+//! else such a region may cover.
 //! Nodes that depend on weights only run once, when a session opens. Transposes, slices, stretches and most reshapes
 //! are views. A lowering is a suggestion that [`Lowering::check`] can refuse; the graph says what is computed.
 
+use super::fused::Pass;
 use super::memory::{self, Buffer, MemoryPlan, PlanError};
 use crate::dim::Bindings;
 use crate::dtype::DType;
@@ -38,7 +40,7 @@ kernels! {
     Leaf "leaf";
     /// Another shape or order of the operand's elements; copies only where strides cannot say it.
     View "view";
-    /// One pass over blocks of elements for a whole set of `Map` nodes.
+    /// One pass over blocks of elements for a whole set of `Map` nodes, with what else a [`Pass`] covers.
     Pointwise "pointwise";
     /// A batched matrix product over strided operands.
     Einsum "einsum";
@@ -130,10 +132,12 @@ pub fn lower_keeping(graph: &Graph, keep: &BTreeSet<ValueId>) -> Lowering {
             continue;
         }
         let kernel = kernel_of(graph, node);
-        let nodes = match kernel {
-            Kernel::Pointwise if !constant[root.index()] => grow(graph, root, &users, &kept, &constant),
-            _ => vec![root],
+        let ends = kernel == Kernel::Pointwise || matches!(node.op, Op::Reshape { .. });
+        let nodes = match ends && !constant[root.index()] {
+            true => grow(graph, root, &users, &kept, &constant),
+            false => vec![root],
         };
+        let kernel = if nodes.len() > 1 { Kernel::Pointwise } else { kernel };
         for &node in &nodes {
             covered[node.index()] = true;
         }
@@ -144,7 +148,7 @@ pub fn lower_keeping(graph: &Graph, keep: &BTreeSet<ValueId>) -> Lowering {
     Lowering { regions }
 }
 
-/// The elementwise region around `root`: itself and producers of its shape that only the region uses.
+/// The elementwise region around `root`: itself and producers on its pass that only the region uses.
 fn grow(
     graph: &Graph,
     root: ValueId,
@@ -152,7 +156,7 @@ fn grow(
     kept: &BTreeSet<ValueId>,
     constant: &[bool],
 ) -> Vec<ValueId> {
-    let shape = &graph.ty(root).shape;
+    let pass = Pass::new(graph, root);
     let mut region: BTreeSet<ValueId> = [root].into();
     let mut candidates: BTreeSet<ValueId> = graph.node(root).args.iter().copied().collect();
     let mut operands: BTreeSet<ValueId> = candidates.clone();
@@ -160,11 +164,11 @@ fn grow(
     while let Some(value) = candidates.pop_last() {
         let node = graph.node(value);
         let joins = region.len() < MAX_REGION
-            && kernel_of(graph, node) == Kernel::Pointwise
-            && node.ty.shape == *shape
+            && pass.place(graph, root, root).is_some()
+            && pass.place(graph, value, root).is_some()
             && constant[value.index()] == constant[root.index()]
             && !kept.contains(&value)
-            && users[value.index()].iter().all(|u| region.contains(u));
+            && users[value.index()].iter().all(|&u| region.contains(&u) && pass.takes(graph, u, value));
         if !joins {
             continue;
         }
@@ -209,7 +213,7 @@ fn constants(graph: &Graph) -> Vec<bool> {
 }
 
 /// The kernel that can execute a node on its own.
-fn kernel_of(graph: &Graph, node: &Node) -> Kernel {
+pub(super) fn kernel_of(graph: &Graph, node: &Node) -> Kernel {
     let dtype = node.ty.dtype;
     let first = node.args.first().map(|&a| graph.ty(a).dtype);
     let float = |d: DType| matches!(d, DType::F32 | DType::F16 | DType::BF16);
@@ -347,14 +351,19 @@ impl Lowering {
             }
             let result = region.result();
             let alone = region.nodes.len() == 1;
+            let pass = Pass::new(graph, result);
             for &node in &region.nodes {
                 if std::mem::replace(&mut covered[node.index()], true) {
                     return fail(format!("{node} is in two regions"));
                 }
                 let own = kernel_of(graph, graph.node(node));
-                if own != region.kernel
-                    && !(alone && region.kernel == Kernel::Reference && own != Kernel::Leaf)
-                {
+                let fits = match alone {
+                    true => {
+                        own == region.kernel || (region.kernel == Kernel::Reference && own != Kernel::Leaf)
+                    }
+                    false => region.kernel == Kernel::Pointwise && pass.place(graph, node, result).is_some(),
+                };
+                if !fits {
                     return fail(format!("{} does not execute {node}", region.kernel.name()));
                 }
                 let inner = node != result;
@@ -364,15 +373,13 @@ impl Lowering {
                 if inner && users[node.index()].iter().any(|u| !region.nodes.contains(u)) {
                     return fail(format!("{node} is inside but used outside"));
                 }
-                if !alone && graph.ty(node).shape != graph.ty(result).shape {
-                    return fail(format!("{node} has another shape than its result"));
+                let taken = |&u: &ValueId| pass.takes(graph, u, node);
+                if inner && !users[node.index()].iter().all(taken) {
+                    return fail(format!("{node} lies elsewhere than what uses it"));
                 }
                 if region.stage == Stage::Load && (!constant[node.index()] || !alone) {
                     return fail(format!("{node} is not constant on its own"));
                 }
-            }
-            if !alone && region.kernel != Kernel::Pointwise {
-                return fail(format!("{} covers more than one node", region.kernel.name()));
             }
             if let Some(missing) = region.operands(graph).iter().find(|a| !made[a.index()]) {
                 return fail(format!("{missing} is not there yet"));

@@ -70,7 +70,21 @@ pub(crate) struct Run<'a> {
 
 /// The shapes of a run by their number, as far as somebody asked.
 #[derive(Default)]
-pub(crate) struct Shapes(RefCell<BTreeMap<usize, Rc<[usize]>>>);
+pub(crate) struct Shapes(RefCell<Vec<Option<Rc<[usize]>>>>);
+
+impl Shapes {
+    fn get(&self, number: usize) -> Option<Rc<[usize]>> {
+        self.0.borrow().get(number).cloned().flatten()
+    }
+
+    fn put(&self, number: usize, shape: Rc<[usize]>) {
+        let mut all = self.0.borrow_mut();
+        if all.len() <= number {
+            all.resize(number + 1, None);
+        }
+        all[number] = Some(shape);
+    }
+}
 
 /// Memory that outlives runs: at most one vector per slot of the plan, no longer than the slot. Empty ones are in use, or
 /// were never made.
@@ -385,12 +399,12 @@ impl<'a> Run<'a> {
     fn shape(&self, value: ValueId) -> Result<Rc<[usize]>, String> {
         let number = self.prepared.shape_of.get(value.index()).copied();
         let number = number.ok_or_else(|| format!("{value} is not in the graph"))?;
-        if let Some(shape) = self.shapes.0.borrow().get(&number) {
-            return Ok(shape.clone());
+        if let Some(shape) = self.shapes.get(number) {
+            return Ok(shape);
         }
         let context = Context { bindings: &self.bindings, graph: self.graph() };
         let shape: Rc<[usize]> = context.shape(self.graph().ty(value))?.into();
-        self.shapes.0.borrow_mut().insert(number, shape.clone());
+        self.shapes.put(number, shape.clone());
         Ok(shape)
     }
 }

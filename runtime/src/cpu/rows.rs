@@ -157,7 +157,7 @@ pub(crate) fn reduce(x: &Value, monoid: Monoid, axes: &[usize]) -> Result<Value,
 
 /// The combination of all elements; the identity if there are none.
 #[inline(always)]
-fn fold(monoid: Monoid, row: &[f32]) -> f32 {
+pub(super) fn fold(monoid: Monoid, row: &[f32]) -> f32 {
     match monoid {
         Monoid::Sum => vector::sum(row),
         Monoid::Prod => vector::fold(row, 1.0, |x| x, |a, b| a * b),

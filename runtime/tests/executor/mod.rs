@@ -270,3 +270,20 @@ pub fn check_op(op: Op, operands: &[(DType, &[usize])], random: &mut Random) {
     output(&mut graph, "y", result);
     check(graph, &inputs, &what);
 }
+
+/// One rank, as it is lowered and with every value kept, so that nothing is fused: the same bits.
+pub fn check_fusion(graph: Graph, inputs: &BTreeMap<String, Tensor>, what: &str) {
+    let weights = random_weights(&graph, &mut Random::new(7));
+    let spmd = replicated(graph, 1);
+    let mut session = on_ranks(&spmd, &weights, &options(), |_, session| session.unwrap()).remove(0);
+    let steps: Vec<StepId> = session.program().entries[0].graph.values().map(|(v, _)| StepId(v.0)).collect();
+    let [fused, alone] = [&[][..], &steps].map(|taps| session.run_tapped(inputs, taps).unwrap().outputs);
+    assert!(!fused.is_empty() && fused.len() == alone.len());
+    for (name, output) in &fused {
+        let bits = |tensor: &Tensor| match tensor.data() {
+            Data::F32(v) => v.iter().map(|x| x.to_bits()).collect::<Vec<_>>(),
+            other => panic!("{what}: an output of {}", other.dtype()),
+        };
+        assert_eq!(bits(&output.tensor), bits(&alone[name].tensor), "{what}, output `{name}`");
+    }
+}
