@@ -9,6 +9,7 @@ use crate::dim::{Bindings, Dim, EvalError};
 use crate::dtype::DType;
 use crate::graph::{Graph, ValueId};
 use crate::op::{EinsumSpec, Op};
+use std::collections::BTreeMap;
 
 /// What one region writes.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -149,9 +150,19 @@ pub(super) fn plan(buffers: &[Buffer], bindings: &Bindings) -> Result<MemoryPlan
     let mut slots: Vec<Slot> = Vec::new();
     let values = buffers.iter().map(|b| b.value.index() + 1).max().unwrap_or(0);
     let mut slot_of = vec![None; values];
+    // Many have the same.
+    let mut counts: BTreeMap<&Dim, i64> = BTreeMap::new();
     for buffer in buffers {
         let value = buffer.value;
-        let elements = buffer.elements.eval(bindings).map_err(|error| PlanError::Dim { value, error })?;
+        let elements = match counts.get(&buffer.elements) {
+            Some(&elements) => elements,
+            None => {
+                let elements = buffer.elements.eval(bindings);
+                let elements = elements.map_err(|error| PlanError::Dim { value, error })?;
+                counts.insert(&buffer.elements, elements);
+                elements
+            }
+        };
         let bytes = u64::try_from(elements)
             .ok()
             .and_then(|n| buffer.dtype.byte_len(n))

@@ -7,7 +7,7 @@
 use super::gemm::{Matrix, Right, multiply};
 use super::rows::softmax_row;
 use super::value::Value;
-use super::vector::{LANES, Lanes, dot, dots, functions, turned, vectorised};
+use super::vector::{Isa, LANES, Lanes, dot_lanes, dots, functions, sums, turned, vectorised};
 use crate::team;
 
 /// From so many rows on it pays to turn keys around.
@@ -80,7 +80,7 @@ impl Attention<'_> {
             let right = Rows::new(&k, part(&k, kv, 0), 2, [keys, depth])?;
             vectorised(
                 #[inline(always)]
-                |_| products(&left, &right, scores),
+                |isa| products(isa, &left, &right, scores),
             );
             for (i, row) in scores.chunks_mut(keys).enumerate() {
                 let (h, query) = if along == 1 { (h + i, 0) } else { (h, first + i) };
@@ -176,12 +176,20 @@ impl<'a> Rows<'a> {
 
 /// The product of every left row with every right one, row-major.
 #[inline(always)]
-fn products(left: &Rows<'_>, right: &Rows<'_>, out: &mut [f32]) {
+fn products(isa: Isa, left: &Rows<'_>, right: &Rows<'_>, out: &mut [f32]) {
     if left.count < FEW {
-        for key in 0..right.count {
-            let right_row = right.row(key);
-            for row in 0..left.count {
-                out[row * right.count + key] = dot(left.row(row), right_row);
+        // Sixteen keys of every row, then their sums.
+        let mut lanes = [[Lanes::ZERO; LANES]; FEW];
+        for first in (0..right.count).step_by(LANES) {
+            let count = LANES.min(right.count - first);
+            for key in 0..count {
+                let right_row = right.row(first + key);
+                for (row, lanes) in lanes[..left.count].iter_mut().enumerate() {
+                    lanes[key] = dot_lanes(left.row(row), right_row);
+                }
+            }
+            for (row, lanes) in lanes[..left.count].iter().enumerate() {
+                out[row * right.count + first..][..count].copy_from_slice(&sums(isa, lanes).0[..count]);
             }
         }
         return;

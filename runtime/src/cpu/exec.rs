@@ -28,6 +28,8 @@ use tpshard_ir::{AxisLayout, Data, Graph, Op, ValueId};
 /// An entry made ready to run.
 pub(crate) struct Prepared {
     regions: Vec<PreparedRegion>,
+    /// The regions at which something is to be done, and their results.
+    steps: Vec<(usize, ValueId)>,
     /// The lowering it was made from.
     pub(crate) lowering: Lowering,
     /// The last region that reads a value itself, views aside.
@@ -188,6 +190,13 @@ impl Prepared {
                 region.dropped.push(ValueId(value as u32));
             }
         }
+        let idle = |index: usize, region: &Region| {
+            region.stage == Stage::Load
+                && regions.get(index).is_some_and(|r: &PreparedRegion| r.dropped.is_empty())
+        };
+        let all = lowering.regions.iter().enumerate();
+        let steps =
+            all.filter(|(i, region)| !idle(*i, region)).map(|(i, region)| (i, region.result())).collect();
         let buffers = lowering.buffers(graph);
         let mut shapes: BTreeMap<&[Dim], usize> = BTreeMap::new();
         let shape_of = graph.nodes().iter().map(|node| {
@@ -195,7 +204,7 @@ impl Prepared {
             *shapes.entry(&node.ty.shape).or_insert(next)
         });
         let shape_of = shape_of.collect();
-        Ok(Prepared { regions, lowering, last_read, constants: ids, buffers, shape_of })
+        Ok(Prepared { regions, steps, lowering, last_read, constants: ids, buffers, shape_of })
     }
 }
 
@@ -219,9 +228,6 @@ impl<'a> Run<'a> {
     ) -> Result<Finished, CommError> {
         let graph = self.graph();
         let mut values: Vec<Option<Value>> = vec![None; graph.len()];
-        for (value, id) in self.prepared.constants.iter().enumerate() {
-            values[value] = id.and_then(|id| self.constants.value(id).cloned());
-        }
         let mut finished = Finished {
             outputs: Vec::new(),
             taps: BTreeMap::new(),
@@ -230,8 +236,13 @@ impl<'a> Run<'a> {
             bindings: Bindings::new(),
         };
         let prepared = self.prepared;
-        for (index, region) in prepared.lowering.regions.iter().enumerate() {
-            let result = region.result();
+        for &tap in taps {
+            if let Some(constant) = self.constant(tap) {
+                finished.taps.insert(tap, constant.clone());
+            }
+        }
+        for &(index, result) in &prepared.steps {
+            let region = &prepared.lowering.regions[index];
             if region.stage == Stage::Step {
                 let start = if self.timed { now() } else { 0 };
                 let made = match &graph.node(result).op {
@@ -269,6 +280,7 @@ impl<'a> Run<'a> {
             let again = graph.outputs.iter().filter(|o| o.value == output.value).count() > 1;
             let place = &mut values[output.value.index()];
             let value = if again { place.clone() } else { place.take() };
+            let value = value.or_else(|| self.constant(output.value).cloned());
             let value = value.unwrap_or_else(|| step::zeros(graph, &self.bindings, output.value));
             finished.outputs.push(Held::Here(value));
         }
@@ -287,11 +299,21 @@ impl<'a> Run<'a> {
         let args: Result<Vec<Value>, String> = prepared.regions[index]
             .args
             .iter()
-            .map(|&arg| values[arg.index()].clone().ok_or_else(|| format!("{arg} is not there")))
+            .map(|&arg| self.get(values, arg).cloned().ok_or_else(|| format!("{arg} is not there")))
             .collect();
         // Sizes may be others from now on.
         self.shapes = Shapes::default();
         self.deferred.run(self.entry, &prepared.lowering, result, args, &mut self.bindings)
+    }
+
+    /// A value of this run, or what was made of weights.
+    fn get<'v>(&'v self, values: &'v [Option<Value>], id: ValueId) -> Option<&'v Value> {
+        values.get(id.index())?.as_ref().or_else(|| self.constant(id))
+    }
+
+    fn constant(&self, id: ValueId) -> Option<&Value> {
+        let number = self.prepared.constants.get(id.index()).copied().flatten()?;
+        self.constants.value(number)
     }
 
     fn slot(&self, value: ValueId) -> Option<usize> {
@@ -314,7 +336,7 @@ impl<'a> Run<'a> {
         let context = Context { bindings: &self.bindings, graph: self.graph() };
         let prepared = &self.prepared.regions[index];
         let get = |values: &[Option<Value>], id: ValueId| -> Result<Value, String> {
-            values[id.index()].clone().ok_or_else(|| format!("{id} is not there"))
+            self.get(values, id).cloned().ok_or_else(|| format!("{id} is not there"))
         };
         match (&node.op, region.kernel) {
             (Op::Input { name }, _) => match states.remove(name) {
@@ -355,7 +377,7 @@ impl<'a> Run<'a> {
                     .args
                     .iter()
                     .enumerate()
-                    .map(|(i, &arg)| match (&prepared.contraction, &values[arg.index()]) {
+                    .map(|(i, &arg)| match (&prepared.contraction, self.get(values, arg)) {
                         // A packed operand need not be there itself; its shape is all that is asked for.
                         (Some((c, Some(_))), None) if c.column_operand() == i => Ok(self.shape_only(arg)?),
                         (_, None) if i == 0 && prepared.table.is_some() => Ok(self.shape_only(arg)?),

@@ -264,7 +264,9 @@ impl Worker {
         let (plan, working) = self.engine.plan(&self.program, part.entry, bindings, taps, capacity)?;
         let open: BTreeSet<Arc<str>> =
             entry.graph.data_symbols().into_iter().filter(|s| !bindings.contains_key(s)).collect();
-        let known = |p: &&Port| !p.ty.shape.iter().flat_map(Dim::symbols).any(|s| open.contains(&s));
+        let known = |p: &&Port| {
+            open.is_empty() || !p.ty.shape.iter().flat_map(Dim::symbols).any(|s| open.contains(&s))
+        };
         let bytes = |ports: &[Port]| -> u64 {
             ports.iter().filter(known).map(|p| port_bytes(p, bindings)).fold(0u64, u64::saturating_add)
         };
@@ -317,7 +319,8 @@ impl RunPart {
 }
 
 fn port_bytes(port: &Port, bindings: &Bindings) -> u64 {
-    let elements = port.ty.elements().eval(bindings).unwrap_or(i64::MAX);
+    let extents = port.ty.shape.iter().map(|dim| dim.eval(bindings).unwrap_or(i64::MAX));
+    let elements = extents.fold(1i64, i64::saturating_mul);
     port.ty.dtype.byte_len(u64::try_from(elements).unwrap_or(u64::MAX)).unwrap_or(u64::MAX)
 }
 

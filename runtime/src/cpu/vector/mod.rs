@@ -6,10 +6,12 @@
 
 pub(crate) mod functions;
 mod isa;
+mod sums;
 
 #[cfg(test)]
 pub(crate) use isa::vectorised_for;
 pub(crate) use isa::{Isa, vectorised};
+pub(crate) use sums::sums;
 
 /// Floats per vector.
 pub(crate) const LANES: usize = 16;
@@ -146,8 +148,15 @@ pub(crate) fn sum_squares(row: &[f32], mean: f32) -> f32 {
 }
 
 /// The sum of products of two rows of one length.
+#[cfg(test)]
 #[inline(always)]
 pub(crate) fn dot(left: &[f32], right: &[f32]) -> f32 {
+    dot_lanes(left, right).sum()
+}
+
+/// The lanes whose sum is a [`dot`].
+#[inline(always)]
+pub(crate) fn dot_lanes(left: &[f32], right: &[f32]) -> Lanes {
     let mut sum = Lanes::ZERO;
     let (left, left_rest) = left.as_chunks::<LANES>();
     let (right, right_rest) = right.as_chunks::<LANES>();
@@ -157,7 +166,7 @@ pub(crate) fn dot(left: &[f32], right: &[f32]) -> f32 {
     if !left_rest.is_empty() {
         sum.add_product(&Lanes::load_part(left_rest), &Lanes::load_part(right_rest));
     }
-    sum.sum()
+    sum
 }
 
 /// Repeats a statement for every lane. Written out, as a loop over lanes inside of one over elements is turned around by
