@@ -1,7 +1,8 @@
 //! The driver: devices, their memory, machine code, and calls of it in the order they are made.
 //!
 //! A [`Device`] is one GPU with one queue of work. Copies and launches are put into the queue; what the host reads is
-//! there when the reading call returns. Every call first makes the device that of its thread, so that values may move
+//! there when the reading call returns. Beside it there may be a second queue ([`Lane::Side`]); what one of the two does
+//! is only in order with the other where an [`Event`] of the other is [waited for](Device::wait_in). Every call first makes the device that of its thread, so that values may move
 //! between threads.
 //!
 //! Work that needs other processes, such as a collective, may never be done. Whoever puts such work into the queue gives
@@ -28,7 +29,7 @@ pub(crate) use functions::DevicePointer;
 use functions::Functions;
 use std::ffi::{c_int, c_void};
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -44,6 +45,15 @@ const NO_TIMES: u32 = 2;
 /// A wait that is watched gives up the core until this is over, and then sleeps in between.
 const LIVELY: Duration = Duration::from_millis(2);
 const NAP: Duration = Duration::from_micros(100);
+
+/// Which of a device's queues.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Lane {
+    #[default]
+    Main,
+    /// Beside it, once it is [open](Device::open_side); the main queue until then.
+    Side,
+}
 
 /// Says whether waiting for a device still makes sense.
 pub trait Watch: Send + Sync + std::fmt::Debug {
@@ -114,6 +124,7 @@ impl Driver {
             device,
             context: context as usize,
             stream: 0,
+            side: AtomicUsize::new(0),
             name: String::new(),
             arch: 0,
             bus: String::new(),
@@ -135,13 +146,15 @@ impl Driver {
     }
 }
 
-/// A device's context and stream. Handles are kept as numbers, which any thread may hold.
+/// A device's context and streams. Handles are kept as numbers, which any thread may hold.
 #[derive(Debug)]
 struct Queue {
     functions: Arc<Functions>,
     device: c_int,
     context: usize,
     stream: usize,
+    /// Zero if there is none.
+    side: AtomicUsize,
     name: String,
     arch: u32,
     bus: String,
@@ -190,6 +203,19 @@ impl Queue {
         self.stream as *mut c_void
     }
 
+    /// The second stream, if there is one.
+    fn side(&self) -> Option<*mut c_void> {
+        let side = self.side.load(Ordering::Acquire);
+        (side != 0).then_some(side as *mut c_void)
+    }
+
+    fn stream_of(&self, lane: Lane) -> *mut c_void {
+        match lane {
+            Lane::Main => self.stream(),
+            Lane::Side => self.side().unwrap_or(self.stream()),
+        }
+    }
+
     /// Makes the device that of this thread.
     fn enter(&self) -> Result<(), DriverError> {
         if self.abandoned.load(Ordering::Acquire) {
@@ -199,18 +225,21 @@ impl Queue {
         self.functions.checked(unsafe { self.functions.set_current(self.context as *mut c_void) })
     }
 
-    /// Waits for all work to be done, as long as that makes sense.
+    /// Waits for all work of both queues to be done, as long as that makes sense.
     fn wait(&self) -> Result<(), DriverError> {
         let f = &self.functions;
         let watch = self.watch.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let Some(watch) = watch else {
             // SAFETY: the stream lives as long as this.
-            return f.checked(unsafe { f.synchronize(self.stream()) });
+            f.checked(unsafe { f.synchronize(self.stream()) })?;
+            // SAFETY: as above.
+            return self.side().map_or(Ok(()), |side| f.checked(unsafe { f.synchronize(side) }));
         };
         let start = Instant::now();
         loop {
             // SAFETY: as above.
-            if f.is_done(unsafe { f.query_stream(self.stream()) })? {
+            let is_done = |stream| f.is_done(unsafe { f.query_stream(stream) });
+            if is_done(self.stream())? && self.side().map_or(Ok(true), is_done)? {
                 return Ok(());
             }
             if let Some(why) = watch.broken() {
@@ -265,6 +294,10 @@ impl Drop for Queue {
         if self.enter().is_ok() && self.stream != 0 {
             // SAFETY: the stream was made by `create_stream`, and nothing that uses it is left.
             let _ = unsafe { self.functions.destroy_stream(self.stream()) };
+            if let Some(side) = self.side() {
+                // SAFETY: as above.
+                let _ = unsafe { self.functions.destroy_stream(side) };
+            }
         }
         if self.abandoned.load(Ordering::Acquire) {
             return;
@@ -321,6 +354,39 @@ impl Device {
         // SAFETY: the pointer lives through the call.
         f.checked(unsafe { f.create_event(&mut handle, NO_TIMES) })?;
         Ok(Event { queue: self.0.clone(), handle: handle as usize })
+    }
+
+    /// Makes the second queue, if there is none yet.
+    ///
+    /// # Errors
+    /// The driver fails.
+    pub fn open_side(&self) -> Result<(), DriverError> {
+        if self.0.side().is_some() {
+            return Ok(());
+        }
+        self.0.enter()?;
+        let f = &self.0.functions;
+        let mut stream = std::ptr::null_mut();
+        // SAFETY: the pointer lives through the call.
+        f.checked(unsafe { f.create_stream(&mut stream, NON_BLOCKING) })?;
+        let found =
+            self.0.side.compare_exchange(0, stream as usize, Ordering::AcqRel, Ordering::Acquire).is_err();
+        if found {
+            // SAFETY: it was just made, and nothing is in it.
+            let _ = unsafe { f.destroy_stream(stream) };
+        }
+        Ok(())
+    }
+
+    /// What is put into a queue from now on begins when `event` has passed, as it was recorded last. The host does not wait.
+    ///
+    /// # Errors
+    /// The driver fails.
+    pub fn wait_in(&self, lane: Lane, event: &Event) -> Result<(), DriverError> {
+        self.0.enter()?;
+        let f = &self.0.functions;
+        // SAFETY: event and stream are alive; the driver keeps what it needs of the event.
+        f.checked(unsafe { f.wait_event(self.0.stream_of(lane), event.handle as *mut c_void, 0) })
     }
 
     /// Free and total bytes of memory.
@@ -380,6 +446,10 @@ impl Device {
         self.0.stream()
     }
 
+    pub(crate) fn stream_of(&self, lane: Lane) -> *mut c_void {
+        self.0.stream_of(lane)
+    }
+
     /// Waits for all work to be done.
     ///
     /// # Errors
@@ -403,10 +473,18 @@ impl Event {
     /// # Errors
     /// The driver fails.
     pub fn record(&self) -> Result<(), DriverError> {
+        self.record_in(Lane::Main)
+    }
+
+    /// Puts the mark at the end of one of the queues.
+    ///
+    /// # Errors
+    /// The driver fails.
+    pub fn record_in(&self, lane: Lane) -> Result<(), DriverError> {
         self.queue.enter()?;
         let f = &self.queue.functions;
         // SAFETY: event and stream are alive.
-        f.checked(unsafe { f.record_event(self.handle as *mut c_void, self.queue.stream()) })
+        f.checked(unsafe { f.record_event(self.handle as *mut c_void, self.queue.stream_of(lane)) })
     }
 
     /// Whether the mark has passed; does not wait.

@@ -91,6 +91,7 @@ functions! {
         record_event "cuEventRecord" (event: *mut c_void, stream: *mut c_void);
         query_event "cuEventQuery" (event: *mut c_void);
         destroy_event "cuEventDestroy_v2" (event: *mut c_void);
+        wait_event "cuStreamWaitEvent" (stream: *mut c_void, event: *mut c_void, flags: c_uint);
         begin_capture "cuStreamBeginCapture_v2" (stream: *mut c_void, mode: c_uint);
         capture_info "cuStreamGetCaptureInfo_v2" (stream: *mut c_void, status: *mut c_uint, id: *mut u64,
             graph: *mut *mut c_void, last: *mut *const *mut c_void, count: *mut usize);

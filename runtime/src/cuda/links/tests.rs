@@ -1,6 +1,6 @@
 //! Every conversion on device memory against the same on the host, with libraries that stand in for NVIDIA's.
 
-use super::{Links, Operand, carries, staged, told_not_to_wait};
+use super::{Links, Operand, carries, goes_aside, staged, told_not_to_wait};
 use crate::comm::{CommOptions, Communicator, Tag, bytes, threads};
 use crate::cpu::convert::{Place, convert, held};
 use crate::cpu::value::Value;
@@ -12,7 +12,7 @@ use std::process::{Command, Stdio};
 use std::sync::{Arc, Barrier};
 use std::time::{Duration, Instant};
 use tpshard_driver::SearchPath;
-use tpshard_driver::cuda::{Device, Driver};
+use tpshard_driver::cuda::{Device, Driver, Lane};
 use tpshard_driver::nccl::Nccl;
 use tpshard_ir::dim::{Bindings, Dim};
 use tpshard_ir::layout::{Layout, Mesh, Monoid};
@@ -160,7 +160,15 @@ fn one_rank(mesh: &Mesh, rank: usize, end: &dyn Communicator, device: &Device, l
                 Operand::new(&target, 0, dtype, &shapes[1]),
             ];
             let before = end.stats();
-            links.convert(&conversion, operands, families, &place, (end, tag())).unwrap();
+            let aside = goes_aside(&conversion, families, &place).unwrap();
+            let lane = if aside { Lane::Side } else { Lane::Main };
+            if aside {
+                links.ready(0).unwrap();
+            }
+            links.convert(&conversion, operands, families, &place, (lane, &[]), (end, tag())).unwrap();
+            if aside {
+                links.join_side().unwrap();
+            }
             let got = download(&target, 0, dtype, &shapes[1]).unwrap();
             assert_eq!(got, expected, "{what}");
             assert_eq!(end.stats().since(&before), counted, "{what}");
@@ -257,7 +265,7 @@ fn rank_of_two_cliques(
             let reduce = Conversion::AllReduce { axes: axes.clone(), monoid: Monoid::Sum };
             let tag = Tag { sequence: 100, node: 0 };
             let families = [&families[0], &families[1]];
-            links.convert(&reduce, [operand; 2], families, &place, (end, tag)).unwrap();
+            links.convert(&reduce, [operand; 2], families, &place, (Lane::Main, &[]), (end, tag)).unwrap();
             // The driver waits for the collective, where nobody can be asked whether that makes sense.
             let _ = memory.clear(0, 16);
             let failure = links.failure().unwrap().to_string();
