@@ -199,6 +199,7 @@ impl Planning {
         options.memory = memory(&arguments.memory)?;
         options.split_all = arguments.split_all;
         options.determinism = arguments.determinism;
+        options.overlap = arguments.overlap;
         let entries = entries_of_graphs(graphs, &arguments.dim)?;
         let extended: Vec<Extended> = graphs.iter().map(canonical).collect();
         let pins = wishes.pins(graphs, &extended, ranks)?;

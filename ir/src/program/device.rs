@@ -15,8 +15,8 @@ mod codec;
 pub mod pieces;
 
 pub use check::DeviceError;
-pub use pieces::Pieces;
 pub(super) use codec::{read_code, read_lowering, write_code, write_lowering};
+pub use pieces::Pieces;
 
 use super::lowering::Stage;
 use crate::dim::Dim;

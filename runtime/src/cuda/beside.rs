@@ -12,10 +12,10 @@ use super::calls::Calls;
 use super::prepared::{Origin, Prepared};
 use crate::session::SessionError;
 use std::collections::{BTreeMap, BTreeSet};
-use tpshard_ir::{Graph, ValueId};
 use tpshard_ir::dim::{Bindings, Dim};
 use tpshard_ir::program::device::pieces::summed;
 use tpshard_ir::program::device::{DeviceLowering, DeviceStep, How, Pieces};
+use tpshard_ir::{Graph, ValueId};
 
 /// Says `off` where nothing is to travel beside what is computed.
 pub(super) const VARIABLE: &str = "TPSHARD_CUDA_OVERLAP";
@@ -118,7 +118,8 @@ impl Beside {
                     _ => false,
                 };
                 let read = |value: &ValueId| prepared.origin_of(*value) == own[1];
-                let grows = matches!(step.how, How::Append { .. }) && own.contains(&prepared.origin_of(step.value));
+                let grows =
+                    matches!(step.how, How::Append { .. }) && own.contains(&prepared.origin_of(step.value));
                 let is_view = matches!(step.how, How::Alias(_));
                 waits || grows || (!is_view && reads.get(at).is_some_and(|reads| reads.iter().any(read)))
             };
@@ -133,7 +134,8 @@ impl Beside {
             open = Some(join);
             beside.aside.insert(index);
             if let Some(pieces) = pieces {
-                for read in index.checked_sub(1).and_then(|product| reads.get(product)).into_iter().flatten() {
+                for read in index.checked_sub(1).and_then(|product| reads.get(product)).into_iter().flatten()
+                {
                     beside.keep(prepared.origin_of(*read), index);
                 }
                 beside.pieces.insert(index, pieces);

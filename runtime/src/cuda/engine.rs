@@ -108,7 +108,18 @@ impl Engine {
         if graphs.is_none() {
             description.push_str(", without CUDA graphs");
         }
-        Ok(Engine { links: None, graphs, overlap, description, functions, entries, host: kept, arena, fault, gpu })
+        Ok(Engine {
+            links: None,
+            graphs,
+            overlap,
+            description,
+            functions,
+            entries,
+            host: kept,
+            arena,
+            fault,
+            gpu,
+        })
     }
 
     /// Decides with all ranks what carries collectives.

@@ -129,7 +129,8 @@ pub(in crate::program) fn write_lowering(lowering: &DeviceLowering) -> Vec<u8> {
             How::Product(product) => product_text(product),
             _ => "launch".to_string(),
         };
-        let counts: Vec<String> = pieces.counts.iter().map(|(rows, count)| format!("{rows}:{count}")).collect();
+        let counts: Vec<String> =
+            pieces.counts.iter().map(|(rows, count)| format!("{rows}:{count}")).collect();
         let dims = [&pieces.rows, &pieces.row].map(dim_text).join(" ");
         let _ = writeln!(out, "pieces {} {dims} {} {how}", value.0, counts.join(","));
         for launch in pieces.how.launches() {

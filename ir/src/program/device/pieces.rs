@@ -42,7 +42,8 @@ pub fn row_pieces(rows: u64, count: u32) -> Vec<u64> {
     }
     let unit = if rows / count >= TILE_ROWS { TILE_ROWS } else { LEAST_PIECE };
     // Sizes beyond memory are refused elsewhere.
-    let start = |piece: u64| if piece == count { rows } else { rows.saturating_mul(piece) / count / unit * unit };
+    let start =
+        |piece: u64| if piece == count { rows } else { rows.saturating_mul(piece) / count / unit * unit };
     (0..count).map(|piece| start(piece + 1) - start(piece)).collect()
 }
 

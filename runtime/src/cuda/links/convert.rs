@@ -353,9 +353,8 @@ impl Links {
             let even = are_equal(extents);
             let ranks = extents.len();
             let Some(layout) = scattering(&cut, extents)? else {
-                return members.call(|clique, lane| {
-                    clique.reduce_scatter(lane, ranks, element, operation, from, to)
-                });
+                return members
+                    .call(|clique, lane| clique.reduce_scatter(lane, ranks, element, operation, from, to));
             };
             // Behind the blocks, what comes back, of which a smaller share is the beginning.
             let staging = self.staging(layout.bytes())?;
@@ -370,9 +369,8 @@ impl Links {
             }
             let packed = Span { memory: &staging, offset: 0, bytes: blocks };
             if even {
-                return members.call(|clique, lane| {
-                    clique.reduce_scatter(lane, ranks, element, operation, packed, to)
-                });
+                return members
+                    .call(|clique, lane| clique.reduce_scatter(lane, ranks, element, operation, packed, to));
             }
             let combined = Span { memory: &staging, offset: blocks, bytes: block };
             members.call(|clique, lane| {

@@ -262,7 +262,8 @@ impl Links {
             return Err(self.give_up(communicator, format!("no clique of the ranks {:?}", group.ranks())));
         }
         let open = Cell::new(pieces.max(1));
-        let members = Members { links: self, group, me, clique, kind, tag, lane, begun: Cell::new(None), open };
+        let members =
+            Members { links: self, group, me, clique, kind, tag, lane, begun: Cell::new(None), open };
         let done = members.begin(0).and_then(|()| {
             body(&members)?;
             // If nothing was called, the copies are all there is.
