@@ -437,8 +437,14 @@ impl PlanReport {
                 Seconds(parts.launch),
                 Seconds(parts.communication)
             )?;
-            if *hidden != 0.0 {
-                writeln!(f, "    of communication, {} are hidden behind computing", Seconds(*hidden))?;
+            match *hidden {
+                hidden if hidden > 0.0 => {
+                    writeln!(f, "    of communication, {} are hidden behind computing", Seconds(hidden))?;
+                }
+                hidden if hidden < 0.0 => {
+                    writeln!(f, "    products in pieces, as was asked for, take {} more", Seconds(-hidden))?;
+                }
+                _ => {}
             }
         }
         if self.entries.len() > 1 {

@@ -10,12 +10,14 @@
 //! *abandoned*; every call fails, and nothing is waited for or freed any more, which would wait too.
 #![allow(unsafe_code)] // Calls into a C library.
 
+mod events;
 mod functions;
 mod graphs;
 mod kernels;
 mod memory;
 mod pinned;
 
+pub use events::{Event, Lane};
 pub use functions::OUT_OF_MEMORY;
 pub use graphs::{Capture, Graph, Node};
 pub use kernels::{Argument, Call, Function, Module};
@@ -45,15 +47,6 @@ const NO_TIMES: u32 = 2;
 /// A wait that is watched gives up the core until this is over, and then sleeps in between.
 const LIVELY: Duration = Duration::from_millis(2);
 const NAP: Duration = Duration::from_micros(100);
-
-/// Which of a device's queues.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Lane {
-    #[default]
-    Main,
-    /// Beside it, once it is [open](Device::open_side); the main queue until then.
-    Side,
-}
 
 /// Says whether waiting for a device still makes sense.
 pub trait Watch: Send + Sync + std::fmt::Debug {
@@ -343,52 +336,6 @@ impl Device {
         *self.0.watch.lock().unwrap_or_else(PoisonError::into_inner) = watch;
     }
 
-    /// A mark that can be put into the queue.
-    ///
-    /// # Errors
-    /// The driver fails.
-    pub fn event(&self) -> Result<Event, DriverError> {
-        self.0.enter()?;
-        let f = &self.0.functions;
-        let mut handle = std::ptr::null_mut();
-        // SAFETY: the pointer lives through the call.
-        f.checked(unsafe { f.create_event(&mut handle, NO_TIMES) })?;
-        Ok(Event { queue: self.0.clone(), handle: handle as usize })
-    }
-
-    /// Makes the second queue, if there is none yet.
-    ///
-    /// # Errors
-    /// The driver fails.
-    pub fn open_side(&self) -> Result<(), DriverError> {
-        if self.0.side().is_some() {
-            return Ok(());
-        }
-        self.0.enter()?;
-        let f = &self.0.functions;
-        let mut stream = std::ptr::null_mut();
-        // SAFETY: the pointer lives through the call.
-        f.checked(unsafe { f.create_stream(&mut stream, NON_BLOCKING) })?;
-        let found =
-            self.0.side.compare_exchange(0, stream as usize, Ordering::AcqRel, Ordering::Acquire).is_err();
-        if found {
-            // SAFETY: it was just made, and nothing is in it.
-            let _ = unsafe { f.destroy_stream(stream) };
-        }
-        Ok(())
-    }
-
-    /// What is put into a queue from now on begins when `event` has passed, as it was recorded last. The host does not wait.
-    ///
-    /// # Errors
-    /// The driver fails.
-    pub fn wait_in(&self, lane: Lane, event: &Event) -> Result<(), DriverError> {
-        self.0.enter()?;
-        let f = &self.0.functions;
-        // SAFETY: event and stream are alive; the driver keeps what it needs of the event.
-        f.checked(unsafe { f.wait_event(self.0.stream_of(lane), event.handle as *mut c_void, 0) })
-    }
-
     /// Free and total bytes of memory.
     ///
     /// # Errors
@@ -457,55 +404,6 @@ impl Device {
     pub fn synchronize(&self) -> Result<(), DriverError> {
         self.0.enter()?;
         self.0.wait()
-    }
-}
-
-/// A mark in the queue, which has passed when all work before it is done.
-#[derive(Debug)]
-pub struct Event {
-    queue: Arc<Queue>,
-    handle: usize,
-}
-
-impl Event {
-    /// Puts the mark at the end of the queue.
-    ///
-    /// # Errors
-    /// The driver fails.
-    pub fn record(&self) -> Result<(), DriverError> {
-        self.record_in(Lane::Main)
-    }
-
-    /// Puts the mark at the end of one of the queues.
-    ///
-    /// # Errors
-    /// The driver fails.
-    pub fn record_in(&self, lane: Lane) -> Result<(), DriverError> {
-        self.queue.enter()?;
-        let f = &self.queue.functions;
-        // SAFETY: event and stream are alive.
-        f.checked(unsafe { f.record_event(self.handle as *mut c_void, self.queue.stream_of(lane)) })
-    }
-
-    /// Whether the mark has passed; does not wait.
-    ///
-    /// # Errors
-    /// Some work failed.
-    pub fn has_passed(&self) -> Result<bool, DriverError> {
-        self.queue.enter()?;
-        let f = &self.queue.functions;
-        // SAFETY: the event is alive.
-        f.is_done(unsafe { f.query_event(self.handle as *mut c_void) })
-    }
-}
-
-impl Drop for Event {
-    fn drop(&mut self) {
-        if self.queue.enter().is_ok() {
-            let f = &self.queue.functions;
-            // SAFETY: made by `create_event`, destroyed once; the driver waits for nothing.
-            let _ = unsafe { f.destroy_event(self.handle as *mut c_void) };
-        }
     }
 }
 

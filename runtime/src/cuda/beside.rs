@@ -37,6 +37,8 @@ pub(super) struct Cut {
     pub(super) pieces: Pieces,
     /// The calls of a piece.
     pub(super) calls: Calls,
+    /// What they read.
+    reads: Vec<ValueId>,
 }
 
 /// The products that may be made in pieces, by the step of the sum that follows.
@@ -49,11 +51,66 @@ pub(super) fn cuts(steps: &[DeviceStep], lowering: &DeviceLowering, graph: &Grap
             && summed(graph, sum.value) == Some(product.value)
         {
             let step = DeviceStep { how: pieces.how.clone(), scratch: Dim::constant(0), ..product.clone() };
-            let cut = Cut { pieces: pieces.clone(), calls: Calls::new(&[step]) };
+            let reads = product.reads(graph);
+            let cut = Cut { pieces: pieces.clone(), calls: Calls::new(&[step]), reads };
             cuts.insert(index + 1, cut);
         }
     }
     cuts
+}
+
+/// A change of layout among the steps, and what follows it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Change {
+    step: usize,
+    /// The memory of what it reads and of what it makes.
+    own: [Option<Origin>; 2],
+    /// The next step that the host computes, or that reads what it makes or writes what it reads; else the number of steps.
+    used: usize,
+    /// The next step that calls kernels.
+    next_call: usize,
+}
+
+/// All changes of layout, in order. A value in another shape is no use: whoever reads it is.
+pub(super) fn changes(prepared: &Prepared, graph: &Graph) -> Vec<Change> {
+    let steps = &prepared.steps;
+    let mut readers: BTreeMap<usize, BTreeSet<usize>> = BTreeMap::new();
+    let mut growing: BTreeMap<usize, BTreeSet<usize>> = BTreeMap::new();
+    let (mut hosts, mut calls) = (BTreeSet::new(), BTreeSet::new());
+    for (index, step) in steps.iter().enumerate() {
+        match step.how {
+            How::Host => {
+                hosts.insert(index);
+            }
+            How::Append { .. } => {
+                if let Some(Origin::Step(of)) = prepared.origin_of(step.value) {
+                    growing.entry(of).or_default().insert(index);
+                }
+            }
+            _ => {}
+        }
+        if !step.how.launches().is_empty() {
+            calls.insert(index);
+        }
+        for read in step.reads(graph).iter().filter(|_| !matches!(step.how, How::Alias(_))) {
+            if let Some(Origin::Step(of)) = prepared.origin_of(*read) {
+                readers.entry(of).or_default().insert(index);
+            }
+        }
+    }
+    let after = |set: &BTreeSet<usize>, step: usize| set.range(step + 1..).next().copied();
+    let change = |(step, made): (usize, &DeviceStep)| {
+        let from = graph.node(made.value).args.first().copied();
+        let own = [from, Some(made.value)].map(|value| value.and_then(|value| prepared.origin_of(value)));
+        let of = |sets: &BTreeMap<usize, BTreeSet<usize>>, origin: Option<Origin>| match origin {
+            Some(Origin::Step(of)) => sets.get(&of).and_then(|set| after(set, step)),
+            _ => None,
+        };
+        let uses = [of(&readers, own[1]), of(&growing, own[0]), of(&growing, own[1]), after(&hosts, step)];
+        let used = uses.into_iter().flatten().min().unwrap_or(steps.len());
+        Change { step, own, used, next_call: after(&calls, step).unwrap_or(steps.len()) }
+    };
+    steps.iter().enumerate().filter(|(_, step)| step.how == How::Convert).map(change).collect()
 }
 
 /// The products of an entry that are made in pieces, in words that are equal if they are.
@@ -80,74 +137,53 @@ pub(super) struct Beside {
 }
 
 impl Beside {
-    /// `goes_aside` says of which collectives are calls of the library and nothing besides; `cut` that products are made
+    /// `goes_aside` says of which changes of layout are calls of the library and nothing besides; `cut` that products are made
     /// in pieces.
     pub(super) fn new(
         prepared: &Prepared,
-        graph: &Graph,
         bindings: &Bindings,
         goes_aside: &dyn Fn(usize) -> bool,
         cut: bool,
     ) -> Beside {
-        let steps = &prepared.steps;
         let mut beside = Beside::default();
-        let reads: Vec<Vec<ValueId>> = steps.iter().map(|step| step.reads(graph)).collect();
-        let eligible: Vec<bool> = (0..steps.len())
-            .map(|index| steps.get(index).is_some_and(|s| s.how == How::Convert) && goes_aside(index))
-            .collect();
-        let is_eligible = |index: usize| eligible.get(index).copied().unwrap_or(false);
+        let eligible: Vec<bool> = prepared.changes.iter().map(|change| goes_aside(change.step)).collect();
+        // The next that cannot go aside, for which the main queue waits since all keep their order.
+        let mut barrier = prepared.steps.len();
+        let mut barriers: Vec<usize> = Vec::with_capacity(eligible.len());
+        for (change, eligible) in prepared.changes.iter().zip(&eligible).rev() {
+            barriers.push(barrier);
+            barrier = if *eligible { barrier } else { change.step };
+        }
         // The step before which the open collectives are waited for.
         let mut open: Option<usize> = None;
-        for (index, step) in steps.iter().enumerate() {
-            if open == Some(index) {
-                beside.joins.insert(index);
+        for ((change, eligible), barrier) in
+            prepared.changes.iter().zip(eligible).zip(barriers.into_iter().rev())
+        {
+            if let Some(join) = open.filter(|&join| join <= change.step) {
+                beside.joins.insert(join);
                 open = None;
             }
-            if !is_eligible(index) {
+            if !eligible {
                 continue;
             }
-            let pieces = prepared.cuts.get(&index).filter(|_| cut);
-            let pieces = pieces.and_then(|cut| cut.pieces.cut(bindings).ok()).filter(|p| p.len() > 1);
-            let (from, to) = (graph.node(step.value).args.first().copied(), step.value);
-            let own = [from.and_then(|from| prepared.origin_of(from)), prepared.origin_of(to)];
-            let touches = |at: usize| {
-                let Some(step) = steps.get(at) else { return true };
-                let waits = match step.how {
-                    How::Host => true,
-                    How::Convert => !is_eligible(at),
-                    _ => false,
-                };
-                let read = |value: &ValueId| prepared.origin_of(*value) == own[1];
-                let grows =
-                    matches!(step.how, How::Append { .. }) && own.contains(&prepared.origin_of(step.value));
-                let is_view = matches!(step.how, How::Alias(_));
-                waits || grows || (!is_view && reads.get(at).is_some_and(|reads| reads.iter().any(read)))
-            };
-            let join = (index + 1..steps.len()).find(|&at| touches(at)).unwrap_or(steps.len());
-            let computes = |at: usize| steps.get(at).is_some_and(|step| !step.how.launches().is_empty());
-            let alone = open.is_none() && pieces.is_none() && !(index + 1..join).any(computes);
-            if alone {
+            let cut = prepared.cuts.get(&change.step).filter(|_| cut);
+            let pieces = cut.and_then(|cut| Some((cut, cut.pieces.cut(bindings).ok()?)));
+            let pieces = pieces.filter(|(_, pieces)| pieces.len() > 1);
+            let join = change.used.min(barrier);
+            if open.is_none() && pieces.is_none() && change.next_call >= join {
                 continue;
             }
             // The side queue keeps its order, so that who waits for its end waits for everything in it.
             let join = open.map_or(join, |open| open.min(join));
             open = Some(join);
-            beside.aside.insert(index);
-            if let Some(pieces) = pieces {
-                for read in index.checked_sub(1).and_then(|product| reads.get(product)).into_iter().flatten()
-                {
-                    beside.keep(prepared.origin_of(*read), index);
-                }
-                beside.pieces.insert(index, pieces);
+            beside.aside.insert(change.step);
+            if let Some((cut, pieces)) = pieces {
+                cut.reads.iter().for_each(|read| beside.keep(prepared.origin_of(*read), change.step));
+                beside.pieces.insert(change.step, pieces);
             }
-            for origin in own {
-                // What is open until the first of several is waited for may be open longer than that by itself.
-                beside.keep(origin, join.saturating_sub(1));
-            }
+            change.own.into_iter().for_each(|origin| beside.keep(origin, join.saturating_sub(1)));
         }
-        if open.is_some() {
-            beside.joins.insert(steps.len());
-        }
+        beside.joins.extend(open);
         beside
     }
 

@@ -229,7 +229,7 @@ impl Engine {
             goes_aside(conversion, families, &place).ok()
         };
         let aside = |index: usize| aside(index).unwrap_or(false);
-        Beside::new(prepared, &entry.graph, bindings, &aside, links.has_pieces())
+        Beside::new(prepared, bindings, &aside, links.has_pieces())
     }
 
     /// Makes sure of the memory of a plan; `limit` is said if there is too little.

@@ -28,6 +28,32 @@ pub unsafe extern "C" fn cuStreamCreate(stream: *mut *mut c_void, _flags: c_uint
 /// # Safety
 /// See above.
 #[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuStreamCreateWithPriority(
+    stream: *mut *mut c_void,
+    flags: c_uint,
+    priority: c_int,
+) -> c_int {
+    if !(GREATEST..=0).contains(&priority) {
+        return INVALID_VALUE;
+    }
+    // SAFETY: see above.
+    unsafe { cuStreamCreate(stream, flags) }
+}
+
+/// Of priorities, the lower numbers come first.
+const GREATEST: c_int = -5;
+
+/// # Safety
+/// See above.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuCtxGetStreamPriorityRange(least: *mut c_int, greatest: *mut c_int) -> c_int {
+    // SAFETY: see above.
+    unsafe { put(least, 0).max(put(greatest, GREATEST)) }
+}
+
+/// # Safety
+/// See above.
+#[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuStreamSynchronize(stream: *mut c_void) -> c_int {
     if !works() {
         return LAUNCH_FAILED;

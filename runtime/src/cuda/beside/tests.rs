@@ -30,7 +30,6 @@ enum Made {
 use Made::{Computed, Given, OnHost, Shown, Summed};
 
 struct Tables {
-    program: RankProgram,
     prepared: Prepared,
 }
 
@@ -90,13 +89,13 @@ fn tables(made: &[Made], pieces: Option<(u32, PieceCounts)>) -> Tables {
     };
     let lowering = DeviceLowering { pieces: pieces.into_iter().map(cut).collect(), steps };
     let prepared = Prepared::new(&program.entries[0], &lowering, &program.states).unwrap();
-    Tables { program, prepared }
+    Tables { prepared }
 }
 
 impl Tables {
     fn beside(&self, rows: i64) -> Beside {
         let bindings = [("s".into(), rows)].into();
-        Beside::new(&self.prepared, &self.program.entries[0].graph, &bindings, &|_| true, true)
+        Beside::new(&self.prepared, &bindings, &|_| true, true)
     }
 
     /// Where every value lies.
@@ -145,6 +144,9 @@ fn collectives_keep_their_order() {
     let tables = tables(&made, None);
     let beside = tables.beside(256);
     assert_eq!((all(&beside.aside), all(&beside.joins)), (vec![2, 4], vec![5]));
+    // What has to be in the main queue comes when the other is empty; step 3 is computed beside the first.
+    let beside = Beside::new(&tables.prepared, &[("s".into(), 256)].into(), &|step| step != 4, true);
+    assert_eq!((all(&beside.aside), all(&beside.joins)), (vec![2], vec![4]));
 }
 
 #[test]
@@ -170,9 +172,8 @@ fn pieces_are_taken_from_as_many_rows_on_as_the_table_says() {
     assert_ne!(cut[1], cut[3]);
     assert_eq!(whole[1], whole[3]);
     // All ranks take pieces, or none.
-    let graph = &tables.program.entries[0].graph;
     let bindings = [("s".into(), 1024)].into();
-    assert_eq!(Beside::new(&tables.prepared, graph, &bindings, &|_| true, false), Beside::default());
+    assert_eq!(Beside::new(&tables.prepared, &bindings, &|_| true, false), Beside::default());
     assert_eq!(described("main", &tables.prepared), "main/%3 [(256, 2), (1024, 4)]\n");
 }
 
