@@ -92,6 +92,14 @@ fn sharded_in_pieces() -> PathBuf {
     MADE.get_or_init(make).clone()
 }
 
+#[test]
+fn pieces_that_would_change_bits_are_refused() {
+    let said = ["--overlap 3: with --determinism run", "help: --determinism fast"];
+    end(&mut tpshard(words!["plan", model(), "--overlap", "3", "--determinism", "run"])).fails(2, &said);
+    let words = words!["plan", model(), "--overlap", "1"];
+    end(&mut tpshard(words)).fails(2, &["from 2 to 64"]);
+}
+
 /// Bits and counts are those of one queue, whichever of the two is late: a wait that is missing would show.
 #[test]
 fn pieces_and_a_second_queue_change_no_bit() {

@@ -214,8 +214,7 @@ impl<'a> Run<'a> {
             }
             How::Product(product) => {
                 self.begin(index, value)?;
-                let bindings = self.bindings.clone();
-                let taken = self.multiplied(product, &bindings, communicator)?;
+                let taken = self.multiplied(product, None, communicator)?;
                 if taken { Ok(()) } else { self.launch_all(index, step, communicator) }
             }
             How::Append { state, .. } => {
@@ -383,7 +382,11 @@ impl<'a> Run<'a> {
         links: &Links,
         (communicator, tag): (&dyn Communicator, Tag),
     ) -> Result<(), StepError> {
-        let pieces = self.in_pieces(index, from, communicator)?;
+        let pieces = match self.in_pieces(index, from, communicator) {
+            // As below.
+            Err(StepError::Local(what)) => return Err(links.give_up(communicator, what).into()),
+            pieces => pieces?,
+        };
         let mut lost = None;
         let lane = if self.overlap && self.plan.beside.is_aside(index) { Lane::Side } else { Lane::Main };
         let prepared = self.dense(from, &mut lost).and_then(|source| {
@@ -461,11 +464,11 @@ impl<'a> Run<'a> {
         lost.map_or(Ok(()), |what| Err(what.into()))
     }
 
-    /// True if the library has taken the product.
+    /// True if the library has taken the product, of a piece under the piece's bindings.
     fn multiplied(
         &mut self,
         product: &Product,
-        bindings: &Bindings,
+        piece: Option<&Bindings>,
         communicator: &dyn Communicator,
     ) -> Result<bool, StepError> {
         let Some(library) = self.library else { return Ok(false) };
@@ -476,6 +479,7 @@ impl<'a> Run<'a> {
             DType::BF16 => Element::BF16,
             _ => return Ok(false),
         };
+        let bindings = piece.unwrap_or(&self.bindings);
         let size = |dim: &Dim| dim.eval(bindings).map_err(|error| error.to_string());
         let (rows, columns) = (size(&product.rows)?, size(&product.columns)?);
         // Products of few rows read one operand once, which our own kernels do as fast.
@@ -483,6 +487,8 @@ impl<'a> Run<'a> {
             return Ok(false);
         }
         self.flush(communicator)?;
+        let bindings = piece.unwrap_or(&self.bindings);
+        let size = |dim: &Dim| dim.eval(bindings).map_err(|error| error.to_string());
         let matrix = |matrix: &Matrix| -> Result<cublaslt::Matrix<'_>, String> {
             let spot = self.spots.get(matrix.value.index()).and_then(Option::as_ref);
             let spot = spot.ok_or_else(|| format!("{} is not there", matrix.value))?;

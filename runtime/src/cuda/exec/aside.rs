@@ -89,7 +89,7 @@ impl<'a> Run<'a> {
         bindings.insert(PIECE_START.into(), number(start)?);
         bindings.insert(PIECE_ROWS.into(), number(rows)?);
         if let How::Product(product) = &cut.pieces.how
-            && self.multiplied(product, &bindings, communicator)?
+            && self.multiplied(product, Some(&bindings), communicator)?
         {
             return Ok(());
         }
