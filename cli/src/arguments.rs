@@ -11,6 +11,7 @@ use std::path::PathBuf;
 use tpshard_frontend::Limits;
 use tpshard_ir::DType;
 use tpshard_ir::program::Determinism;
+use tpshard_passes::overlap::Overlap;
 use tpshard_runtime::session::{CommChoice, DeviceChoice};
 
 /// Shards an ONNX model over N ranks and runs it.
@@ -167,6 +168,10 @@ pub(crate) struct PricingArguments {
     /// every number of ranks: no sum of floats is split).
     #[arg(long, value_name = "LEVEL", default_value_t = Determinism::Fast)]
     pub(crate) determinism: Determinism,
+    /// In how many pieces GPUs make products that are summed over ranks, so that each is summed while the next is multiplied:
+    /// `auto` (as the profile says), `off`, or a number from 2 to 64. At `--determinism fast` only; see docs/cost-model.md.
+    #[arg(long, value_name = "auto|off|N", default_value_t = Overlap::Auto)]
+    pub(crate) overlap: Overlap,
     /// Layouts that are not to be decided: a text file with lines such as `tensor model.layers.*.weight = S(1)`. May
     /// be repeated. See docs/pins.md.
     #[arg(long, value_name = "FILE")]

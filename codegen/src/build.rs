@@ -19,10 +19,11 @@ use std::io::Write;
 use tpshard_driver::DriverError;
 use tpshard_ir::container::{self, ContainerError};
 use tpshard_ir::layout::{Layout, local_runs};
+use tpshard_ir::program::device::pieces::PieceCounts;
 use tpshard_ir::program::{Determinism, Entry, ProgramError, RankProgram, WeightTensor};
 use tpshard_ir::spmd::{InstantiateError, Spmd, SpmdOutput};
 use tpshard_ir::weight::WeightExpr;
-use tpshard_ir::{Graph, Op, StepId};
+use tpshard_ir::{Graph, Op, StepId, ValueId};
 
 /// The version of `config.json`; readers accept the last two.
 pub const CONFIG_VERSION: u32 = 1;
@@ -71,6 +72,8 @@ pub struct Build<'a> {
     pub source: &'a dyn WeightSource,
     /// GPUs to write kernels for, if the programs are to run on any.
     pub cuda: Option<&'a CudaTarget<'a>>,
+    /// By entry, the products that GPUs are to make in pieces which are summed over ranks one by one.
+    pub pieces: &'a [BTreeMap<ValueId, PieceCounts>],
     /// Resolved inputs of the build for `config.json`: versions, hashes, flags.
     pub inputs: Map<String, Value>,
 }
@@ -139,7 +142,7 @@ pub fn build(
     for (rank, plan) in plans.iter().enumerate() {
         let mut program = rank_program(build, rank, plan, &written.weights_hash, &program_hash)?;
         if let Some(cubins) = &mut cubins {
-            cuda::attach(&mut program);
+            cuda::attach(&mut program, build.pieces);
             program.device.as_mut().map_or(Ok(()), |code| cubins.add(code))?;
         }
         let payload = payload(&program, &certificates)?;

@@ -12,6 +12,7 @@ use crate::extended::Extended;
 use crate::extract::ExtractError;
 use crate::layout_graph::{Kept, Pin, StoredName};
 use crate::memory::{Dealt, Holdings, Part, stored};
+use crate::overlap;
 use crate::plan::{MemoryGoal, Plan, PlanError, PlanOptions, plan};
 use crate::report::{EntryReport, GraphReport, OnMesh, PlanReport, StoredKind, Verdict};
 use std::collections::{BTreeMap, BTreeSet};
@@ -48,11 +49,18 @@ impl CasePlanning {
     }
 }
 
-/// Plans all `cases` for the ranks and the machine of `options`, whose entries and pins are theirs.
+/// Plans all `cases` for the ranks and the machine of `options`, whose entries and pins are theirs, and what communication is
+/// to hide behind computing.
 ///
 /// # Errors
 /// As [`plan`]; or no order of the graphs leaves every one of them a plan.
 pub fn plan_cases(cases: &[CasePlanning], options: &PlanOptions) -> Result<Plan, PlanError> {
+    let mut plan = one_after_another(cases, options)?;
+    overlap::apply(&mut plan, options);
+    Ok(plan)
+}
+
+fn one_after_another(cases: &[CasePlanning], options: &PlanOptions) -> Result<Plan, PlanError> {
     if let [only] = cases {
         return plan(only.extended.clone(), &only.options(options, None));
     }
@@ -238,7 +246,7 @@ fn together(cases: &[CasePlanning], plans: Vec<Plan>, options: &PlanOptions, tim
         }],
         mesh,
     };
-    Plan { programs, report }
+    Plan { programs, report, cuts: Vec::new() }
 }
 
 fn graph(case: &CasePlanning, plan: &Plan, first: bool) -> GraphReport {

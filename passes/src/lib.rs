@@ -15,6 +15,7 @@ pub mod fit;
 pub mod layout_graph;
 pub mod logical;
 pub mod memory;
+pub mod overlap;
 pub mod places;
 mod plan;
 pub mod precision;

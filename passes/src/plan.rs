@@ -9,6 +9,7 @@ use crate::layout_graph::{
     BuildError, Classes, Kept, KeptError, LayoutGraph, Model, Pin, PinError, apply_kept, apply_pins, build,
 };
 use crate::logical::{Alternatives, alternatives, no_alternatives};
+use crate::overlap::{Cuts, Overlap};
 use crate::report::{OnMesh, PlanReport, Summary, program_cost, report};
 use crate::sharding::{Units, candidate_units};
 use crate::unplanned::least_cost;
@@ -56,6 +57,8 @@ pub struct PlanOptions {
     /// At `Tp` no sum of floats is split over ranks, and every value is computed by the operations of the canonical graph:
     /// nothing that rounds depends on the number of ranks.
     pub determinism: Determinism,
+    /// In how many pieces products are made that are summed over ranks.
+    pub overlap: Overlap,
 }
 
 impl PlanOptions {
@@ -72,6 +75,7 @@ impl PlanOptions {
             kept: None,
             split_all: false,
             determinism: Determinism::default(),
+            overlap: Overlap::default(),
         }
     }
 }
@@ -90,6 +94,8 @@ pub struct Plan {
     /// By entry name. All hold weights and state in the same layouts.
     pub programs: Vec<(String, Spmd)>,
     pub report: PlanReport,
+    /// By entry, the products that GPUs make in pieces; empty if nothing of that was decided.
+    pub cuts: Vec<Cuts>,
 }
 
 /// Why there is no plan.
@@ -146,7 +152,7 @@ pub(crate) struct Emitted {
     pub(crate) outputs: Vec<SpmdOutput>,
 }
 
-/// Plans `extended` for the ranks and the machine of `options`.
+/// Plans `extended` for the ranks and the machine of `options`, as if nothing overlapped.
 ///
 /// # Errors
 /// A rank count out of range, a budget that no plan keeps, or a graph that is not a logical one.
@@ -187,7 +193,7 @@ pub fn plan(extended: Extended, options: &PlanOptions) -> Result<Plan, PlanError
         options,
     };
     let report = report(&found.extended.graph, &best.emitted, &pricer, &summary);
-    Ok(Plan { programs, report })
+    Ok(Plan { programs, report, cuts: Vec::new() })
 }
 
 struct Planner<'a> {

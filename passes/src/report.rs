@@ -39,7 +39,12 @@ pub struct Collective {
     /// Bytes per rank: of an all-reduce the tensor, of an all-gather and an all-to-all what is received, of a
     /// reduce-scatter what is sent.
     pub payload: u64,
+    /// Without anything that it hides behind.
     pub seconds: f64,
+    /// Pieces in which it is made, each while the next is computed; 1 if it is made in one.
+    pub pieces: usize,
+    /// Seconds that are hidden so.
+    pub hidden: f64,
 }
 
 /// Stored tensors that are alike: the same place in different layers.
@@ -63,6 +68,7 @@ pub struct CollectiveKind {
     pub origin: String,
     pub ranks: usize,
     pub payload: u64,
+    pub pieces: usize,
 }
 
 /// What one step takes on rank 0.
@@ -83,6 +89,8 @@ pub struct EntryReport {
     pub parts: Parts,
     /// How many values of each operation are computed, and what they take: seconds.
     pub operations: BTreeMap<&'static str, (usize, f64)>,
+    /// Seconds of communication and computing that run at the same time: so much less it takes than its parts.
+    pub hidden: f64,
     pub collectives: Vec<Collective>,
     pub outputs: Vec<(String, Layout)>,
 }
@@ -170,6 +178,7 @@ pub(crate) fn report(
             steps: Vec::new(),
             parts: pricer.overhead_parts(index),
             operations: BTreeMap::new(),
+            hidden: 0.0,
             collectives: Vec::new(),
             outputs: outputs(program),
         };
@@ -289,6 +298,8 @@ fn priced_steps(
                     ranks: conversion.axes().iter().filter_map(|&a| mesh.0.get(a)).product(),
                     payload,
                     seconds: parts.communication,
+                    pieces: 1,
+                    hidden: 0.0,
                 });
                 Priced { parts, collective }
             }
@@ -381,15 +392,26 @@ impl fmt::Display for PlanReport {
 }
 
 impl EntryReport {
-    /// The collectives with alike ones together: how many there are, and the seconds of all of them.
+    /// What it takes.
+    pub fn seconds(&self) -> f64 {
+        self.parts.total() - self.hidden
+    }
+
+    /// Where its time goes, without communication that is hidden.
+    pub fn visible(&self) -> Parts {
+        Parts { communication: self.parts.communication - self.hidden, ..self.parts }
+    }
+
+    /// The collectives with alike ones together: how many there are, and the seconds of all of them that are not hidden.
     pub fn collective_kinds(&self) -> Vec<(CollectiveKind, usize, f64)> {
         let mut kinds: BTreeMap<CollectiveKind, (usize, f64)> = BTreeMap::new();
         for c in &self.collectives {
             let origin = without_numbers(&c.origin);
-            let kind = CollectiveKind { kind: c.kind, origin, ranks: c.ranks, payload: c.payload };
+            let kind =
+                CollectiveKind { kind: c.kind, origin, ranks: c.ranks, payload: c.payload, pieces: c.pieces };
             let (count, seconds) = kinds.entry(kind).or_default();
             *count += 1;
-            *seconds += c.seconds;
+            *seconds += c.seconds - c.hidden;
         }
         kinds.into_iter().map(|(kind, (count, seconds))| (kind, count, seconds)).collect()
     }
@@ -398,14 +420,15 @@ impl EntryReport {
 impl PlanReport {
     fn write_time(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "\npredicted time")?;
-        for EntryReport { entry, parts, .. } in &self.entries {
+        for found in &self.entries {
+            let EntryReport { entry, parts, hidden, .. } = found;
             let mut bindings = String::new();
             for (name, value) in &entry.bindings {
                 write!(bindings, " {name}={value}")?;
             }
             let weight =
                 if self.entries.len() > 1 { format!(" (weight {})", entry.weight) } else { String::new() };
-            writeln!(f, "  {}{bindings}{weight}: {}", entry.name, Seconds(parts.total()))?;
+            writeln!(f, "  {}{bindings}{weight}: {}", entry.name, Seconds(found.seconds()))?;
             writeln!(
                 f,
                 "    compute {}, memory {}, launches {}, communication {}",
@@ -414,6 +437,15 @@ impl PlanReport {
                 Seconds(parts.launch),
                 Seconds(parts.communication)
             )?;
+            match *hidden {
+                hidden if hidden > 0.0 => {
+                    writeln!(f, "    of communication, {} are hidden behind computing", Seconds(hidden))?;
+                }
+                hidden if hidden < 0.0 => {
+                    writeln!(f, "    products in pieces, as was asked for, take {} more", Seconds(-hidden))?;
+                }
+                _ => {}
+            }
         }
         if self.entries.len() > 1 {
             writeln!(f, "  weighted: {}", Seconds(self.seconds))?;
@@ -521,8 +553,11 @@ impl PlanReport {
         for found in &self.entries {
             let entry = self.entry_suffix(found);
             writeln!(f, "\ncollectives{entry}: {} (bytes per rank)", found.collectives.len())?;
-            for (CollectiveKind { kind, origin, ranks, payload }, count, _) in found.collective_kinds() {
-                writeln!(f, "  {count:4}x {kind} over {ranks} of {origin}: {}", Bytes(payload))?;
+            for (CollectiveKind { kind, origin, ranks, payload, pieces }, count, _) in
+                found.collective_kinds()
+            {
+                let cut = if pieces > 1 { format!(", in {pieces} pieces") } else { String::new() };
+                writeln!(f, "  {count:4}x {kind} over {ranks} of {origin}: {}{cut}", Bytes(payload))?;
             }
         }
         Ok(())

@@ -104,7 +104,7 @@ fn graphs_compute_what_they_say_and_share_what_lies_in_memory() {
                 .into_iter()
                 .collect();
             for (graph, program) in graphs.iter().zip(&plan.programs) {
-                let one = Plan { programs: vec![program.clone()], report: plan.report.clone() };
+                let one = Plan { programs: vec![program.clone()], report: plan.report.clone(), cuts: vec![] };
                 assert_checked(&one, graph);
                 assert_exact(&one, graph, &sizes);
                 // The past that nothing reads has its place in the program, too.
@@ -181,7 +181,11 @@ fn a_weight_lies_there_in_one_form() {
         let mut forms: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
         for (index, (_, program)) in found.programs.iter().enumerate() {
             assert_checked(
-                &Plan { programs: vec![found.programs[index].clone()], report: found.report.clone() },
+                &Plan {
+                    programs: vec![found.programs[index].clone()],
+                    report: found.report.clone(),
+                    cuts: vec![],
+                },
                 &graphs[index],
             );
             for step in &program.steps {

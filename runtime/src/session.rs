@@ -94,6 +94,8 @@ pub struct SessionOptions {
     pub comm: CommChoice,
     /// Make every call of a kernel on a GPU by itself, without CUDA graphs.
     pub no_graphs: bool,
+    /// Let no collective between GPUs travel while they compute.
+    pub no_overlap: bool,
     /// Folders that NVIDIA's libraries are looked for in before all others.
     pub libraries: Vec<PathBuf>,
     /// The number of this rank among those of this machine, which chooses its GPU; default: the rank.

@@ -23,7 +23,7 @@ const TOLERANCE: f32 = 1e-5;
 /// The names of the driver, of the compiler and of what multiplies matrices.
 pub(crate) const DRIVER: &str = "libcuda.so.1";
 pub(crate) const COMPILER: &str = "libnvrtc.so.12";
-const PRODUCTS: &str = "libcublasLt.so.12";
+pub(crate) const PRODUCTS: &str = "libcublasLt.so.12";
 
 /// Whether kernels can be compiled; says so if not.
 pub(crate) fn has_compiler() -> bool {

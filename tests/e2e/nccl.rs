@@ -1,7 +1,8 @@
-//! Collectives between GPUs, and what happens when a rank is gone: on libraries that stand in for NVIDIA's.
+//! Collectives between GPUs, what is computed beside them, and what happens when a rank is gone: on libraries that stand in
+//! for NVIDIA's.
 
 use crate::cuda::{
-    COMPILER, DRIVER, has_compiler, libraries, sharded_for_gpu, with_libraries, within_tolerance,
+    COMPILER, DRIVER, PRODUCTS, has_compiler, libraries, sharded_for_gpu, with_libraries, within_tolerance,
 };
 use crate::launch::{as_rank, children_of, has_met, port, signal, with_files};
 use crate::support::*;
@@ -10,6 +11,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
+use tpshard_ir::{Data, Tensor};
 
 const COLLECTIVES: &str = "libnccl.so.2";
 /// After the death of a rank, all others have ended within this time.
@@ -63,6 +65,122 @@ fn nccl_gives_and_counts_what_host_memory_does() {
         }
     }
     assert!(kinds.contains("all_reduce") && kinds.contains("all_gather"), "{kinds:?}");
+}
+
+/// Two prompts of so many tokens.
+fn long_prompt(path: &Path, tokens: usize) {
+    let mut inputs = read(&prompt());
+    let mut put = |name: &str, number: &dyn Fn(usize) -> i64| {
+        let numbers = (0..2 * tokens).map(number).collect();
+        inputs.insert(name.into(), Tensor::new(vec![2, tokens], Data::I64(numbers)).unwrap());
+    };
+    put("input_ids", &|at| (31 * at as i64 + 5) % 512);
+    put("attention_mask", &|_| 1);
+    put("position_ids", &|at| (at % tokens) as i64);
+    write(path, &inputs);
+}
+
+/// The model for two GPUs, with products in three pieces wherever they are summed; made once for all tests.
+fn sharded_in_pieces() -> PathBuf {
+    static MADE: OnceLock<PathBuf> = OnceLock::new();
+    let make = || {
+        let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("tiny-llama-cuda-pieces");
+        let words = words![model(), "--tp", "2", "--target", "cuda:sm_90", "--overlap", "3", "-o", folder];
+        end(on("", tpshard(words).args(["--overwrite", "--dim", "seq=64"]))).ok();
+        folder
+    };
+    MADE.get_or_init(make).clone()
+}
+
+#[test]
+fn pieces_that_would_change_bits_are_refused() {
+    let said = ["--overlap 3: with --determinism run", "help: --determinism fast"];
+    end(&mut tpshard(words!["plan", model(), "--overlap", "3", "--determinism", "run"])).fails(2, &said);
+    let words = words!["plan", model(), "--overlap", "1"];
+    end(&mut tpshard(words)).fails(2, &["from 2 to 64"]);
+}
+
+/// Bits and counts are those of one queue, whichever of the two is late: a wait that is missing would show.
+#[test]
+fn pieces_and_a_second_queue_change_no_bit() {
+    if !has_compiler() {
+        return;
+    }
+    let (folder, scratch) = (sharded_in_pieces(), scratch());
+    let plan = std::fs::read_to_string(folder.join("plan.txt")).unwrap();
+    assert!(plan.contains("all_reduce over 2") && plan.contains(", in 3 pieces"), "{plan}");
+    let with_products = libraries(&scratch.path().join("all"), &[DRIVER, COMPILER, COLLECTIVES, PRODUCTS]);
+    for (tokens, libraries) in [(7, standin()), (50, standin()), (50, with_products)] {
+        let inputs = scratch.path().join("inputs.npz");
+        long_prompt(&inputs, tokens);
+        let run = |settings: &str, overlap: &str| {
+            let outputs = scratch.path().join("outputs.npz");
+            let words = words!["run", folder, "--inputs", inputs, "--outputs", outputs, "--json"];
+            let mut command = tpshard(words);
+            with_libraries(command.args(["--comm", "nccl"]), &libraries);
+            let command = command.env("TPSHARD_STANDIN", format!("devices=2 {settings}"));
+            let ended = end(command.env("TPSHARD_CUDA_OVERLAP", overlap)).ok();
+            assert!(!ended.stderr.contains("stand-in: "), "{}", ended.stderr);
+            let off = ended.stderr.contains("which nothing is computed beside");
+            assert_eq!(off, overlap == "off", "{}", ended.stderr);
+            (read(&outputs), ended.json()["communication"].clone())
+        };
+        let (expected, counted) = run("", "off");
+        for settings in ["", "delay=0", "delay=1", "delay=2"] {
+            let (got, counts) = run(settings, "on");
+            assert_eq!(got, expected, "{tokens} tokens, {settings}");
+            assert_eq!(counts, counted, "{tokens} tokens, {settings}");
+        }
+    }
+}
+
+/// Each piece is a call of the library; the collective is one.
+#[test]
+fn a_rank_that_ends_between_pieces_is_told_by_the_collective() {
+    if !has_compiler() {
+        return;
+    }
+    let (folder, scratch) = (sharded_in_pieces(), scratch());
+    let inputs = scratch.path().join("inputs.npz");
+    long_prompt(&inputs, 50);
+    let words = |comm| words!["run", folder, "--inputs", inputs, "--comm", comm, "--timeout", "10"];
+    let mut named = std::collections::BTreeSet::new();
+    for number in 2..=4 {
+        let settings = format!("devices=2 end-collective={number} rank=1");
+        let ended = end(on(&settings, &mut tpshard(words("nccl"))));
+        let line =
+            ended.stderr.lines().find(|line| line.contains("error: in all_reduce")).unwrap_or_default();
+        let said = ["step ", "node %", " (/", "rank 1 ended"];
+        assert!(said.iter().all(|word| line.contains(word)), "{}", ended.stderr);
+        named.insert(line.split("rank 1").next().unwrap_or_default().to_owned());
+        ended.fails(6, &["the last collectives of rank", ", unfinished"]);
+    }
+    assert!(named.len() < 3, "pieces of one collective have one name: {named:?}");
+    // What is not understood is not guessed.
+    let mut command = tpshard(words("nccl"));
+    end(on("devices=2", command.env("TPSHARD_CUDA_OVERLAP", "maybe"))).fails(2, &["say on or off"]);
+}
+
+/// A state, steps and whole entries, with both queues late in turn.
+#[test]
+fn generate_waits_for_what_is_beside() {
+    if !has_compiler() {
+        return;
+    }
+    let tokens: Vec<String> = (0..40).map(|i| ((31 * i + 5) % 512).to_string()).collect();
+    for folder in [sharded_in_pieces(), sharded_for_gpu(2)] {
+        let [off, main, side] =
+            [("off", ""), ("on", "delay=1"), ("on", "delay=2")].map(|(overlap, settings)| {
+                let mut words = words!["generate", folder, "--max-tokens", "5", "--comm", "nccl"].to_vec();
+                words.extend(words!["--prompt-ids", tokens.join(","), "--ignore-stop"]);
+                let mut command = tpshard(words);
+                end(on(&format!("devices=2 {settings}"), &mut command).env("TPSHARD_CUDA_OVERLAP", overlap))
+                    .ok()
+                    .stdout
+            });
+        assert_eq!(main, off);
+        assert_eq!(side, off);
+    }
 }
 
 #[test]

@@ -239,7 +239,7 @@ impl Measure {
         let mut collectives: BTreeMap<Exchange, Exchanged> = BTreeMap::new();
         for entry in &report.entries {
             let share = entry.entry.weight / total.max(f64::MIN_POSITIVE);
-            parts.add(&entry.parts, share);
+            parts.add(&entry.visible(), share);
             for c in &entry.collectives {
                 let key = (entry.entry.name.clone(), c.kind, c.origin.clone(), c.payload);
                 let found = collectives.entry(key).or_default();

@@ -10,10 +10,12 @@ use std::path::Path;
 use std::sync::Arc;
 use tpshard_frontend::error::ErrorKind;
 use tpshard_frontend::{ImportOptions, Imported, Limits, OutputRequest, Role, import_cases};
+use tpshard_ir::program::Determinism;
 use tpshard_ir::{Case, Data, Tensor};
 use tpshard_passes::cost::Profile;
 use tpshard_passes::extended::Extended;
 use tpshard_passes::extract::ExtractError;
+use tpshard_passes::overlap::Overlap;
 use tpshard_passes::{CasePlanning, Entry, MemoryGoal, Pin, Plan, PlanError, PlanOptions, fit, plan_cases};
 
 /// Imports a model as the flags say: one graph, or one for each case of a model that chooses between several. Planning
@@ -164,6 +166,20 @@ fn memory(text: &Option<String>) -> Outcome<MemoryGoal> {
     }
 }
 
+/// In how many pieces products are made that are summed.
+fn overlap(arguments: &PricingArguments) -> Outcome<Overlap> {
+    match (arguments.overlap, arguments.determinism) {
+        (Overlap::Pieces(count), level) if level != Determinism::Fast => {
+            let message = format!(
+                "--overlap {count}: with --determinism {level} no products are made in pieces, since libraries sum in an \
+                 order that depends on them\nhelp: --determinism fast, or leave --overlap out"
+            );
+            Err(Failure::new(Kind::Usage, message))
+        }
+        (overlap, _) => Ok(overlap),
+    }
+}
+
 /// An imported model ready to be planned for any number of ranks.
 pub(crate) struct Planning {
     /// At least one.
@@ -199,6 +215,7 @@ impl Planning {
         options.memory = memory(&arguments.memory)?;
         options.split_all = arguments.split_all;
         options.determinism = arguments.determinism;
+        options.overlap = overlap(arguments)?;
         let entries = entries_of_graphs(graphs, &arguments.dim)?;
         let extended: Vec<Extended> = graphs.iter().map(canonical).collect();
         let pins = wishes.pins(graphs, &extended, ranks)?;

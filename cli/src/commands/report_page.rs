@@ -84,7 +84,7 @@ fn warnings(report: &PlanReport) -> Vec<String> {
 /// The plan among plans for other numbers of ranks, and why some are missing. Whether they are made depends on the
 /// program alone, so that equal builds write equal pages.
 fn scaling(planning: &Planning, report: &PlanReport, compare: bool) -> (Vec<Scaling>, Option<String>) {
-    let times = |report: &PlanReport| report.entries.iter().map(|e| time(&e.parts)).collect();
+    let times = |report: &PlanReport| report.entries.iter().map(|e| time(&e.visible())).collect();
     let own = report.mesh.ranks();
     let mut all = vec![Scaling { ranks: own, chosen: true, outcome: Ok(times(report)) }];
     if !compare {
@@ -136,7 +136,7 @@ fn entry(found: &EntryReport, program: &Spmd) -> Entry {
         name: found.entry.name.clone(),
         dims: dims.join(", "),
         weight: found.entry.weight,
-        time: time(&found.parts),
+        time: time(&found.visible()),
         steps: steps.collect(),
         collectives: found.collective_kinds().into_iter().map(collective).collect(),
         outputs: found.outputs.clone(),

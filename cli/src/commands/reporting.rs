@@ -4,7 +4,7 @@ use crate::output;
 use serde_json::{Value, json};
 use std::fmt::Write;
 use tpshard_passes::PlanReport;
-use tpshard_passes::report::{Bytes, EntryReport, GraphReport, OnMesh, Seconds, Verdict};
+use tpshard_passes::report::{Bytes, Collective, EntryReport, GraphReport, OnMesh, Seconds, Verdict};
 
 /// One line that says what was decided.
 pub(crate) fn summary(report: &PlanReport) -> String {
@@ -76,6 +76,7 @@ pub(crate) fn table(found: &[Row]) -> String {
         "memory",
         "launch",
         "comm",
+        "hidden",
         "weights/rank",
         "state/rank",
         "imbalance",
@@ -107,6 +108,7 @@ pub(crate) fn table(found: &[Row]) -> String {
             part(|p| p.memory),
             part(|p| p.launch),
             part(|p| p.communication),
+            Seconds(report.entries.iter().map(|e| e.hidden * e.entry.weight / total).sum()).to_string(),
             Bytes(report.weight_bytes).to_string(),
             Bytes(report.state_bytes).to_string(),
             report.balance.to_string(),
@@ -197,13 +199,24 @@ pub(crate) fn report_json(report: &PlanReport) -> Value {
     found
 }
 
+fn collective_json(collective: &Collective) -> Value {
+    let Collective { step, kind, origin, ranks, payload, seconds, pieces, hidden } = collective;
+    json!({
+        "step": step.0,
+        "kind": kind,
+        "node": origin,
+        "ranks": ranks,
+        "payload_bytes": payload,
+        "seconds": seconds,
+        "pieces": pieces,
+        "hidden_seconds": hidden,
+    })
+}
+
 fn entry_json(found: &EntryReport) -> Value {
-    let EntryReport { entry, parts, operations, collectives, outputs, .. } = found;
+    let EntryReport { entry, parts, hidden, operations, collectives, outputs, .. } = found;
     let dims: Value = entry.bindings.iter().map(|(k, v)| (k.to_string(), Value::from(*v))).collect();
-    let collectives: Vec<Value> = collectives
-        .iter()
-        .map(|c| json!({ "step": c.step.0, "kind": c.kind, "node": c.origin, "ranks": c.ranks, "payload_bytes": c.payload, "seconds": c.seconds }))
-        .collect();
+    let collectives: Vec<Value> = collectives.iter().map(collective_json).collect();
     let outputs: Value = outputs.iter().map(|(k, l)| (k.clone(), Value::from(l.to_string()))).collect();
     let spent = |(op, (count, seconds)): (&&str, &(usize, f64))| {
         ((*op).to_owned(), json!({ "count": count, "seconds": seconds }))
@@ -213,11 +226,12 @@ fn entry_json(found: &EntryReport) -> Value {
         "entry": entry.name,
         "dims": dims,
         "weight": entry.weight,
-        "seconds": parts.total(),
+        "seconds": found.seconds(),
         "compute_seconds": parts.compute,
         "memory_seconds": parts.memory,
         "launch_seconds": parts.launch,
         "communication_seconds": parts.communication,
+        "hidden_seconds": hidden,
         "operations": operations,
         "collectives": collectives,
         "outputs": outputs,

@@ -66,6 +66,7 @@ pub(crate) fn shard(arguments: &ShardArguments, json: bool, quiet: bool) -> Outc
         runner: &runner,
         source: &source,
         cuda: cuda.as_ref(),
+        pieces: &plan.cuts,
         inputs,
     };
     let bar = progress::bytes(
@@ -305,6 +306,7 @@ fn build_inputs(
         "memory": { "given": pricing.memory, "budget_bytes": plan.report.budget },
         "split_all": pricing.split_all,
         "determinism": pricing.determinism.name(),
+        "overlap": pricing.overlap.to_string(),
         "pins": pins::record(&arguments.pricing)?,
         "profile": plan.report.profile,
         "profile_text": profile_text(&pricing.profile)?,

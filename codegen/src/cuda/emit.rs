@@ -8,20 +8,26 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use tpshard_ir::layout::{Mesh, local_runs};
 use tpshard_ir::op::Literal;
+use tpshard_ir::program::device::Pieces;
+use tpshard_ir::program::device::pieces::{PieceCounts, summed};
 use tpshard_ir::program::device::{DeviceLowering, DeviceStep, How, Launch, Product, capacity_symbol};
 use tpshard_ir::program::{Entry, Family, RankProgram, Region, Stage};
 use tpshard_ir::{Conversion, DType, Dim, Graph, Node, Op, Type, ValueId};
 
-/// Gives `program` kernels for a GPU, and every entry the calls of them.
-pub fn attach(program: &mut RankProgram) {
+/// Gives `program` kernels for a GPU, and every entry the calls of them. `pieces` are the products of each entry that are to
+/// be made in pieces where that can be.
+pub fn attach(program: &mut RankProgram, pieces: &[BTreeMap<ValueId, PieceCounts>]) {
     let mut kernels = Kernels::default();
     let states: Vec<Arc<str>> = program.states.iter().map(|state| state.input.clone()).collect();
     let lowerings: Vec<DeviceLowering> = program
         .entries
         .iter()
-        .map(|entry| {
+        .enumerate()
+        .map(|(index, entry)| {
             let context = Context { states: &states, mesh: &program.mesh, rank: program.rank };
-            Emitter::new(entry, &context, &mut kernels).run()
+            let mut emitter = Emitter::new(entry, &context, &mut kernels);
+            emitter.wanted = pieces.get(index);
+            emitter.run()
         })
         .collect();
     for (entry, lowering) in program.entries.iter_mut().zip(lowerings) {
@@ -76,6 +82,9 @@ pub(super) struct Emitter<'a> {
     scratch: Dim,
     users: Vec<Vec<ValueId>>,
     steps: Vec<DeviceStep>,
+    /// Products that are to be made in pieces.
+    wanted: Option<&'a BTreeMap<ValueId, PieceCounts>>,
+    pieces: BTreeMap<ValueId, Pieces>,
 }
 
 impl<'a> Emitter<'a> {
@@ -94,6 +103,8 @@ impl<'a> Emitter<'a> {
             scratch: Dim::constant(0),
             users: graph.users(),
             steps: vec![],
+            wanted: None,
+            pieces: BTreeMap::new(),
         }
     }
 
@@ -104,7 +115,20 @@ impl<'a> Emitter<'a> {
         for output in &self.graph.outputs {
             self.materialise(output.value);
         }
-        DeviceLowering { steps: self.steps }
+        DeviceLowering { steps: self.steps, pieces: self.pieces }
+    }
+
+    /// In how many pieces a product is to be made, if it is and nothing but a sum over ranks follows.
+    pub(super) fn wanted_pieces(&self, value: ValueId) -> Option<PieceCounts> {
+        let counts = self.wanted?.get(&value)?;
+        let users = self.users.get(value.index()).map_or(&[][..], Vec::as_slice);
+        let &[user] = users else { return None };
+        let is_output = self.graph.outputs.iter().any(|output| output.value == value);
+        (!is_output && summed(self.graph, user) == Some(value)).then(|| counts.clone())
+    }
+
+    pub(super) fn put_pieces(&mut self, value: ValueId, pieces: Pieces) {
+        self.pieces.insert(value, pieces);
     }
 
     pub(super) fn ty(&self, value: ValueId) -> &'a Type {

@@ -182,6 +182,6 @@ pub(crate) fn attached(cases: &[Case]) -> RankProgram {
         weights_hash: String::new(),
         program_hash: String::new(),
     };
-    attach(&mut program);
+    attach(&mut program, &[]);
     program
 }

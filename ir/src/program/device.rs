@@ -12,15 +12,17 @@
 
 mod check;
 mod codec;
+pub mod pieces;
 
 pub use check::DeviceError;
 pub(super) use codec::{read_code, read_lowering, write_code, write_lowering};
+pub use pieces::Pieces;
 
 use super::lowering::Stage;
 use crate::dim::Dim;
 use crate::dtype::DType;
 use crate::graph::{Graph, ValueId};
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// The symbol that stands for the room along the growing dim of state pair `pair` of a program: the capacity of a
 /// session's state, or the length of the present where state enters and leaves as plain tensors.
@@ -87,6 +89,8 @@ pub struct Cubin {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct DeviceLowering {
     pub steps: Vec<DeviceStep>,
+    /// Values that may be made in pieces, because they are products and all that follows is a sum over ranks.
+    pub pieces: BTreeMap<ValueId, Pieces>,
 }
 
 /// How one value is made. Values without a step are read through the strides of others, or not at all.

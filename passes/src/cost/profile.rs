@@ -64,6 +64,8 @@ pub struct Profile {
     pub network: Vec<Protocol>,
     /// Rates of measured kernels, by the number of ranks that ran at once; empty for machines known from data sheets.
     pub kernels: BTreeMap<usize, Measured>,
+    /// The share of its rate that a product keeps while a collective is under way; none where the two do not overlap.
+    pub overlap_rate: Option<f64>,
     /// Weights of a step up to so many bytes stay in the caches that ranks share.
     pub cache_bytes: Option<f64>,
     /// The text the profile was read from, comments included, for the record of a build.
@@ -87,7 +89,7 @@ const PEAKS: [&str; 5] = ["peak.f64", "peak.f32", "peak.f16", "peak.bf16", "peak
 const SCALARS: [&str; 5] =
     ["memory_bytes", "memory_bandwidth", "memory_fraction", "compute_fraction", "kernel_launch"];
 /// Quantities that may be left out.
-const OPTIONAL: [&str; 4] = ["step_overhead", "shared_ranks", "node_ranks", "cache_bytes"];
+const OPTIONAL: [&str; 5] = ["step_overhead", "shared_ranks", "node_ranks", "cache_bytes", "overlap_rate"];
 
 impl Profile {
     /// Names of the built-in profiles, sorted.
@@ -216,7 +218,7 @@ impl<'a> Lines<'a> {
             return Err(format!("`{key}` is not a quantity of a profile"));
         }
         let number = positive(value)?;
-        if key.ends_with("_fraction") && number > 1.0 {
+        if (key.ends_with("_fraction") || key == "overlap_rate") && number > 1.0 {
             return Err(format!("the share `{key}` is above 1"));
         }
         if key.ends_with("_ranks") {
@@ -284,6 +286,7 @@ impl<'a> Lines<'a> {
             node_ranks: ranks("node_ranks"),
             kernels: self.kernels,
             cache_bytes: optional("cache_bytes"),
+            overlap_rate: optional("overlap_rate"),
             peaks,
             name: self.name.ok_or(missing("name"))?,
             protocols: self.protocols,

@@ -1,7 +1,8 @@
 //! The driver: devices, their memory, machine code, and calls of it in the order they are made.
 //!
 //! A [`Device`] is one GPU with one queue of work. Copies and launches are put into the queue; what the host reads is
-//! there when the reading call returns. Every call first makes the device that of its thread, so that values may move
+//! there when the reading call returns. Beside it there may be a second queue ([`Lane::Side`]); what one of the two does
+//! is only in order with the other where an [`Event`] of the other is [waited for](Device::wait_in). Every call first makes the device that of its thread, so that values may move
 //! between threads.
 //!
 //! Work that needs other processes, such as a collective, may never be done. Whoever puts such work into the queue gives
@@ -9,12 +10,14 @@
 //! *abandoned*; every call fails, and nothing is waited for or freed any more, which would wait too.
 #![allow(unsafe_code)] // Calls into a C library.
 
+mod events;
 mod functions;
 mod graphs;
 mod kernels;
 mod memory;
 mod pinned;
 
+pub use events::{Event, Lane};
 pub use functions::OUT_OF_MEMORY;
 pub use graphs::{Capture, Graph, Node};
 pub use kernels::{Argument, Call, Function, Module};
@@ -28,7 +31,7 @@ pub(crate) use functions::DevicePointer;
 use functions::Functions;
 use std::ffi::{c_int, c_void};
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -114,6 +117,7 @@ impl Driver {
             device,
             context: context as usize,
             stream: 0,
+            side: AtomicUsize::new(0),
             name: String::new(),
             arch: 0,
             bus: String::new(),
@@ -135,13 +139,15 @@ impl Driver {
     }
 }
 
-/// A device's context and stream. Handles are kept as numbers, which any thread may hold.
+/// A device's context and streams. Handles are kept as numbers, which any thread may hold.
 #[derive(Debug)]
 struct Queue {
     functions: Arc<Functions>,
     device: c_int,
     context: usize,
     stream: usize,
+    /// Zero if there is none.
+    side: AtomicUsize,
     name: String,
     arch: u32,
     bus: String,
@@ -190,6 +196,19 @@ impl Queue {
         self.stream as *mut c_void
     }
 
+    /// The second stream, if there is one.
+    fn side(&self) -> Option<*mut c_void> {
+        let side = self.side.load(Ordering::Acquire);
+        (side != 0).then_some(side as *mut c_void)
+    }
+
+    fn stream_of(&self, lane: Lane) -> *mut c_void {
+        match lane {
+            Lane::Main => self.stream(),
+            Lane::Side => self.side().unwrap_or(self.stream()),
+        }
+    }
+
     /// Makes the device that of this thread.
     fn enter(&self) -> Result<(), DriverError> {
         if self.abandoned.load(Ordering::Acquire) {
@@ -199,18 +218,21 @@ impl Queue {
         self.functions.checked(unsafe { self.functions.set_current(self.context as *mut c_void) })
     }
 
-    /// Waits for all work to be done, as long as that makes sense.
+    /// Waits for all work of both queues to be done, as long as that makes sense.
     fn wait(&self) -> Result<(), DriverError> {
         let f = &self.functions;
         let watch = self.watch.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let Some(watch) = watch else {
             // SAFETY: the stream lives as long as this.
-            return f.checked(unsafe { f.synchronize(self.stream()) });
+            f.checked(unsafe { f.synchronize(self.stream()) })?;
+            // SAFETY: as above.
+            return self.side().map_or(Ok(()), |side| f.checked(unsafe { f.synchronize(side) }));
         };
         let start = Instant::now();
         loop {
             // SAFETY: as above.
-            if f.is_done(unsafe { f.query_stream(self.stream()) })? {
+            let is_done = |stream| f.is_done(unsafe { f.query_stream(stream) });
+            if is_done(self.stream())? && self.side().map_or(Ok(true), is_done)? {
                 return Ok(());
             }
             if let Some(why) = watch.broken() {
@@ -265,6 +287,10 @@ impl Drop for Queue {
         if self.enter().is_ok() && self.stream != 0 {
             // SAFETY: the stream was made by `create_stream`, and nothing that uses it is left.
             let _ = unsafe { self.functions.destroy_stream(self.stream()) };
+            if let Some(side) = self.side() {
+                // SAFETY: as above.
+                let _ = unsafe { self.functions.destroy_stream(side) };
+            }
         }
         if self.abandoned.load(Ordering::Acquire) {
             return;
@@ -308,19 +334,6 @@ impl Device {
     /// From now on, waits end when `watch` says so; `None`: they end when the work is done.
     pub fn set_watch(&self, watch: Option<Arc<dyn Watch>>) {
         *self.0.watch.lock().unwrap_or_else(PoisonError::into_inner) = watch;
-    }
-
-    /// A mark that can be put into the queue.
-    ///
-    /// # Errors
-    /// The driver fails.
-    pub fn event(&self) -> Result<Event, DriverError> {
-        self.0.enter()?;
-        let f = &self.0.functions;
-        let mut handle = std::ptr::null_mut();
-        // SAFETY: the pointer lives through the call.
-        f.checked(unsafe { f.create_event(&mut handle, NO_TIMES) })?;
-        Ok(Event { queue: self.0.clone(), handle: handle as usize })
     }
 
     /// Free and total bytes of memory.
@@ -380,6 +393,10 @@ impl Device {
         self.0.stream()
     }
 
+    pub(crate) fn stream_of(&self, lane: Lane) -> *mut c_void {
+        self.0.stream_of(lane)
+    }
+
     /// Waits for all work to be done.
     ///
     /// # Errors
@@ -387,47 +404,6 @@ impl Device {
     pub fn synchronize(&self) -> Result<(), DriverError> {
         self.0.enter()?;
         self.0.wait()
-    }
-}
-
-/// A mark in the queue, which has passed when all work before it is done.
-#[derive(Debug)]
-pub struct Event {
-    queue: Arc<Queue>,
-    handle: usize,
-}
-
-impl Event {
-    /// Puts the mark at the end of the queue.
-    ///
-    /// # Errors
-    /// The driver fails.
-    pub fn record(&self) -> Result<(), DriverError> {
-        self.queue.enter()?;
-        let f = &self.queue.functions;
-        // SAFETY: event and stream are alive.
-        f.checked(unsafe { f.record_event(self.handle as *mut c_void, self.queue.stream()) })
-    }
-
-    /// Whether the mark has passed; does not wait.
-    ///
-    /// # Errors
-    /// Some work failed.
-    pub fn has_passed(&self) -> Result<bool, DriverError> {
-        self.queue.enter()?;
-        let f = &self.queue.functions;
-        // SAFETY: the event is alive.
-        f.is_done(unsafe { f.query_event(self.handle as *mut c_void) })
-    }
-}
-
-impl Drop for Event {
-    fn drop(&mut self) {
-        if self.queue.enter().is_ok() {
-            let f = &self.queue.functions;
-            // SAFETY: made by `create_event`, destroyed once; the driver waits for nothing.
-            let _ = unsafe { f.destroy_event(self.handle as *mut c_void) };
-        }
     }
 }
 

@@ -1,12 +1,12 @@
 //! The library of collectives `libnccl`: what ranks do together with values that lie in the memories of their GPUs.
 //!
 //! A [`Clique`] is one rank's end of the collectives of some ranks (NCCL's word is communicator). Its calls put work into
-//! the device's queue and do not wait: neither for the other ranks, nor for the library itself, which is told to return
+//! a queue of the device and do not wait: neither for the other ranks, nor for the library itself, which is told to return
 //! at once and to go on in a thread of its own. [`Clique::settled`] says whether it has. Work that will never be done,
 //! because a rank is gone, is ended by [`Clique::abort`], which any thread may call.
 #![allow(unsafe_code)] // Calls into a C library.
 
-use crate::cuda::{Device, DevicePointer, Memory};
+use crate::cuda::{Device, DevicePointer, Lane, Memory};
 use crate::error::DriverError;
 use crate::library::{Library, functions};
 use crate::search::SearchPath;
@@ -340,6 +340,7 @@ impl Clique {
     /// Memory of other sizes, or the library fails.
     pub fn all_reduce(
         &self,
+        lane: Lane,
         element: Element,
         operation: Operation,
         from: Span<'_>,
@@ -347,7 +348,7 @@ impl Clique {
     ) -> Result<(), DriverError> {
         let (source, target, count) = (from.address()?, to.address()?, from.count(element)?);
         same(from.bytes, &to)?;
-        let stream = self.device.stream();
+        let stream = self.device.stream_of(lane);
         self.with("ncclAllReduce", |f, clique| {
             // SAFETY: both hold as many elements as said, and are only freed when the queue is done with them.
             unsafe { f.all_reduce(source, target, count, element.code(), operation.code(), clique, stream) }
@@ -358,10 +359,16 @@ impl Clique {
     ///
     /// # Errors
     /// As [`Clique::all_reduce`].
-    pub fn all_gather(&self, ranks: usize, from: Span<'_>, to: Span<'_>) -> Result<(), DriverError> {
+    pub fn all_gather(
+        &self,
+        lane: Lane,
+        ranks: usize,
+        from: Span<'_>,
+        to: Span<'_>,
+    ) -> Result<(), DriverError> {
         let (source, target, count) = (from.address()?, to.address()?, from.count(Element::U8)?);
         same(from.bytes.saturating_mul(ranks as u64), &to)?;
-        let stream = self.device.stream();
+        let stream = self.device.stream_of(lane);
         self.with("ncclAllGather", |f, clique| {
             // SAFETY: as above; the target has room for the bytes of all.
             unsafe { f.all_gather(source, target, count, Element::U8.code(), clique, stream) }
@@ -374,6 +381,7 @@ impl Clique {
     /// As [`Clique::all_reduce`].
     pub fn reduce_scatter(
         &self,
+        lane: Lane,
         ranks: usize,
         element: Element,
         operation: Operation,
@@ -382,7 +390,7 @@ impl Clique {
     ) -> Result<(), DriverError> {
         let (source, target, count) = (from.address()?, to.address()?, to.count(element)?);
         same(to.bytes.saturating_mul(ranks as u64), &from)?;
-        let stream = self.device.stream();
+        let stream = self.device.stream_of(lane);
         self.with("ncclReduceScatter", |f, clique| {
             // SAFETY: as above; the source holds as many elements for every member.
             unsafe {

@@ -1,11 +1,12 @@
 //! What outlives runs on a GPU: weights, kernels, the working memory, and the entries made ready.
 
+use super::beside::{self, Beside};
 use super::exec::{FAULT_BYTES, Run};
 use super::gpu::{Gpu, Surroundings};
 use super::graphs::{self, Graphs};
-use super::links::{Links, carries, staged};
+use super::links::{Links, carries, goes_aside, staged};
 use super::plan::Plan;
-use super::prepared::Prepared;
+use super::prepared::{Origin, Prepared};
 use super::tensor::DeviceTensor;
 use crate::comm::{CommError, Communicator, bytes};
 use crate::cpu::WeightSource;
@@ -29,6 +30,8 @@ pub(crate) struct Engine {
     links: Option<Links>,
     /// Nothing where the driver has none, or none are wanted.
     graphs: Option<Graphs>,
+    /// Whether collectives may travel while the device computes.
+    overlap: bool,
     description: String,
     gpu: Gpu,
     functions: Vec<Function>,
@@ -83,6 +86,7 @@ impl Engine {
             prepared.push(Prepared::new(entry, lowering, &program.states).map_err(wrong)?);
         }
         let wanted = graphs::are_wanted(std::env::var(graphs::VARIABLE).ok().as_deref())?;
+        let overlap = beside::is_wanted(std::env::var(beside::VARIABLE).ok().as_deref())? && host.overlap;
         let gpu = Gpu::open(code, host)?;
         let graphs = (wanted && host.graphs && gpu.device.has_graphs()).then(Graphs::default);
         let functions = code.kernels.iter().map(|kernel| gpu.module.function(&kernel.name));
@@ -104,7 +108,18 @@ impl Engine {
         if graphs.is_none() {
             description.push_str(", without CUDA graphs");
         }
-        Ok(Engine { links: None, graphs, description, functions, entries, host: kept, arena, fault, gpu })
+        Ok(Engine {
+            links: None,
+            graphs,
+            overlap,
+            description,
+            functions,
+            entries,
+            host: kept,
+            arena,
+            fault,
+            gpu,
+        })
     }
 
     /// Decides with all ranks what carries collectives.
@@ -119,9 +134,15 @@ impl Engine {
         communicator: &dyn Communicator,
         sequence: &mut u64,
     ) -> Result<(), SessionError> {
+        let entries = program.entries.iter().zip(&self.entries).filter(|_| self.overlap);
+        let pieces: String = entries.map(|(e, ready)| beside::described(&e.name, &ready.prepared)).collect();
+        let choice = (choice, pieces.as_str());
         let carrier = Links::open(program, &self.gpu.device, search, choice, communicator, sequence)?;
         self.links = carrier.links;
         self.description.push_str(&carrier.description);
+        if self.links.is_some() && !self.overlap {
+            self.description.push_str(", which nothing is computed beside");
+        }
         Ok(())
     }
 
@@ -175,11 +196,40 @@ impl Engine {
             Op::Input { name } => names.contains(&**name),
             _ => false,
         };
-        let mut plan = Plan::new(&ready.prepared, bindings, &given, keep)?;
+        let beside = self.beside(program, entry, &ready.prepared, &bindings);
+        let mut plan = Plan::new(&ready.prepared, (bindings, beside), &given, keep)?;
         if self.links.is_some() {
             plan.staging = staging(program, entry, &plan.bindings);
         }
         Ok(plan)
+    }
+
+    /// Which collectives travel while the device computes.
+    fn beside(
+        &self,
+        program: &RankProgram,
+        entry: &Entry,
+        prepared: &Prepared,
+        bindings: &Bindings,
+    ) -> Beside {
+        let Some(links) = self.links.as_ref().filter(|_| self.overlap) else { return Beside::default() };
+        let place = Place { mesh: &program.mesh, rank: program.rank, bindings };
+        let aside = |index: usize| -> Option<bool> {
+            let to = prepared.steps.get(index)?.value;
+            let Op::Convert(conversion) = &entry.graph.node(to).op else { return None };
+            let from = *entry.graph.node(to).args.first()?;
+            let lies = |value: &ValueId| {
+                let made = matches!(prepared.origin_of(*value), Some(Origin::Step(_)));
+                made && !prepared.spacing.contains_key(value)
+            };
+            if !carries(conversion, entry.graph.ty(to).dtype) || ![from, to].iter().all(lies) {
+                return None;
+            }
+            let families = [entry.families.get(from.index())?, entry.families.get(to.index())?];
+            goes_aside(conversion, families, &place).ok()
+        };
+        let aside = |index: usize| aside(index).unwrap_or(false);
+        Beside::new(prepared, bindings, &aside, links.has_pieces())
     }
 
     /// Makes sure of the memory of a plan; `limit` is said if there is too little.
@@ -246,6 +296,9 @@ impl Engine {
             timed: request.timed,
             // Where every value is kept or timed, nothing comes again.
             graphs: self.graphs.as_mut().filter(|_| !request.timed && request.taps.is_empty()),
+            // Nor does anything overlap where every step is waited for, or looked at.
+            overlap: !request.timed && request.taps.is_empty(),
+            open: false,
             waiting: Vec::new(),
             pieces: 0,
             deferred: request.deferred,

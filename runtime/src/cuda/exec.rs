@@ -1,11 +1,13 @@
 //! Runs one entry on one GPU: its steps in order, put into the device's queue one after another. The host waits only where
 //! it needs what was computed: for a collective, for a step that no kernel does, and at the end. Calls of kernels are
-//! collected until something else is to follow, and put into the queue together (`queue`).
+//! collected until something else is to follow, and put into the queue together (`queue`). Collectives that travel while the
+//! device computes are in a second queue (`beside`).
 //!
 //! As on the CPU, a step that fails here only does not stop the rank, since other ranks would wait in the next
 //! collective: zeros take the place of what is missing, the error is kept, and the caller tells all ranks at the end. A
 //! device that fails altogether fails every step after, and the rank still takes part in all collectives.
 
+mod aside;
 mod host;
 mod queue;
 
@@ -30,7 +32,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use tpshard_driver::DriverError;
 use tpshard_driver::cublaslt::{self, CublasLt, Element};
-use tpshard_driver::cuda::{Device, Function, Memory};
+use tpshard_driver::cuda::{Device, Function, Lane, Memory};
 use tpshard_ir::dim::{Bindings, Dim};
 use tpshard_ir::layout::Mesh;
 use tpshard_ir::program::device::{DeviceStep, FAULT_INDEX, How, Matrix, Product};
@@ -77,6 +79,10 @@ pub(super) struct Run<'a> {
     pub(super) timed: bool,
     /// What puts many calls into the queue at once, if anything does.
     pub(super) graphs: Option<&'a mut Graphs>,
+    /// Whether collectives travel while the device computes.
+    pub(super) overlap: bool,
+    /// Whether any are in the side queue that the main one has not waited for.
+    pub(super) open: bool,
     /// Calls that are not in the queue yet.
     pub(super) waiting: Vec<Waiting>,
     /// How often waiting calls were put into the queue.
@@ -131,6 +137,9 @@ impl<'a> Run<'a> {
         let prepared = self.prepared;
         for (index, step) in prepared.steps.iter().enumerate() {
             let start = if self.timed { now() } else { 0 };
+            if self.plan.beside.joins(index) {
+                self.join(communicator)?;
+            }
             let made = self.step(index, step, communicator, sequence);
             if self.is_full() {
                 self.flush(communicator)?;
@@ -149,6 +158,7 @@ impl<'a> Run<'a> {
             }
         }
         self.flush(communicator)?;
+        self.join(communicator)?;
         let outputs = self.graph().outputs.iter().map(|output| self.output(output.value, &output.name));
         let outputs: Vec<Result<Held, (ValueId, String)>> = outputs.collect();
         let outputs = outputs.into_iter().map(|held| {
@@ -193,13 +203,18 @@ impl<'a> Run<'a> {
                 self.put_spot(value, Some(spot));
                 Ok(())
             }
+            // Made in pieces, before each is summed.
+            How::Launch(_) | How::Product(_) if self.pieces_of(index + 1).is_some() => {
+                self.begin(index, value)?;
+                Ok(())
+            }
             How::Launch(_) => {
                 self.begin(index, value)?;
                 self.launch_all(index, step, communicator)
             }
             How::Product(product) => {
                 self.begin(index, value)?;
-                let taken = self.multiplied(product, communicator)?;
+                let taken = self.multiplied(product, None, communicator)?;
                 if taken { Ok(()) } else { self.launch_all(index, step, communicator) }
             }
             How::Append { state, .. } => {
@@ -255,6 +270,8 @@ impl<'a> Run<'a> {
             return Err(self.ended(communicator, self.explained(failure, &failed)));
         }
         self.keep(failed);
+        // What is on its way to where the zeros come would come after them.
+        self.join(communicator)?;
         self.put_zeros(index, value);
         Ok(())
     }
@@ -365,12 +382,21 @@ impl<'a> Run<'a> {
         links: &Links,
         (communicator, tag): (&dyn Communicator, Tag),
     ) -> Result<(), StepError> {
+        let pieces = match self.in_pieces(index, from, communicator) {
+            // As below.
+            Err(StepError::Local(what)) => return Err(links.give_up(communicator, what).into()),
+            pieces => pieces?,
+        };
         let mut lost = None;
+        let lane = if self.overlap && self.plan.beside.is_aside(index) { Lane::Side } else { Lane::Main };
         let prepared = self.dense(from, &mut lost).and_then(|source| {
             let target = self.begin(index, value)?;
             let context = self.context();
             let shapes = [from, value].map(|value| context.shape(self.graph().ty(value)));
             let [from_shape, to_shape] = shapes;
+            if lane == Lane::Side && pieces.is_empty() {
+                links.ready(0).map_err(|e| e.to_string())?;
+            }
             Ok((source, target, [from_shape?, to_shape?]))
         });
         let (source, target, [from_shape, to_shape]) = match prepared {
@@ -385,7 +411,8 @@ impl<'a> Run<'a> {
         ];
         let families = [self.family(from)?, self.family(value)?];
         let place = Place { mesh: self.mesh, rank: self.rank, bindings: &self.bindings };
-        links.convert(conversion, operands, families, &place, (communicator, tag))?;
+        links.convert(conversion, operands, families, &place, (lane, &pieces), (communicator, tag))?;
+        self.open |= lane == Lane::Side;
         lost.map_or(Ok(()), |what: String| Err(what.into()))
     }
 
@@ -437,8 +464,13 @@ impl<'a> Run<'a> {
         lost.map_or(Ok(()), |what| Err(what.into()))
     }
 
-    /// True if the library has taken the product.
-    fn multiplied(&mut self, product: &Product, communicator: &dyn Communicator) -> Result<bool, StepError> {
+    /// True if the library has taken the product, of a piece under the piece's bindings.
+    fn multiplied(
+        &mut self,
+        product: &Product,
+        piece: Option<&Bindings>,
+        communicator: &dyn Communicator,
+    ) -> Result<bool, StepError> {
         let Some(library) = self.library else { return Ok(false) };
         let element = match product.dtype {
             DType::F32 => Element::F32,
@@ -447,14 +479,16 @@ impl<'a> Run<'a> {
             DType::BF16 => Element::BF16,
             _ => return Ok(false),
         };
-        let size = |dim: &Dim| dim.eval(&self.bindings).map_err(|error| error.to_string());
+        let bindings = piece.unwrap_or(&self.bindings);
+        let size = |dim: &Dim| dim.eval(bindings).map_err(|error| error.to_string());
         let (rows, columns) = (size(&product.rows)?, size(&product.columns)?);
         // Products of few rows read one operand once, which our own kernels do as fast.
         if rows.min(columns) < LEAST_ROWS {
             return Ok(false);
         }
         self.flush(communicator)?;
-        let size = |dim: &Dim| dim.eval(&self.bindings).map_err(|error| error.to_string());
+        let bindings = piece.unwrap_or(&self.bindings);
+        let size = |dim: &Dim| dim.eval(bindings).map_err(|error| error.to_string());
         let matrix = |matrix: &Matrix| -> Result<cublaslt::Matrix<'_>, String> {
             let spot = self.spots.get(matrix.value.index()).and_then(Option::as_ref);
             let spot = spot.ok_or_else(|| format!("{} is not there", matrix.value))?;

@@ -32,6 +32,8 @@ pub(crate) struct Surroundings<'a> {
     pub(crate) search: SearchPath,
     /// Whether calls may go into the device's queue as graphs.
     pub(crate) graphs: bool,
+    /// Whether collectives may travel while the device computes.
+    pub(crate) overlap: bool,
     /// Says that the rank is at work.
     pub(crate) progress: &'a dyn Fn(),
 }

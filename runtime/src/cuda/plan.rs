@@ -3,6 +3,7 @@
 //!
 //! The steps are gone through in order; each takes the lowest gap that is large enough. Equal dims give equal plans.
 
+use super::beside::Beside;
 use super::prepared::Prepared;
 use tpshard_ir::dim::{Bindings, Dim, EvalError};
 use tpshard_ir::program::PlanError;
@@ -31,6 +32,8 @@ pub(crate) struct Plan {
     pub(crate) bytes: u64,
     /// Bytes of values on their way between devices.
     pub(crate) staging: u64,
+    /// What travels while the device computes.
+    pub(super) beside: Beside,
     /// The dims, and how much room state has.
     pub(super) bindings: Bindings,
 }
@@ -68,11 +71,11 @@ impl Plan {
     /// `given` says which steps have memory from elsewhere. With `keep`, nothing takes the place of anything else.
     pub(super) fn new(
         prepared: &Prepared,
-        bindings: Bindings,
+        (bindings, beside): (Bindings, Beside),
         given: &dyn Fn(ValueId) -> bool,
         keep: bool,
     ) -> Result<Plan, PlanError> {
-        let mut plan = Plan { bindings, ..Plan::default() };
+        let mut plan = Plan { bindings, beside, ..Plan::default() };
         let mut taken: Vec<Taken> = Vec::new();
         for (index, (step, room)) in prepared.steps.iter().zip(&prepared.rooms).enumerate() {
             if !keep {
@@ -83,7 +86,7 @@ impl Plan {
                 Some(room) if !given(value) => size(value, room.dtype, &room.elements, &plan.bindings)?,
                 _ => None,
             };
-            let last = room.as_ref().map_or(index, |room| room.last);
+            let last = room.as_ref().map_or(index, |room| plan.beside.last(index, room.last));
             let place = own.map(|bytes| take(&mut taken, bytes, last)).transpose()?;
             plan.places.push(place);
             let scratch = size(value, DType::U8, &step.scratch, &plan.bindings)?;

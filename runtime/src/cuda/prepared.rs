@@ -3,6 +3,7 @@
 //! A value in another shape lies where the first one does, and so does a state with something appended: its memory has
 //! room behind what it holds. Everything else has memory of its own.
 
+use super::beside::{self, Change, Cut};
 use super::calls::Calls;
 use std::collections::{BTreeMap, BTreeSet};
 use tpshard_ir::dim::Dim;
@@ -40,6 +41,10 @@ pub(crate) struct Prepared {
     pub(super) steps: Vec<DeviceStep>,
     /// The calls of each of them.
     pub(super) calls: Calls,
+    /// Products that may be made in pieces, by the step of the sum that follows.
+    pub(super) cuts: BTreeMap<usize, Cut>,
+    /// The changes of layout.
+    pub(super) changes: Vec<Change>,
     /// Of every value that has memory.
     pub(super) origin: Vec<Option<Origin>>,
     /// Of every value that grows in place.
@@ -74,6 +79,8 @@ impl Prepared {
             on_device: BTreeSet::new(),
             on_host: BTreeSet::new(),
             calls: Calls::new(&steps),
+            cuts: beside::cuts(&steps, lowering, graph),
+            changes: Vec::new(),
             steps,
         };
         for value in &constants {
@@ -81,6 +88,7 @@ impl Prepared {
         }
         prepared.find_origins(entry, states)?;
         prepared.find_rooms(entry)?;
+        prepared.changes = beside::changes(&prepared, graph);
         prepared.find_constants(entry, &constants);
         let all = graph.values().map(|(value, _)| value).collect();
         let alone = lower_keeping(graph, &all).regions;
@@ -246,7 +254,8 @@ mod tests {
             scratch: Dim::constant(0),
             how,
         };
-        let lowering = DeviceLowering { steps: (0..).zip(hows).map(step).collect() };
+        let steps = (0..).zip(hows).map(step).collect();
+        let lowering = DeviceLowering { steps, ..DeviceLowering::default() };
         Prepared::new(&program.entries[0], &lowering, &program.states)
     }
 

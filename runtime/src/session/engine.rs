@@ -80,6 +80,7 @@ impl Engine {
             local_rank: options.local_rank.unwrap_or(program.rank),
             search: SearchPath::from_environment().after(&options.libraries),
             graphs: !options.no_graphs,
+            overlap: !options.no_overlap,
             progress,
         };
         let engine = cuda::Engine::open(program, code, weights, &host)?;

@@ -55,10 +55,7 @@ fn do_or_capture(stream: *mut c_void, work: impl Fn() -> c_int + Send + Sync + '
     let work = Arc::new(work);
     match streams::capture(stream.addr(), || Work::Other(work.clone())) {
         Some(code) => code,
-        None => {
-            streams::drain(stream.addr());
-            work()
-        }
+        None => streams::perform(stream.addr(), move || work()),
     }
 }
 
@@ -225,13 +222,18 @@ pub unsafe extern "C" fn cuMemcpyHtoDAsync_v2(
     if let Some(code) = streams::forbid(stream.addr()) {
         return code;
     }
-    streams::drain(stream.addr());
-    if !memory::holds(to, bytes) {
-        return INVALID_VALUE;
-    }
-    // SAFETY: the source is the caller's, the target was just found.
-    unsafe { memory::copy(to, from.addr() as u64, bytes) };
-    SUCCESS
+    // Pinned memory is left alone by the caller until an event says that it was read; what is not pinned is taken here.
+    let mut taken = vec![0u8; bytes];
+    // SAFETY: the source is the caller's.
+    unsafe { memory::copy(taken.as_mut_ptr().addr() as u64, from.addr() as u64, bytes) };
+    streams::perform(stream.addr(), move || {
+        if !memory::holds(to, taken.len()) {
+            return INVALID_VALUE;
+        }
+        // SAFETY: the target was just found.
+        unsafe { memory::copy(to, taken.as_ptr().addr() as u64, taken.len()) };
+        SUCCESS
+    })
 }
 
 /// # Safety
@@ -376,6 +378,11 @@ pub unsafe extern "C" fn cuLaunchKernel(
     let call = || Work::Call(unsafe { graphs::Call::new(kernel, blocks, shared, arguments) });
     if let Some(code) = streams::capture(stream.addr(), call) {
         return code;
+    }
+    if settings().delay.is_some() {
+        // SAFETY: by the caller.
+        let call = unsafe { graphs::Call::new(kernel, blocks, shared, arguments) };
+        return streams::perform(stream.addr(), move || call.run());
     }
     streams::drain(stream.addr());
     if graphs::is_lost() || !launch_succeeds() {

@@ -14,7 +14,7 @@ const SUCCESS: c_int = 0;
 const INVALID_VALUE: c_int = 1;
 const OUT_OF_MEMORY: c_int = 2;
 const ILLEGAL_STATE: c_int = 401;
-const LAUNCH_FAILED: c_int = 719;
+pub(crate) const LAUNCH_FAILED: c_int = 719;
 const UNSUPPORTED: c_int = 900;
 const INVALIDATED: c_int = 901;
 const UNMATCHED: c_int = 903;
@@ -47,7 +47,7 @@ impl Call {
         Call { kernel, blocks, shared, words: (0..kernel.parameters()).map(word).collect() }
     }
 
-    fn run(&self) -> c_int {
+    pub(crate) fn run(&self) -> c_int {
         if !launch_succeeds() {
             return LAUNCH_FAILED;
         }
@@ -105,7 +105,12 @@ impl Capture {
     }
 }
 
-/// True after a failure in a graph.
+/// Something failed when it was too late to say so.
+pub(crate) fn lose() {
+    LOST.store(true, Ordering::Relaxed);
+}
+
+/// True after a failure in a graph, or in what was put into a stream.
 pub(crate) fn is_lost() -> bool {
     LOST.load(Ordering::Relaxed)
 }
@@ -240,7 +245,6 @@ pub unsafe extern "C" fn cuGraphLaunch(executable: *mut c_void, stream: *mut c_v
     if let Some(code) = streams::forbid(stream.addr()) {
         return code;
     }
-    streams::drain(stream.addr());
     if is_lost() {
         return LAUNCH_FAILED;
     }
@@ -249,17 +253,20 @@ pub unsafe extern "C" fn cuGraphLaunch(executable: *mut c_void, stream: *mut c_v
     }
     // SAFETY: by the caller, the handle is of an executable graph that is not destroyed.
     let executable = unsafe { &*executable.cast::<Executable>() };
-    for (_, work) in executable {
-        let done = match work {
-            Work::Call(call) => call.run(),
-            Work::Other(work) => work(),
-        };
-        if done != SUCCESS {
-            LOST.store(true, Ordering::Relaxed);
-            return done;
+    let all: Vec<Work> = executable.iter().map(|(_, work)| work.clone()).collect();
+    streams::perform(stream.addr(), move || {
+        for work in &all {
+            let done = match work {
+                Work::Call(call) => call.run(),
+                Work::Other(work) => work(),
+            };
+            if done != SUCCESS {
+                lose();
+                return done;
+            }
         }
-    }
-    SUCCESS
+        SUCCESS
+    })
 }
 
 /// # Safety

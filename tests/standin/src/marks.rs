@@ -28,6 +28,32 @@ pub unsafe extern "C" fn cuStreamCreate(stream: *mut *mut c_void, _flags: c_uint
 /// # Safety
 /// See above.
 #[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuStreamCreateWithPriority(
+    stream: *mut *mut c_void,
+    flags: c_uint,
+    priority: c_int,
+) -> c_int {
+    if !(GREATEST..=0).contains(&priority) {
+        return INVALID_VALUE;
+    }
+    // SAFETY: see above.
+    unsafe { cuStreamCreate(stream, flags) }
+}
+
+/// Of priorities, the lower numbers come first.
+const GREATEST: c_int = -5;
+
+/// # Safety
+/// See above.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuCtxGetStreamPriorityRange(least: *mut c_int, greatest: *mut c_int) -> c_int {
+    // SAFETY: see above.
+    unsafe { put(least, 0).max(put(greatest, GREATEST)) }
+}
+
+/// # Safety
+/// See above.
+#[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuStreamSynchronize(stream: *mut c_void) -> c_int {
     if !works() {
         return LAUNCH_FAILED;
@@ -50,9 +76,34 @@ pub unsafe extern "C" fn cuStreamQuery(stream: *mut c_void) -> c_int {
         return code;
     }
     match Stream::at(stream.addr()) {
-        Some(stream) if !stream.is_done(stream.end()) => NOT_READY,
+        Some(stream) if !stream.is_done(stream.want()) => NOT_READY,
         Some(_) => SUCCESS,
         None => INVALID_VALUE,
+    }
+}
+
+/// # Safety
+/// See above.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuStreamWaitEvent(stream: *mut c_void, event: *mut c_void, flags: c_uint) -> c_int {
+    if !works() {
+        return LAUNCH_FAILED;
+    }
+    let Some(stream) = Stream::at(stream.addr()).filter(|_| flags == 0) else { return INVALID_VALUE };
+    if let Some(code) = stream.with_capture(crate::graphs::Capture::spoil) {
+        return code;
+    }
+    // SAFETY: see above.
+    match *unsafe { event_state(event) } {
+        // Nothing is waited for that was not recorded.
+        None => SUCCESS,
+        Some((_, None)) => CAPTURED_EVENT,
+        Some((other, Some(end))) => {
+            if !std::ptr::eq(other, stream) && !other.is_done(end) {
+                stream.put(Box::new(move || other.wait_until(end)));
+            }
+            SUCCESS
+        }
     }
 }
 

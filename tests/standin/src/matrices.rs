@@ -337,7 +337,19 @@ pub unsafe extern "C" fn cublasLtMatmul(
     if !held || factors != [1.0, 0.0] || unsafe { algorithm.read() } != CODE {
         return INVALID_VALUE;
     }
-    let [of_a, of_b] = product.transposed;
+    let (transposed, [a, b, d]) = (product.transposed, [*a, *b, *d]);
+    crate::streams::perform(stream.addr(), move || {
+        multiply(transposed, [(a_at, a), (b_at, b), (d_at, d)], [rows, columns, depth]);
+        SUCCESS
+    })
+}
+
+/// Matrices that are held, as the library's function found them.
+fn multiply(
+    [of_a, of_b]: [bool; 2],
+    [(a_at, a), (b_at, b), (d_at, d)]: [(u64, Layout); 3],
+    [rows, columns, depth]: [usize; 3],
+) {
     for batch in 0..d.batches {
         for column in 0..columns {
             for row in 0..rows {
@@ -345,7 +357,7 @@ pub unsafe extern "C" fn cublasLtMatmul(
                 for k in 0..depth {
                     let left = if of_a { a.index(batch, k, row) } else { a.index(batch, row, k) };
                     let right = if of_b { b.index(batch, column, k) } else { b.index(batch, k, column) };
-                    // SAFETY: within what was found to be held.
+                    // SAFETY: within what was found to be held, which is freed when streams are done.
                     sum += unsafe { a.read(a_at, left) * b.read(b_at, right) };
                 }
                 // SAFETY: as above.
@@ -353,5 +365,4 @@ pub unsafe extern "C" fn cublasLtMatmul(
             }
         }
     }
-    SUCCESS
 }

@@ -22,6 +22,8 @@ pub(crate) struct Settings {
     stop: Option<u64>,
     /// `busy=N`: what comes before event number N after the first clique takes three seconds more.
     busy: Option<u64>,
+    /// `delay=N`: stream number N of a device, counted from 1, does nothing until somebody waits for it; see `streams`.
+    pub(crate) delay: Option<u64>,
     /// `spoil=N`: capture number N, counted from 1, is spoiled.
     spoil: Option<u64>,
     /// `refuse-graph=N`: launch number N of a graph, counted from 1, finds no memory.
@@ -56,6 +58,7 @@ pub(crate) fn settings() -> &'static Settings {
             end: number("end"),
             stop: number("stop"),
             busy: number("busy"),
+            delay: number("delay"),
             spoil: number("spoil"),
             refuse_graph: number("refuse-graph"),
             end_collective: number("end-collective"),

@@ -16,7 +16,8 @@ use super::space::Offsets;
 use super::text::{Call, load};
 use super::views::dense;
 use tpshard_ir::op::EinsumSpec;
-use tpshard_ir::program::device::{Matrix, Product};
+use tpshard_ir::program::device::pieces::{PIECE_ROWS, PIECE_START};
+use tpshard_ir::program::device::{How, Launch, Matrix, Pieces, Product};
 use tpshard_ir::{DType, Dim, Graph, Node, Op, ValueId};
 
 /// Most rows that count as few.
@@ -73,6 +74,8 @@ struct Task {
     dtype: DType,
     left: Operand,
     right: Right,
+    /// Where the result begins in its memory.
+    offset: Dim,
     groups: Groups,
 }
 
@@ -233,7 +236,7 @@ fn product(emitter: &mut Emitter<'_>, value: ValueId, node: &Node, spec: &Einsum
     };
     let left = emitter.operand(a);
     let Some(groups) = Groups::new(emitter.graph, node, spec, &left, &right) else { return Made::Not };
-    let task = Task { value, dtype, left, right, groups };
+    let mut task = Task { value, dtype, left, right, offset: Dim::constant(0), groups };
     let rows = task.groups.rows.count();
     let one = || Dim::constant(1);
     let calls = match rows.as_const() {
@@ -247,22 +250,56 @@ fn product(emitter: &mut Emitter<'_>, value: ValueId, node: &Node, spec: &Einsum
             calls
         }
     };
-    let Some([left, right, result]) = task.matrices() else { return Made::Calls(calls) };
-    let groups = &task.groups;
-    Made::Product(Box::new(Product {
-        batch: groups.batch.count(),
-        rows,
-        columns: groups.columns.count(),
-        depth: groups.depth.count(),
-        left,
-        right,
-        result,
-        dtype,
-        fallback: calls,
-    }))
+    let made = task.made(calls);
+    if let Some(counts) = emitter.wanted_pieces(value)
+        && let Some(row) = task.become_piece()
+    {
+        let calls = vec![tiled::tiled(emitter, &task, &one())];
+        let how = match task.made(calls) {
+            Made::Product(product) => How::Product(product),
+            Made::Calls(calls) => How::Launch(calls),
+            Made::Not => return made,
+        };
+        emitter.put_pieces(value, Pieces { rows, row, counts, how });
+    }
+    made
 }
 
 impl Task {
+    /// The product that a library takes, if it can be said to one, else the calls.
+    fn made(&self, calls: Vec<Launch>) -> Made {
+        let Some([left, right, result]) = self.matrices() else { return Made::Calls(calls) };
+        let Groups { batch, rows, columns, depth } = &self.groups;
+        Made::Product(Box::new(Product {
+            batch: batch.count(),
+            rows: rows.count(),
+            columns: columns.count(),
+            depth: depth.count(),
+            left,
+            right,
+            result,
+            dtype: self.dtype,
+            fallback: calls,
+        }))
+    }
+
+    /// Makes of the product that of a piece of its rows, if they follow one another in the left operand, and in the result
+    /// end to end. The number of elements of a row.
+    fn become_piece(&mut self) -> Option<Dim> {
+        let [left, row] = [LEFT, RESULT].map(|operand| Groups::step(&self.groups.rows, operand));
+        let (left, row) = (left?, row?);
+        let groups = &mut self.groups;
+        let is_line = groups.rows.extents.len() == 1 && groups.batch.extents.is_empty();
+        if !is_line || row != groups.columns.count() || self.left.dtype.is_packed() {
+            return None;
+        }
+        let start = Dim::symbol(PIECE_START);
+        groups.rows.extents = vec![Dim::symbol(PIECE_ROWS)];
+        self.left.view.offset = &self.left.view.offset + &(&start * &left);
+        self.offset = &start * &row;
+        Some(row)
+    }
+
     /// What a library takes: every group one dim, and in every matrix one of its two dims dense.
     fn matrices(&self) -> Option<[Matrix; 3]> {
         let Right::Plain(right) = &self.right else { return None };
@@ -279,7 +316,7 @@ impl Task {
         Some([
             matrix(LEFT, self.left.view.base, &self.left.view.offset, rows, depth)?,
             matrix(RIGHT, right.view.base, &right.view.offset, depth, columns)?,
-            matrix(RESULT, self.value, &Dim::constant(0), rows, columns)?,
+            matrix(RESULT, self.value, &self.offset, rows, columns)?,
         ])
     }
 

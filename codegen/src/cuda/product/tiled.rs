@@ -19,7 +19,7 @@ pub(super) fn tiled(emitter: &mut Emitter<'_>, task: &Task, when: &Dim) -> Launc
     let (wide, batches) = (wide_type(*dtype), groups.batch.count());
     let mut call = Call::new();
     task.arrays(&mut call);
-    call.write("y", *dtype, *value, &Dim::constant(0));
+    call.write("y", *dtype, *value, &task.offset);
     let (rows, columns) = (groups.rows.count(), groups.columns.count());
     let (row_count, column_count) = (call.variable(&rows), call.variable(&columns));
     let depth = call.variable(&groups.depth.count());

@@ -4,7 +4,7 @@
 //! code does.
 
 use super::{Argument, DeviceCode, DeviceLowering, DeviceStep, How, Launch, MAX_SHARED, MAX_THREADS};
-use super::{Matrix, Parameter, Product};
+use super::{Matrix, Parameter, Pieces, Product};
 use crate::dtype::DType;
 use crate::graph::{Graph, ValueId};
 use crate::op::Op;
@@ -54,6 +54,9 @@ impl DeviceLowering {
         let mut checker = Checker { code, graph, constant, made: vec![None; graph.len()] };
         for (index, step) in self.steps.iter().enumerate() {
             checker.step(step).map_err(|what| DeviceError { step: index, what })?;
+        }
+        for (value, pieces) in &self.pieces {
+            checker.pieces(*value, pieces, &self.steps)?;
         }
         let missing = graph.outputs.iter().find(|o| checker.stage_of(o.value).is_none());
         match missing {
@@ -107,6 +110,25 @@ impl Checker<'_> {
             *slot = Some(step.stage);
         }
         Ok(())
+    }
+
+    fn pieces(&self, value: ValueId, pieces: &Pieces, steps: &[DeviceStep]) -> Result<(), DeviceError> {
+        let found = steps.iter().position(|step| step.value == value);
+        let step = found.unwrap_or(steps.len());
+        let fail = |what: String| DeviceError { step, what: format!("{value}: {what}") };
+        let whole = steps.get(step).ok_or_else(|| fail("pieces of what is not made".into()))?;
+        for argument in pieces.how.launches().iter().flat_map(|l| &l.arguments) {
+            if let Argument::Value { value: read, .. } = argument {
+                self.exists(*read).map_err(fail)?;
+            }
+        }
+        if let How::Product(product) = &pieces.how {
+            self.product(value, product).map_err(fail)?;
+        }
+        if let Some(fault) = pieces.fault(whole, self.graph) {
+            return Err(fail(fault));
+        }
+        pieces.how.launches().iter().try_for_each(|launch| self.launch(value, launch)).map_err(fail)
     }
 
     fn exists(&self, value: ValueId) -> Result<(), String> {
@@ -202,6 +224,7 @@ mod tests {
     use crate::program::codec::tests::sample;
     use crate::program::device::{Cubin, DeviceKernel};
     use crate::program::{ProgramError, RankProgram};
+    use std::collections::BTreeMap;
 
     /// The sample's values: past, x, w, product, sum, present.
     fn with_tables() -> RankProgram {
@@ -250,7 +273,7 @@ mod tests {
             step(4, How::Launch(vec![fused])),
             step(5, How::Append { state: ValueId(0), launches: vec![copy] }),
         ];
-        program.entries[0].device = Some(DeviceLowering { steps });
+        program.entries[0].device = Some(DeviceLowering { steps, pieces: BTreeMap::new() });
         program
     }
 
@@ -282,9 +305,56 @@ mod tests {
         assert_eq!(RankProgram::decode(&program.encode(&[]).unwrap()).unwrap(), program);
     }
 
+    /// The sample, whose value 4 may be made in pieces.
+    fn in_pieces() -> RankProgram {
+        let mut program = with_tables();
+        let lowering = program.entries[0].device.as_mut().unwrap();
+        let how = lowering.steps[3].how.clone();
+        let (rows, row) = (Dim::symbol("s"), Dim::constant(4));
+        let pieces = Pieces { rows, row, counts: vec![(256, 2), (1024, 4)], how };
+        lowering.pieces.insert(ValueId(4), pieces);
+        program
+    }
+
+    #[test]
+    fn pieces_round_trip() {
+        let program = in_pieces();
+        assert_eq!(RankProgram::decode(&program.encode(&[]).unwrap()).unwrap(), program);
+    }
+
+    #[test]
+    fn pieces_that_cannot_be_made_are_refused() {
+        for (from, to, what) in [
+            ("pieces 4", "pieces 5", "nothing makes its pieces"),
+            ("pieces 4", "pieces 3", "pieces of what is not made"),
+            ("256:2,1024:4", "1024:2,256:4", "not in order"),
+            ("256:2,1024:4", "256:0", "not in order"),
+            ("256:2,1024:4", "256:65", "not in order"),
+            ("256:2,1024:4", "256;2", "`256;2` are no numbers of pieces"),
+            (":4 launch\ncall 0", ":4 host\ncall 0", "`host` is no way to make pieces"),
+            (":4 launch\ncall 0", ":4 launch\ncall 7", "kernel 7 does not exist"),
+        ] {
+            let said = changed_in(&in_pieces(), "0/cuda", from, to);
+            assert!(said.contains(what), "{from} -> {to}: {said}");
+        }
+        // Lives of operands follow from what the whole reads.
+        let mut program = in_pieces();
+        let lowering = program.entries[0].device.as_mut().unwrap();
+        let Some(Pieces { how: How::Launch(launches), .. }) = lowering.pieces.get_mut(&ValueId(4)) else {
+            unreachable!("built so")
+        };
+        launches[0].arguments[0] = Argument::Value { value: ValueId(0), offset: Dim::constant(0) };
+        let error = RankProgram::decode(&program.encode(&[]).unwrap()).unwrap_err().to_string();
+        assert!(error.contains("its pieces read %0"), "{error}");
+    }
+
     /// What is said of the sample with one part changed.
     fn changed(name: &str, from: &str, to: &str) -> String {
-        let mut parts = with_tables().to_parts();
+        changed_in(&with_tables(), name, from, to)
+    }
+
+    fn changed_in(program: &RankProgram, name: &str, from: &str, to: &str) -> String {
+        let mut parts = program.to_parts();
         let part = parts.iter_mut().find(|(n, _)| n == name).unwrap();
         let text = String::from_utf8(part.1.clone()).unwrap();
         assert!(text.contains(from), "{text}");

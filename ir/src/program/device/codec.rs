@@ -2,10 +2,11 @@
 //!
 //! `cuda/kernels` has one line per kernel (`kernel softmax_f32 256 read:f32 write:f32 size`) and per cubin (`cubin 90 12 9`).
 //! An entry has one line per step (`step 7 step 0 launch`) and below it one per call
-//! (`call 3 256 0 "blocks x" "y" "z" value 5 "0" size "4*seq"`). Dims stand in quotes.
+//! (`call 3 256 0 "blocks x" "y" "z" value 5 "0" size "4*seq"`). Dims stand in quotes. Then follow the values that may be made
+//! in pieces (`pieces 7 "rows" "row" 256:2,1024:4 launch`), with the calls of a piece below.
 
 use super::{Argument, Cubin, DeviceCode, DeviceKernel, DeviceLowering, DeviceStep, How, Launch, Matrix};
-use super::{Parameter, Product};
+use super::{Parameter, Pieces, Product};
 use crate::container::Payload;
 use crate::dim::Dim;
 use crate::graph::ValueId;
@@ -13,6 +14,7 @@ use crate::program::codec::{ProgramError, part};
 use crate::program::lines::Words;
 use crate::program::lowering::Stage;
 use crate::text::{parse_dim, quote};
+use std::collections::BTreeMap;
 use std::fmt::Write;
 
 const SOURCE: &str = "cuda/source.cu";
@@ -122,6 +124,19 @@ pub(in crate::program) fn write_lowering(lowering: &DeviceLowering) -> Vec<u8> {
             out.push_str(&launch_text(launch));
         }
     }
+    for (value, pieces) in &lowering.pieces {
+        let how = match &pieces.how {
+            How::Product(product) => product_text(product),
+            _ => "launch".to_string(),
+        };
+        let counts: Vec<String> =
+            pieces.counts.iter().map(|(rows, count)| format!("{rows}:{count}")).collect();
+        let dims = [&pieces.rows, &pieces.row].map(dim_text).join(" ");
+        let _ = writeln!(out, "pieces {} {dims} {} {how}", value.0, counts.join(","));
+        for launch in pieces.how.launches() {
+            out.push_str(&launch_text(launch));
+        }
+    }
     out.into_bytes()
 }
 
@@ -153,12 +168,22 @@ fn launch_text(launch: &Launch) -> String {
 
 pub(in crate::program) fn read_lowering(payload: &Payload<'_>, name: &str) -> Result<DeviceLowering> {
     let mut steps: Vec<DeviceStep> = Vec::new();
+    let mut pieces: BTreeMap<ValueId, Pieces> = BTreeMap::new();
+    let mut last_cut = None;
     for mut words in Words::lines(name, part(payload, name)?)? {
         match words.word("a key")?.as_str() {
-            "step" => steps.push(read_step(&mut words)?),
+            "step" if pieces.is_empty() => steps.push(read_step(&mut words)?),
+            "pieces" => {
+                let (value, read) = read_pieces(&mut words)?;
+                last_cut = Some(value);
+                if pieces.insert(value, read).is_some() {
+                    return Err(words.error(format!("the pieces of {value} a second time")));
+                }
+            }
             "call" => {
                 let launch = read_launch(&mut words)?;
-                match steps.last_mut().map(|step| &mut step.how) {
+                let cut = last_cut.and_then(|value| pieces.get_mut(&value)).map(|pieces| &mut pieces.how);
+                match cut.or_else(|| steps.last_mut().map(|step| &mut step.how)) {
                     Some(How::Launch(launches) | How::Append { launches, .. }) => launches.push(launch),
                     Some(How::Product(product)) => product.fallback.push(launch),
                     _ => return Err(words.error("a call without a step that calls")),
@@ -168,7 +193,25 @@ pub(in crate::program) fn read_lowering(payload: &Payload<'_>, name: &str) -> Re
         }
         words.end()?;
     }
-    Ok(DeviceLowering { steps })
+    Ok(DeviceLowering { steps, pieces })
+}
+
+fn read_pieces(words: &mut Words<'_>) -> Result<(ValueId, Pieces)> {
+    let value = value(words)?;
+    let (rows, row) = (dim(words)?, dim(words)?);
+    let text = words.word("numbers of pieces")?;
+    let count = |word: &str| {
+        let (rows, count) = word.split_once(':')?;
+        Some((rows.parse().ok()?, count.parse().ok()?))
+    };
+    let counts: Option<Vec<(u64, u32)>> = text.split(',').map(count).collect();
+    let counts = counts.ok_or_else(|| words.error(format!("`{text}` are no numbers of pieces")))?;
+    let how = match words.word("a way")?.as_str() {
+        "launch" => How::Launch(vec![]),
+        "product" => How::Product(Box::new(read_product(words)?)),
+        other => return Err(words.error(format!("`{other}` is no way to make pieces"))),
+    };
+    Ok((value, Pieces { rows, row, counts, how }))
 }
 
 fn value(words: &mut Words<'_>) -> Result<ValueId> {

@@ -84,6 +84,8 @@ functions! {
             threads_x: c_uint, threads_y: c_uint, threads_z: c_uint, shared: c_uint, stream: *mut c_void,
             arguments: *mut *mut c_void, extra: *mut *mut c_void);
         create_stream "cuStreamCreate" (stream: *mut *mut c_void, flags: c_uint);
+        create_urgent_stream "cuStreamCreateWithPriority" (stream: *mut *mut c_void, flags: c_uint, priority: c_int);
+        priorities "cuCtxGetStreamPriorityRange" (least: *mut c_int, greatest: *mut c_int);
         synchronize "cuStreamSynchronize" (stream: *mut c_void);
         query_stream "cuStreamQuery" (stream: *mut c_void);
         destroy_stream "cuStreamDestroy_v2" (stream: *mut c_void);
@@ -91,6 +93,7 @@ functions! {
         record_event "cuEventRecord" (event: *mut c_void, stream: *mut c_void);
         query_event "cuEventQuery" (event: *mut c_void);
         destroy_event "cuEventDestroy_v2" (event: *mut c_void);
+        wait_event "cuStreamWaitEvent" (stream: *mut c_void, event: *mut c_void, flags: c_uint);
         begin_capture "cuStreamBeginCapture_v2" (stream: *mut c_void, mode: c_uint);
         capture_info "cuStreamGetCaptureInfo_v2" (stream: *mut c_void, status: *mut c_uint, id: *mut u64,
             graph: *mut *mut c_void, last: *mut *const *mut c_void, count: *mut usize);

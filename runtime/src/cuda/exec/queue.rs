@@ -6,7 +6,7 @@
 use super::{Run, Spot, local};
 use crate::comm::{CommError, Communicator};
 use crate::cpu::convert::StepError;
-use crate::cuda::calls::{Call, CallArgument, SizeId};
+use crate::cuda::calls::{Call, CallArgument, Calls, SizeId, Sizes};
 use crate::cuda::graphs::{self, Graphs};
 use std::sync::Arc;
 use tpshard_driver::cuda;
@@ -99,7 +99,7 @@ impl Run<'_> {
         let planned = planned.map(|offset| Spot { memory: self.arena.clone(), offset });
         let scratch = planned.or_else(|| own.map(|memory| Spot { memory: Arc::new(memory), offset: 0 }));
         for call in self.prepared.calls.of(index) {
-            if let Some(call) = self.call(call, scratch.as_ref())? {
+            if let Some(call) = self.call(call, (&self.prepared.calls, &self.sizes), scratch.as_ref())? {
                 self.waiting.push(Waiting { index, value: step.value, call });
             }
         }
@@ -107,11 +107,23 @@ impl Run<'_> {
         if is_fixed { Ok(()) } else { Ok(self.flush(communicator)?) }
     }
 
-    /// A call with its arguments; nothing if it has no blocks.
-    fn call(&self, call: &Call, scratch: Option<&Spot>) -> Result<Option<cuda::Call>, StepError> {
+    /// Lets a call of a step wait.
+    pub(super) fn wait_with(&mut self, index: usize, call: cuda::Call) {
+        let value = self.prepared.steps.get(index).map_or(ValueId(u32::MAX), |step| step.value);
+        self.waiting.push(Waiting { index, value, call });
+    }
+
+    /// A call with its arguments, of `calls` under their sizes; nothing if it has no blocks.
+    pub(super) fn call(
+        &self,
+        call: &Call,
+        (calls, sizes): (&Calls, &Sizes),
+        scratch: Option<&Spot>,
+    ) -> Result<Option<cuda::Call>, StepError> {
+        let size = |id: SizeId| calls.size(sizes, id);
         let mut blocks = [0u32; 3];
         for ((count, &id), most) in blocks.iter_mut().zip(&call.blocks).zip(MOST_BLOCKS) {
-            let wanted = self.size(id)?;
+            let wanted = size(id)?;
             if wanted > most {
                 return Err(format!("a kernel of {wanted} blocks along one dim, possible are {most}").into());
             }
@@ -123,7 +135,7 @@ impl Run<'_> {
         }
         let function = self.functions.get(call.kernel);
         let function = function.ok_or_else(|| format!("kernel {} does not exist", call.kernel))?;
-        let arguments = call.arguments.iter().map(|argument| self.argument(argument, scratch));
+        let arguments = call.arguments.iter().map(|argument| self.argument(argument, &size, scratch));
         let arguments = arguments.collect::<Result<Vec<cuda::Argument<'_>>, String>>()?;
         function.call(blocks, call.threads, call.shared, &arguments).map(Some).map_err(local)
     }
@@ -131,6 +143,7 @@ impl Run<'_> {
     fn argument<'s>(
         &'s self,
         argument: &CallArgument,
+        size: &dyn Fn(SizeId) -> Result<i64, String>,
         scratch: Option<&'s Spot>,
     ) -> Result<cuda::Argument<'s>, String> {
         let beyond = || "a place beyond memory".to_owned();
@@ -143,18 +156,14 @@ impl Run<'_> {
                 let spot = self.spots.get(value.index()).and_then(Option::as_ref);
                 let spot = spot.ok_or_else(|| format!("{value} is not there"))?;
                 let bits = i64::try_from(self.graph().ty(*value).dtype.bits()).map_err(|_| beyond())?;
-                from(spot, self.size(*offset)?.checked_mul(bits).ok_or_else(beyond)? / 8)
+                from(spot, size(*offset)?.checked_mul(bits).ok_or_else(beyond)? / 8)
             }
             CallArgument::Scratch { offset } => {
-                from(scratch.ok_or("scratch memory is not there")?, self.size(*offset)?)
+                from(scratch.ok_or("scratch memory is not there")?, size(*offset)?)
             }
-            CallArgument::Size(id) => Ok(cuda::Argument::Size(self.size(*id)?)),
+            CallArgument::Size(id) => Ok(cuda::Argument::Size(size(*id)?)),
             CallArgument::Real(real) => Ok(cuda::Argument::Real(*real)),
             CallArgument::Fault => Ok(cuda::Argument::Memory(self.fault, 0)),
         }
-    }
-
-    fn size(&self, id: SizeId) -> Result<i64, String> {
-        self.prepared.calls.size(&self.sizes, id)
     }
 }

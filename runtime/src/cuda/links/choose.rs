@@ -14,12 +14,15 @@ pub(super) struct Brought {
     pub(super) version: Result<Version, String>,
     /// Where its device is on the machine's bus; empty if that is not known.
     pub(super) bus: String,
+    /// The pieces in which it makes products that are reduced, in words; empty if none.
+    pub(super) pieces: String,
 }
 
 /// What all ranks do.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) enum Decision {
-    Nccl,
+    /// `pieces`: products are made and reduced in pieces.
+    Nccl { pieces: bool },
     /// Host memory, and why.
     Host(String),
     /// What was asked for cannot be.
@@ -66,7 +69,8 @@ pub(super) fn decide(all: &[Brought]) -> Decision {
     if first.choice == CommChoice::Auto && buses.len() < all.len() {
         return Decision::Host("ranks share a GPU".into());
     }
-    Decision::Nccl
+    let pieces = !first.pieces.is_empty() && all.iter().all(|rank| rank.pieces == first.pieces);
+    Decision::Nccl { pieces }
 }
 
 #[cfg(test)]
@@ -74,7 +78,22 @@ mod tests {
     use super::*;
 
     fn rank(choice: CommChoice, version: Result<Version, &str>, bus: &str) -> Brought {
-        Brought { choice, version: version.map_err(str::to_owned), bus: bus.into() }
+        Brought { choice, version: version.map_err(str::to_owned), bus: bus.into(), pieces: String::new() }
+    }
+
+    const WHOLE: Decision = Decision::Nccl { pieces: false };
+
+    /// Ranks that take other pieces would wait for each other for ever.
+    #[test]
+    fn pieces_are_taken_if_they_are_those_of_all_ranks() {
+        let with = |pieces: &str, bus| Brought { pieces: pieces.into(), ..rank(CommChoice::Auto, NEW, bus) };
+        let two = |a, b| decide(&[with(a, "1"), with(b, "2")]);
+        assert_eq!(two("main/%3 256:2", "main/%3 256:2"), Decision::Nccl { pieces: true });
+        for other in ["", "main/%3 256:4", "main/%4 256:2"] {
+            assert_eq!(two("main/%3 256:2", other), WHOLE);
+            assert_eq!(two(other, "main/%3 256:2"), WHOLE);
+        }
+        assert_eq!(two("", ""), WHOLE);
     }
 
     const NEW: Result<Version, &str> = Ok((2, 28, 9));
@@ -83,7 +102,7 @@ mod tests {
     fn nccl_is_taken_where_every_rank_has_it_and_a_gpu_of_its_own() {
         use CommChoice::{Auto, Nccl, Shm};
         let apart = [rank(Auto, NEW, "1"), rank(Auto, NEW, "2")];
-        assert_eq!(decide(&apart), Decision::Nccl);
+        assert_eq!(decide(&apart), WHOLE);
         for (other, why) in [
             (rank(Auto, NEW, "1"), "share a GPU"),
             (rank(Auto, NEW, ""), "share a GPU"),
@@ -95,7 +114,7 @@ mod tests {
         }
         assert_eq!(decide(&[rank(Shm, NEW, "1"), rank(Shm, NEW, "2")]), Decision::Host("--comm shm".into()));
         // Asked for, it is tried or refused, never left out.
-        assert_eq!(decide(&[rank(Nccl, NEW, "1"), rank(Nccl, NEW, "1")]), Decision::Nccl);
+        assert_eq!(decide(&[rank(Nccl, NEW, "1"), rank(Nccl, NEW, "1")]), WHOLE);
         for (other, why) in [
             (
                 rank(Nccl, Err("too old"), "2"),

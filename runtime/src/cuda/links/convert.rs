@@ -6,10 +6,10 @@
 //! to the largest.
 
 use super::staging::{Blocks, dealing, gathering, scattering};
-use super::{Links, Members, Trouble};
+use super::{Links, Members, Trouble, Way};
 use crate::comm::{CommError, Communicator, Group, Kind, Monoid, Record, Tag};
 use crate::cpu::convert::{Place, carried, extents, held};
-use tpshard_driver::cuda::{Memory, Rows};
+use tpshard_driver::cuda::{Lane, Memory, Rows};
 use tpshard_driver::nccl::{Element, Operation, Span};
 use tpshard_ir::program::Family;
 use tpshard_ir::{Conversion, DType};
@@ -158,10 +158,15 @@ struct Task<'a> {
     to: Operand<'a>,
     tag: Tag,
     communicator: &'a dyn Communicator,
+    way: Way,
+    /// Bytes of every piece, if there are several; all together are those of the value.
+    pieces: &'a [u64],
 }
 
 impl Links {
-    /// Makes a conversion that [`carries`] says. `from` and `to` are what this rank holds before and after.
+    /// Makes a conversion that [`carries`] says. `from` and `to` are what this rank holds before and after; in another
+    /// queue than the main one, only what [`goes_aside`](super::goes_aside). An all-reduce may be made in `pieces` of so
+    /// many bytes, each from when it is [ready](Links::ready) on.
     ///
     /// # Errors
     /// All ranks know of it.
@@ -171,10 +176,12 @@ impl Links {
         [from, to]: [Operand<'_>; 2],
         families: [&Family; 2],
         place: &Place<'_>,
+        (lane, pieces): (Lane, &[u64]),
         (communicator, tag): (&dyn Communicator, Tag),
     ) -> Result<(), CommError> {
         let group = Group::new(place.mesh.group(place.rank, conversion.axes()))?;
-        let task = Task { group: &group, from, to, tag, communicator };
+        let way = Way { lane, pieces: pieces.len() };
+        let task = Task { group: &group, from, to, tag, communicator, way, pieces };
         let prepared = self.prepared(conversion, &task, families, place);
         match prepared {
             Ok(()) => Ok(()),
@@ -235,7 +242,7 @@ impl Links {
         let bytes = if ranks > 1 { bytes } else { 0 };
         let dtype = Some(task.from.dtype);
         let record = Record { kind, tag: task.tag, monoid, dtype, bytes, ranks, done: false };
-        Ok(self.carry(task.communicator, record, task.group, body)?)
+        Ok(self.carry(task.communicator, record, task.group, task.way, body)?)
     }
 
     fn all_reduce(&self, task: &Task<'_>, monoid: Monoid) -> Result<(), Trouble> {
@@ -245,7 +252,21 @@ impl Links {
             if members.is_alone() {
                 return Ok(to.memory.copy(to.offset, from.memory, from.offset, fitting(from.bytes, &to)?)?);
             }
-            members.call(|clique| clique.all_reduce(element, operation, from, to))
+            if task.pieces.len() < 2 {
+                return members.call(|clique, lane| clique.all_reduce(lane, element, operation, from, to));
+            }
+            let whole = task.pieces.iter().try_fold(0u64, |sum, &bytes| sum.checked_add(bytes));
+            fitting(whole.unwrap_or(u64::MAX), &from)?;
+            let mut done = 0;
+            for (piece, &bytes) in task.pieces.iter().enumerate() {
+                if piece > 0 {
+                    members.begin(piece)?;
+                }
+                let [from, to] = [from, to].map(|span| Span { offset: span.offset + done, bytes, ..span });
+                members.call(|clique, lane| clique.all_reduce(lane, element, operation, from, to))?;
+                done += bytes;
+            }
+            Ok(())
         })
     }
 
@@ -285,7 +306,7 @@ impl Links {
         let dense = cut.is_dense();
         let gathered = if dense { to } else { staging };
         if are_equal(extents) {
-            members.call(|clique| clique.all_gather(extents.len(), from, gathered))?;
+            members.call(|clique, lane| clique.all_gather(lane, extents.len(), from, gathered))?;
         } else {
             let mut receives = Vec::with_capacity(extents.len());
             let mut sends = Vec::with_capacity(extents.len());
@@ -299,7 +320,7 @@ impl Links {
                     sends.push((member, from));
                 }
             }
-            members.call(|clique| clique.exchange(&sends, &receives))?;
+            members.call(|clique, _| clique.exchange(&sends, &receives))?;
         }
         if dense {
             return Ok(());
@@ -332,7 +353,8 @@ impl Links {
             let even = are_equal(extents);
             let ranks = extents.len();
             let Some(layout) = scattering(&cut, extents)? else {
-                return members.call(|clique| clique.reduce_scatter(ranks, element, operation, from, to));
+                return members
+                    .call(|clique, lane| clique.reduce_scatter(lane, ranks, element, operation, from, to));
             };
             // Behind the blocks, what comes back, of which a smaller share is the beginning.
             let staging = self.staging(layout.bytes())?;
@@ -347,10 +369,13 @@ impl Links {
             }
             let packed = Span { memory: &staging, offset: 0, bytes: blocks };
             if even {
-                return members.call(|clique| clique.reduce_scatter(ranks, element, operation, packed, to));
+                return members
+                    .call(|clique, lane| clique.reduce_scatter(lane, ranks, element, operation, packed, to));
             }
             let combined = Span { memory: &staging, offset: blocks, bytes: block };
-            members.call(|clique| clique.reduce_scatter(ranks, element, operation, packed, combined))?;
+            members.call(|clique, lane| {
+                clique.reduce_scatter(lane, ranks, element, operation, packed, combined)
+            })?;
             Ok(to.memory.copy(to.offset, &staging, blocks, to.bytes)?)
         })
     }
@@ -396,7 +421,7 @@ impl Links {
                 }
             }
             if !members.is_alone() {
-                members.call(|clique| clique.exchange(&sends, &receives))?;
+                members.call(|clique, _| clique.exchange(&sends, &receives))?;
             }
             for (&start, &extent) in gathered_starts.iter().zip(gathered) {
                 let source = from.bytes + incoming.piece(start)?;

@@ -12,7 +12,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use tpshard_driver::DriverError;
-use tpshard_driver::cuda::{Device, Event, Watch};
+use tpshard_driver::cuda::{Device, Event, Lane, Watch};
 use tpshard_driver::nccl::Clique;
 
 /// How often the thread looks while something is in the queue.
@@ -28,15 +28,22 @@ struct Pending {
     /// What comes before it is done; nothing once that is known.
     begun: Option<Event>,
     passed: Event,
+    /// Nothing of the collective comes after it.
+    last: bool,
 }
 
-/// The beginning of a collective in the queue.
-pub(super) struct Begun(Event);
+/// The beginning of a collective, or of a piece of one, in a queue.
+pub(super) struct Begun {
+    event: Event,
+    lane: Lane,
+}
 
 #[derive(Default)]
 struct State {
     pending: VecDeque<Pending>,
     spare: Vec<Event>,
+    /// How many collectives and pieces have been taken out.
+    done: u64,
     /// Sequence numbers of what is done and not yet told.
     settled: Vec<u64>,
     stop: bool,
@@ -112,28 +119,28 @@ impl Lookout {
         self.shared.because(what)
     }
 
-    fn event(&self) -> Result<Event, DriverError> {
+    fn event(&self, lane: Lane) -> Result<Event, DriverError> {
         let spare = self.shared.state().spare.pop();
         let event = spare.map_or_else(|| self.device.event(), Ok)?;
-        event.record()?;
+        event.record_in(lane)?;
         Ok(event)
     }
 
-    /// Marks the beginning of a collective in the queue.
-    pub(super) fn begin(&self) -> Result<Begun, DriverError> {
-        self.event().map(Begun)
+    /// Marks the beginning of a collective, or of a piece of one, in a queue.
+    pub(super) fn begin(&self, lane: Lane) -> Result<Begun, DriverError> {
+        Ok(Begun { event: self.event(lane)?, lane })
     }
 
-    /// Marks the end of a collective in the queue.
+    /// Marks the end of what has begun. With `last`, the collective is done then.
     pub(super) fn mark(
         &self,
-        kind: Kind,
-        tag: Tag,
+        (kind, tag): (Kind, Tag),
         ranks: &[usize],
-        Begun(begun): Begun,
+        Begun { event, lane }: Begun,
+        last: bool,
     ) -> Result<(), DriverError> {
-        let passed = self.event()?;
-        let pending = Pending { kind, tag, ranks: ranks.to_vec(), begun: Some(begun), passed };
+        let passed = self.event(lane)?;
+        let pending = Pending { kind, tag, ranks: ranks.to_vec(), begun: Some(event), passed, last };
         self.shared.state().pending.push_back(pending);
         self.shared.changed.notify_one();
         Ok(())
@@ -196,7 +203,10 @@ impl State {
                 break;
             }
             if let Some(done) = self.pending.pop_front() {
-                self.settled.push(done.tag.sequence);
+                self.done += 1;
+                if done.last {
+                    self.settled.push(done.tag.sequence);
+                }
                 self.keep(done.passed);
                 done.begun.into_iter().for_each(|begun| self.keep(begun));
                 some = true;
@@ -247,11 +257,12 @@ impl Shared {
             }
             let Some(front) = state.pending.front() else { continue };
             let (kind, tag, ranks) = (front.kind, front.tag, front.ranks.clone());
+            let done = state.done;
             // What this rank computes before may take as long as it likes.
             let waits = front.begun.is_none();
             drop(state);
-            if looked_at != Some((tag.sequence, waits)) {
-                looked_at = Some((tag.sequence, waits));
+            if looked_at != Some((done, waits)) {
+                looked_at = Some((done, waits));
                 patience = Patience::new(&*self.monitor, &[]);
             }
             if let Some(failure) = self.trouble(kind, tag, &ranks, waits.then_some(&mut patience)) {

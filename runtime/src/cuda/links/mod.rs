@@ -18,7 +18,7 @@ mod staging;
 mod tests;
 
 pub(super) use convert::{Operand, carries};
-pub(super) use staging::staged;
+pub(super) use staging::{goes_aside, staged};
 
 use crate::comm::{CommError, Communicator, Group, Kind, Monitor, Record, Tag};
 use crate::session::{CommChoice, SessionError};
@@ -29,7 +29,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsStr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use tpshard_driver::cuda::{Device, Memory};
+use tpshard_driver::cuda::{Device, Event, Lane, Memory};
 use tpshard_driver::nccl::{Clique, ID_BYTES, Nccl};
 use tpshard_driver::{DriverError, SearchPath};
 use tpshard_ir::Op;
@@ -53,8 +53,14 @@ pub(super) struct Links {
     /// By their ranks.
     cliques: BTreeMap<Vec<usize>, Arc<Clique>>,
     lookout: Lookout,
-    /// Memory for values on their way. The queue's order keeps what one collective has there from the next.
+    /// Memory for values on their way, of collectives in the main queue, whose order keeps what one has there from the next.
     staging: RefCell<Memory>,
+    /// Marks in the main queue that the side one waits for, each free again once that is said.
+    ready: RefCell<Vec<Event>>,
+    /// The end of what is in the side queue.
+    aside: Event,
+    /// Whether products are made in the pieces that the program names, and reduced piece by piece: all ranks do or none.
+    pieces: bool,
 }
 
 /// Why a collective did not come about.
@@ -89,7 +95,8 @@ pub(super) struct Carrier {
 }
 
 impl Links {
-    /// Decides with all ranks what carries the collectives, and makes it ready.
+    /// Decides with all ranks what carries the collectives, and makes it ready. `pieces` says in which pieces this rank can
+    /// make products that are reduced.
     ///
     /// # Errors
     /// The same on all ranks: NCCL was asked for and cannot be used, or a failed collective.
@@ -97,7 +104,7 @@ impl Links {
         program: &RankProgram,
         device: &Device,
         search: &SearchPath,
-        choice: CommChoice,
+        (choice, pieces): (CommChoice, &str),
         communicator: &dyn Communicator,
         sequence: &mut u64,
     ) -> Result<Carrier, SessionError> {
@@ -114,14 +121,16 @@ impl Links {
             choice,
             version: library.as_ref().map(Nccl::version).map_err(Clone::clone),
             bus: device.bus().to_owned(),
+            pieces: pieces.to_owned(),
         };
         let decision = together(&own, communicator, sequence)?;
         match (decision, library) {
-            (Decision::Nccl, Ok(library)) => {
+            (Decision::Nccl { pieces }, Ok(library)) => {
                 let (major, minor, patch) = library.version();
                 let rank = communicator.rank();
                 let groups = axes_of(program).iter().map(|axes| program.mesh.group(rank, axes)).collect();
-                let links = Links::join(groups, device, &Arc::new(library), communicator, sequence)?;
+                let mut links = Links::join(groups, device, &Arc::new(library), communicator, sequence)?;
+                links.pieces = pieces;
                 let description = format!(", collectives by NCCL {major}.{minor}.{patch}");
                 Ok(Carrier { links: Some(links), description })
             }
@@ -129,7 +138,7 @@ impl Links {
                 Ok(Carrier { links: None, description: format!(", collectives through host memory ({why})") })
             }
             (Decision::Refuse(what), _) => Err(SessionError::Device { what }),
-            (Decision::Nccl, Err(what)) => Err(SessionError::Device { what }),
+            (Decision::Nccl { .. }, Err(what)) => Err(SessionError::Device { what }),
         }
     }
 
@@ -144,7 +153,10 @@ impl Links {
         let monitor = communicator.monitor();
         let rank = communicator.rank();
         let mut cliques: BTreeMap<Vec<usize>, Arc<Clique>> = BTreeMap::new();
-        let staging = device.allocate(0).map_err(|e| given_up(communicator, e.to_string()))?;
+        let here = |error: DriverError| given_up(communicator, error.to_string());
+        let staging = device.allocate(0).map_err(here)?;
+        device.open_side().map_err(here)?;
+        let aside = device.event().map_err(here)?;
         for ranks in groups {
             *sequence += 1;
             let tag = Tag { sequence: *sequence, node: u32::MAX };
@@ -158,8 +170,9 @@ impl Links {
         let lookout = Lookout::start(monitor.clone(), rank, device.clone(), all)
             .map_err(|error| given_up(communicator, error.to_string()))?;
         device.set_watch(Some(lookout.watch()));
-        let staging = RefCell::new(staging);
-        Ok(Links { rank, device: device.clone(), monitor, cliques, lookout, staging })
+        let (staging, ready) = (RefCell::new(staging), RefCell::default());
+        let device = device.clone();
+        Ok(Links { rank, device, monitor, cliques, lookout, staging, ready, aside, pieces: false })
     }
 
     /// What ended the collectives, if anything has.
@@ -194,12 +207,44 @@ impl Links {
         error
     }
 
-    /// Counts a collective and puts it into the queue, between the copies before and after it.
+    /// Whether products are made in the pieces that the program names.
+    pub(super) fn has_pieces(&self) -> bool {
+        self.pieces
+    }
+
+    /// Marks the end of the main queue, for piece number `piece` of the collective that follows.
+    ///
+    /// # Errors
+    /// The driver fails.
+    pub(super) fn ready(&self, piece: usize) -> Result<(), DriverError> {
+        let mut ready = self.ready.borrow_mut();
+        while ready.len() <= piece {
+            ready.push(self.device.event()?);
+        }
+        ready.get(piece).map_or(Ok(()), Event::record)
+    }
+
+    /// What is put into the side queue from now on waits for what [`Links::ready`] marked.
+    fn wait_for(&self, piece: usize) -> Result<(), DriverError> {
+        self.ready.borrow().get(piece).map_or(Ok(()), |event| self.device.wait_in(Lane::Side, event))
+    }
+
+    /// What is put into the main queue from now on waits for the collectives in the side queue.
+    ///
+    /// # Errors
+    /// The driver fails.
+    pub(super) fn join_side(&self) -> Result<(), DriverError> {
+        self.aside.record_in(Lane::Side)?;
+        self.device.wait_in(Lane::Main, &self.aside)
+    }
+
+    /// Counts a collective and puts it into a queue, between the copies before and after it.
     fn carry(
         &self,
         communicator: &dyn Communicator,
         record: Record,
         group: &Group,
+        Way { lane, pieces }: Way,
         body: impl FnOnce(&Members<'_>) -> Result<(), Trouble>,
     ) -> Result<(), CommError> {
         self.note(communicator);
@@ -216,9 +261,10 @@ impl Links {
         if clique.is_none() && group.len() > 1 {
             return Err(self.give_up(communicator, format!("no clique of the ranks {:?}", group.ranks())));
         }
-        let done = self.lookout.begin().map_err(Trouble::from).and_then(|begun| {
-            let members =
-                Members { links: self, group, me, clique, kind, tag, begun: Cell::new(Some(begun)) };
+        let open = Cell::new(pieces.max(1));
+        let members =
+            Members { links: self, group, me, clique, kind, tag, lane, begun: Cell::new(None), open };
+        let done = members.begin(0).and_then(|()| {
             body(&members)?;
             // If nothing was called, the copies are all there is.
             members.mark()
@@ -266,6 +312,14 @@ impl Drop for Links {
     }
 }
 
+/// How a collective goes into a queue.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Way {
+    /// In the side queue, it begins when what was [marked](Links::ready) has passed.
+    pub(super) lane: Lane,
+    pub(super) pieces: usize,
+}
+
 /// The ranks of a collective, seen from one of them.
 struct Members<'a> {
     links: &'a Links,
@@ -276,23 +330,36 @@ struct Members<'a> {
     clique: Option<&'a Arc<Clique>>,
     kind: Kind,
     tag: Tag,
+    lane: Lane,
     /// Until its end is marked.
     begun: Cell<Option<Begun>>,
+    /// Pieces whose end is not marked.
+    open: Cell<usize>,
 }
 
 impl Members<'_> {
-    /// Marks the end of the collective, once.
-    fn mark(&self) -> Result<(), Trouble> {
-        match self.begun.take() {
-            Some(begun) => Ok(self.links.lookout.mark(self.kind, self.tag, self.group.ranks(), begun)?),
-            None => Ok(()),
+    /// Begins a piece of the collective, or all of it.
+    fn begin(&self, piece: usize) -> Result<(), Trouble> {
+        if self.lane == Lane::Side {
+            self.links.wait_for(piece)?;
         }
+        self.begun.set(Some(self.links.lookout.begin(self.lane)?));
+        Ok(())
+    }
+
+    /// Marks the end of what has begun, once.
+    fn mark(&self) -> Result<(), Trouble> {
+        let Some(begun) = self.begun.take() else { return Ok(()) };
+        let open = self.open.get().saturating_sub(1);
+        self.open.set(open);
+        let named = (self.kind, self.tag);
+        Ok(self.links.lookout.mark(named, self.group.ranks(), begun, open == 0)?)
     }
 
     /// Calls the library and waits until the work is in the queue, so that what comes next is behind it.
-    fn call(&self, call: impl FnOnce(&Clique) -> Result<(), DriverError>) -> Result<(), Trouble> {
+    fn call(&self, call: impl FnOnce(&Clique, Lane) -> Result<(), DriverError>) -> Result<(), Trouble> {
         let Some(clique) = self.clique else { return Err("a rank alone calls nobody".to_owned().into()) };
-        call(clique)?;
+        call(clique, self.lane)?;
         let ranks = (self.links.rank, self.group.ranks());
         settle(clique, &*self.links.monitor, ranks, (self.kind, self.tag), Stage::Calling)?;
         // Before anything else is put into the queue, for which the driver may wait.

@@ -52,6 +52,31 @@ pub(in crate::cuda) fn staged(
     }
 }
 
+/// Whether a conversion that NCCL carries is a call of the library and nothing besides, so that it can be made in another
+/// queue than the main one, in which copies are.
+pub(in crate::cuda) fn goes_aside(
+    conversion: &Conversion,
+    families: [&Family; 2],
+    place: &Place<'_>,
+) -> Result<bool, String> {
+    let group = Group::new(place.mesh.group(place.rank, conversion.axes())).map_err(|e| e.to_string())?;
+    if group.len() < 2 || staged(conversion, families, place)? > 0 {
+        return Ok(false);
+    }
+    let [from, to] = families;
+    Ok(match conversion {
+        Conversion::AllReduce { .. } => true,
+        Conversion::AllGather { dim, .. } => are_equal(&extents(from, place, &group, *dim)?),
+        Conversion::ReduceScatter { dim, .. } => are_equal(&extents(to, place, &group, *dim)?),
+        Conversion::AllToAll { .. }
+        | Conversion::Redeal { .. }
+        | Conversion::ShardSlice { .. }
+        | Conversion::OnlyFirst { .. }
+        | Conversion::TreeReduce { .. }
+        | Conversion::Transfer => false,
+    })
+}
+
 /// Of an all-gather to `bytes`: all of it, unless every piece arrives where it belongs.
 pub(super) fn gathering(to: &Cut, bytes: u64, alone: bool) -> u64 {
     if to.is_dense() || alone { 0 } else { bytes }

@@ -1,6 +1,6 @@
 //! Every conversion on device memory against the same on the host, with libraries that stand in for NVIDIA's.
 
-use super::{Links, Operand, carries, staged, told_not_to_wait};
+use super::{Links, Operand, carries, goes_aside, staged, told_not_to_wait};
 use crate::comm::{CommOptions, Communicator, Tag, bytes, threads};
 use crate::cpu::convert::{Place, convert, held};
 use crate::cpu::value::Value;
@@ -12,7 +12,7 @@ use std::process::{Command, Stdio};
 use std::sync::{Arc, Barrier};
 use std::time::{Duration, Instant};
 use tpshard_driver::SearchPath;
-use tpshard_driver::cuda::{Device, Driver};
+use tpshard_driver::cuda::{Device, Driver, Lane};
 use tpshard_driver::nccl::Nccl;
 use tpshard_ir::dim::{Bindings, Dim};
 use tpshard_ir::layout::{Layout, Mesh, Monoid};
@@ -160,7 +160,15 @@ fn one_rank(mesh: &Mesh, rank: usize, end: &dyn Communicator, device: &Device, l
                 Operand::new(&target, 0, dtype, &shapes[1]),
             ];
             let before = end.stats();
-            links.convert(&conversion, operands, families, &place, (end, tag())).unwrap();
+            let aside = goes_aside(&conversion, families, &place).unwrap();
+            let lane = if aside { Lane::Side } else { Lane::Main };
+            if aside {
+                links.ready(0).unwrap();
+            }
+            links.convert(&conversion, operands, families, &place, (lane, &[]), (end, tag())).unwrap();
+            if aside {
+                links.join_side().unwrap();
+            }
             let got = download(&target, 0, dtype, &shapes[1]).unwrap();
             assert_eq!(got, expected, "{what}");
             assert_eq!(end.stats().since(&before), counted, "{what}");
@@ -257,7 +265,7 @@ fn rank_of_two_cliques(
             let reduce = Conversion::AllReduce { axes: axes.clone(), monoid: Monoid::Sum };
             let tag = Tag { sequence: 100, node: 0 };
             let families = [&families[0], &families[1]];
-            links.convert(&reduce, [operand; 2], families, &place, (end, tag)).unwrap();
+            links.convert(&reduce, [operand; 2], families, &place, (Lane::Main, &[]), (end, tag)).unwrap();
             // The driver waits for the collective, where nobody can be asked whether that makes sense.
             let _ = memory.clear(0, 16);
             let failure = links.failure().unwrap().to_string();
@@ -292,6 +300,97 @@ fn a_rank_that_is_gone_ends_all_cliques_while_the_host_is_in_the_driver() {
             });
         }
     });
+}
+
+/// A sum over two ranks in the side queue, of ones that the main queue makes and with a copy that it takes. Without `waits`,
+/// one of the two queues does not wait for the other: the one that is late if stream number `late` is.
+fn sum_aside(
+    rank: usize,
+    end: &dyn Communicator,
+    device: &Device,
+    library: &Arc<Nccl>,
+    waits: bool,
+    late: u64,
+) {
+    let mesh = Mesh(vec![2]);
+    let links = Links::join(vec![vec![0, 1]], device, library, end, &mut 0).unwrap();
+    let memory = || {
+        let memory = device.allocate(16).unwrap();
+        memory.clear(0, 16).unwrap();
+        memory
+    };
+    let [ones, own, sum, copy] = [memory(), memory(), memory(), memory()];
+    ones.upload(0, bytes(tensor_of_ones().data())).unwrap();
+    device.synchronize().unwrap();
+
+    own.copy(0, &ones, 0, 16).unwrap();
+    if waits || late == 2 {
+        links.ready(0).unwrap();
+    }
+    let ty = Type::new(DType::F32, vec![Dim::constant(4)]);
+    let families = [AxisLayout::Partial(Monoid::Sum), AxisLayout::Replicated]
+        .map(|layout| Family { ty: ty.clone(), layout: Layout(vec![layout]) });
+    let bindings = Bindings::new();
+    let place = Place { mesh: &mesh, rank, bindings: &bindings };
+    let reduce = Conversion::AllReduce { axes: vec![0], monoid: Monoid::Sum };
+    let operands = [&own, &sum].map(|memory| Operand::new(memory, 0, DType::F32, &[4]));
+    let tag = Tag { sequence: 100, node: 0 };
+    let families = [&families[0], &families[1]];
+    links.convert(&reduce, operands, families, &place, (Lane::Side, &[]), (end, tag)).unwrap();
+    // As fast as the device can be, where it waits for nothing.
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while late == 1 && links.lookout.take_settled().is_empty() {
+        assert!(Instant::now() < deadline, "the collective is never done");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    if waits || late == 1 {
+        links.join_side().unwrap();
+    }
+    copy.copy(0, &sum, 0, 16).unwrap();
+    let got = download(&copy, 0, DType::F32, &[4]).unwrap();
+    let expected = if waits { 2f32 } else { 0.0 };
+    let expected = Tensor::from_le_bytes(DType::F32, vec![4], &expected.to_le_bytes().repeat(4)).unwrap();
+    assert_eq!(got, expected, "rank {rank}, waits: {waits}");
+}
+
+fn tensor_of_ones() -> Tensor {
+    Tensor::from_le_bytes(DType::F32, vec![4], &1f32.to_le_bytes().repeat(4)).unwrap()
+}
+
+fn sums_aside(late: u64) {
+    let folder = tempfile::tempdir().unwrap();
+    let search = search(folder.path());
+    let library = Arc::new(Nccl::load(&search).unwrap());
+    for waits in [true, false] {
+        let ends = threads(2, &CommOptions::default()).unwrap();
+        std::thread::scope(|scope| {
+            for (rank, end) in ends.into_iter().enumerate() {
+                let (library, search) = (&library, &search);
+                scope.spawn(move || {
+                    // Devices count their streams, and these two are new.
+                    let ordinal = 2 * usize::from(waits) + rank;
+                    let device = Driver::load(search).unwrap().device(ordinal).unwrap();
+                    sum_aside(rank, &*end, &device, library, waits, late);
+                });
+            }
+        });
+    }
+}
+
+/// What computes is late: a collective that does not wait for it sums what was there before.
+#[test]
+fn a_collective_that_does_not_wait_is_seen_to_come_too_early() {
+    if has_devices("a_collective_that_does_not_wait_is_seen_to_come_too_early", "devices=4 delay=1") {
+        sums_aside(1);
+    }
+}
+
+/// Collectives are late: what does not wait for them reads what was there before.
+#[test]
+fn a_use_that_does_not_wait_is_seen_to_come_too_early() {
+    if has_devices("a_use_that_does_not_wait_is_seen_to_come_too_early", "devices=4 delay=2") {
+        sums_aside(2);
+    }
 }
 
 #[test]
