@@ -77,7 +77,7 @@ pub(super) struct Emitter<'a> {
     /// The room of values whose memory is spaced for what grows in it.
     rooms: BTreeMap<ValueId, Vec<Dim>>,
     /// Regions that are computed when something reads them, which may be never.
-    pending: BTreeMap<ValueId, &'a Region>,
+    pending: BTreeMap<ValueId, Region>,
     /// Bytes that the calls of the step under construction need.
     scratch: Dim,
     users: Vec<Vec<ValueId>>,
@@ -109,7 +109,7 @@ impl<'a> Emitter<'a> {
     }
 
     fn run(mut self) -> DeviceLowering {
-        for region in &self.entry.lowering.regions {
+        for region in self.entry.lowering.regions.iter().flat_map(|region| region.plain(self.graph)) {
             self.region(region);
         }
         for output in &self.graph.outputs {
@@ -140,7 +140,7 @@ impl<'a> Emitter<'a> {
         View::whole(value, self.rooms.get(&value).unwrap_or(&self.ty(value).shape))
     }
 
-    fn region(&mut self, region: &'a Region) {
+    fn region(&mut self, region: Region) {
         let value = region.result();
         let node = self.graph.node(value);
         if let Some(view) = self.as_view(node) {
@@ -159,11 +159,11 @@ impl<'a> Emitter<'a> {
             self.set(value, own);
             return;
         }
-        self.compute(region);
+        self.compute(&region);
     }
 
     /// The step of a region.
-    fn compute(&mut self, region: &'a Region) {
+    fn compute(&mut self, region: &Region) {
         let value = region.result();
         let node = self.graph.node(value);
         let own = self.own(value);
@@ -318,7 +318,7 @@ impl<'a> Emitter<'a> {
             return;
         }
         match self.pending.remove(&value) {
-            Some(region) => self.compute(region),
+            Some(region) => self.compute(&region),
             None => self.leaf(value),
         }
     }

@@ -112,3 +112,57 @@ impl<'a> Pass<'a> {
 fn is(dim: &Dim, extent: usize) -> bool {
     dim.as_size() == Some(extent)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::graph::{Output, Type};
+    use crate::layout::Monoid;
+    use crate::op::Scalar;
+    use crate::program::lower;
+
+    /// Rows of eight, divided by the largest of each, joined again.
+    fn scaled(last: usize) -> Graph {
+        let mut graph = Graph::new("scaled");
+        let x = graph.input("x", Type::new(DType::F32, vec![Dim::symbol("s"), Dim::from(4 * last)]));
+        let doubled = graph.add(Op::Map(Scalar::Neg), &[x]).unwrap();
+        let shape = vec![Dim::symbol("s"), 4i64.into(), Dim::from(last)];
+        let rows = graph.add(Op::Reshape { shape }, &[doubled]).unwrap();
+        let most = graph.add(Op::Reduce { monoid: Monoid::Max, axes: vec![2] }, &[rows]).unwrap();
+        let inverse = graph.add(Op::Map(Scalar::Neg), &[most]).unwrap();
+        let divided = graph.add(Op::Map(Scalar::Mul), &[rows, inverse]).unwrap();
+        let exp = graph.add(Op::Map(Scalar::Exp), &[divided]).unwrap();
+        let shape = vec![Dim::symbol("s"), Dim::from(4 * last)];
+        let joined = graph.add(Op::Reshape { shape }, &[exp]).unwrap();
+        graph.outputs.push(Output { name: "y".into(), value: joined });
+        graph
+    }
+
+    #[test]
+    fn short_rows_are_reduced_within_a_region_and_long_ones_are_not() {
+        let pointwise = |graph: &Graph| -> Vec<usize> {
+            let lowering = lower(graph);
+            lowering.check(graph).unwrap();
+            let regions = lowering.regions.iter().filter(|r| r.kernel == Kernel::Pointwise);
+            regions.map(|r| r.nodes.len()).collect()
+        };
+        assert_eq!(pointwise(&scaled(8)), [7]);
+        assert!(pointwise(&scaled(2 * MAX_ROW)).iter().all(|&nodes| nodes < 4));
+    }
+
+    #[test]
+    fn a_plain_region_is_one_node_or_elementwise_nodes_of_one_shape() {
+        let graph = scaled(8);
+        let lowering = lower(&graph);
+        let region = lowering.regions.iter().find(|r| r.nodes.len() == 7).unwrap();
+        let parts = region.plain(&graph);
+        let covered: Vec<Vec<u32>> = parts.iter().map(|p| p.nodes.iter().map(|n| n.0).collect()).collect();
+        assert_eq!(covered, [vec![1], vec![2], vec![3], vec![4], vec![5, 6], vec![7]]);
+        let kernels: Vec<Kernel> = parts.iter().map(|p| p.kernel).collect();
+        let expected = [Kernel::Pointwise, Kernel::View, Kernel::Reduce, Kernel::Pointwise, Kernel::Pointwise];
+        assert_eq!(kernels[..5], expected);
+        assert_eq!(kernels[5], Kernel::View);
+        // What is plain stays as it is.
+        assert!(parts.iter().all(|part| part.plain(&graph) == [part.clone()]));
+    }
+}

@@ -11,7 +11,7 @@ use crate::dim::Bindings;
 use crate::dtype::DType;
 use crate::graph::{Graph, Node, Type, ValueId};
 use crate::op::{EinsumSpec, Op, PadMode, Scalar};
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// Most nodes of one elementwise region.
 const MAX_REGION: usize = 64;
@@ -97,6 +97,32 @@ impl Region {
             }
         }
         operands
+    }
+
+    /// The same work in regions that are one node or elementwise nodes of one shape, in an order in which it can be done.
+    pub fn plain(&self, graph: &Graph) -> Vec<Region> {
+        let node = |value: ValueId| graph.node(value);
+        let elementwise = |value: ValueId| matches!(node(value).op, Op::Map(_));
+        // Whose region each node belongs to; users come before what they use.
+        let mut root_of: BTreeMap<ValueId, ValueId> = BTreeMap::new();
+        for &value in self.nodes.iter().rev() {
+            let users = self.nodes.iter().filter(|&&user| node(user).args.contains(&value));
+            let roots: BTreeSet<Option<&ValueId>> = users.map(|user| root_of.get(user)).collect();
+            let joins = |&&root: &&ValueId| {
+                elementwise(root) && elementwise(value) && node(root).ty.shape == node(value).ty.shape
+            };
+            let root = match roots.first() {
+                Some(&Some(root)) if roots.len() == 1 => Some(root).filter(joins),
+                _ => None,
+            };
+            root_of.insert(value, root.copied().unwrap_or(value));
+        }
+        let mut parts: BTreeMap<ValueId, Vec<ValueId>> = BTreeMap::new();
+        for (value, root) in root_of {
+            parts.entry(root).or_default().push(value);
+        }
+        let part = |(root, nodes)| Region { kernel: kernel_of(graph, node(root)), stage: self.stage, nodes };
+        if parts.len() == 1 { vec![self.clone()] } else { parts.into_iter().map(part).collect() }
     }
 }
 

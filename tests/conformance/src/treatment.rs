@@ -104,7 +104,7 @@ fn compared(imported: &Imported, plan: &Plan, test: &Test, pair: &Pair, cuda: bo
     let ranks = plan.programs.first().map_or(1, |(_, program)| program.mesh.ranks());
     let mut programs = (0..ranks).map(|rank| rank_program(plan, rank)).collect::<Result<Vec<_>, _>>()?;
     if cuda {
-        programs.iter_mut().for_each(tpshard_codegen::cuda::attach);
+        programs.iter_mut().for_each(|program| tpshard_codegen::cuda::attach(program, &[]));
     }
     let mut inputs = BTreeMap::new();
     let graph = &imported.model.graph;

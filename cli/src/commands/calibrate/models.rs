@@ -101,7 +101,7 @@ impl Models {
     /// with the least squares of the relative error.
     pub(crate) fn compared(&self, profile: &Profile) -> Compared {
         let mut best = (f64::INFINITY, Compared::default());
-        for factor in FACTORS.into_iter().map(|percent| f64::from(percent) / 100.0) {
+        for factor in FACTORS.map(|percent| f64::from(percent) / 100.0) {
             let found = self.with_factor(profile, factor);
             let error = found.models.iter().map(|m| (found.said(m) / m.took - 1.0).powi(2)).sum();
             if error < best.0 {
