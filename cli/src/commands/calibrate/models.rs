@@ -235,7 +235,7 @@ mod tests {
             models.round(effort).unwrap();
             let compared = models.compared(&profile);
             for model in &compared.models {
-                assert!(model.took > 0.0 && model.said.kernels > 0.0 && model.said.others > 0.0);
+                assert!(model.took > 0.0 && model.said.kernels > 0.0 && model.said.others >= 0.0);
                 assert_eq!(model.said.collectives > 0, ranks > 1);
                 assert!(compared.said(model) > 0.0);
             }
