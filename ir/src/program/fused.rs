@@ -159,7 +159,8 @@ mod tests {
         let covered: Vec<Vec<u32>> = parts.iter().map(|p| p.nodes.iter().map(|n| n.0).collect()).collect();
         assert_eq!(covered, [vec![1], vec![2], vec![3], vec![4], vec![5, 6], vec![7]]);
         let kernels: Vec<Kernel> = parts.iter().map(|p| p.kernel).collect();
-        let expected = [Kernel::Pointwise, Kernel::View, Kernel::Reduce, Kernel::Pointwise, Kernel::Pointwise];
+        let expected =
+            [Kernel::Pointwise, Kernel::View, Kernel::Reduce, Kernel::Pointwise, Kernel::Pointwise];
         assert_eq!(kernels[..5], expected);
         assert_eq!(kernels[5], Kernel::View);
         // What is plain stays as it is.
